@@ -1,42 +1,50 @@
 # make demo: train a sigmoid and a softmax transformer on real text, write a report.   make test: lint, types, tests.
+# Needs Python 3.11 or later. PYTHON=python3.12 picks one, and gets an environment of its own (.venv-python3.12).
 PYTHON ?= python3
-PY := .venv/bin/python
+VENV := .venv$(if $(filter-out file,$(origin PYTHON)),-$(lastword $(notdir $(PYTHON))))
+PY := $(VENV)/bin/python
+START := $(shell date +%s)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-long lint docs clean
+.NOTPARALLEL:
 
-demo: .venv/.demo
+demo: $(VENV)/.demo
 	$(PY) -m flashsigmoid demo
 
+# the last line is pytest's own, with its own time
 test: lint
-	$(PY) -m pytest
+	@echo "install, lint and types: $$(( $$(date +%s) - $(START) )) s; now the tests, on every core up to 8"
+	$(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal
 
-test-long: .venv/.test
-	$(PY) -m pytest -m long
+test-long: $(VENV)/.test
+	$(PY) -m pytest -m long --timeout 14400
 
-lint: .venv/.test
+lint: $(VENV)/.test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
-docs: .venv/.docs
+docs: $(VENV)/.docs
 	$(PY) -m mkdocs build --strict
 
-$(PY):
-	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f'flashsigmoid needs Python 3.11 or later, got {v[0]}.{v[1]} ({sys.executable}); set PYTHON=')"
-	$(PYTHON) -m venv .venv
-
-# a stamp per set of extras: installs once, and again only when pyproject.toml changes
-.venv/.demo: pyproject.toml | $(PY)
-	$(PY) -m pip install --progress-bar on -e ".[train,report]"
-	@touch $@
-
-.venv/.test: pyproject.toml | $(PY)
-	$(PY) -m pip install -e ".[test]"
-	@touch $@ .venv/.demo
-
-.venv/.docs: pyproject.toml | $(PY)
-	$(PY) -m pip install -e ".[docs]"
-	@touch $@
-
 clean:
-	rm -rf .venv build dist site
+	rm -rf .venv .venv-* build dist site
+
+# A stamp per set of extras: installs once, and again when pyproject.toml changes. An environment that lost its Python
+# or pip, or whose install was interrupted (.installing is still there), is made anew.
+$(VENV)/.demo: EXTRAS := train,report
+$(VENV)/.test: EXTRAS := test
+$(VENV)/.docs: EXTRAS := docs
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || { echo "flashsigmoid needs Python 3.11 or later, found no $(PYTHON): install it, or name another: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "flashsigmoid needs Python 3.11 or later, got %d.%d (%s): name another: make PYTHON=python3.12" % (v[0], v[1], sys.executable))'
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@if [ -e $(VENV)/.installing ]; then echo "the last install was interrupted: making $(VENV) anew"; rm -rf $(VENV); fi
+	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
+	@touch $(VENV)/.installing
+	$(PY) -m pip install -e ".[$(EXTRAS)]"
+	@rm $(VENV)/.installing
+	@touch $@

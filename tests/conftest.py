@@ -1,0 +1,65 @@
+"""What every test gets: one thread per xdist worker, a seed of its own, and memory that is loud where unwritten."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (torch, "empty_permuted"),
+    (torch.Tensor, "new_empty"),
+    (torch.Tensor, "new_empty_strided"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers share the cores, so each takes one; their subprocesses inherit it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """The same numbers in a test whatever ran before it; another test has others."""
+    value = zlib.crc32(request.node.nodeid.encode())
+    random.seed(value)
+    torch.manual_seed(value)
+    return value
+
+
+def poison(x: torch.Tensor) -> torch.Tensor:
+    """Fill with what no computation survives: NaN, or the largest integer."""
+    if x.is_floating_point() or x.is_complex():
+        return x.fill_(float("nan"))
+    return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max)
+
+
+def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`allocate`, whose memory is poisoned where a module of the package calls it; untouched under torch.compile."""
+
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        x = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return x
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return poison(x) if caller.partition(".")[0] == "flashsigmoid" else x
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def nan_poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and its kin, called from a module of the package, return poison instead of whatever was there."""
+    for owner, name in ALLOCATORS:
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
