@@ -1,4 +1,4 @@
-"""Records: one number, where it came from, one JSON line each. What training, studies and bench write and report reads.
+"""Records: one number and where it came from, one JSON line each, written by training, studies and bench.
 
 No tensors, no plots and no statistics live here; the standard library is enough to read a run.
 """
@@ -47,7 +47,7 @@ class Record:
 
     Args:
         name: what was measured, words joined by "/", as "val/loss" or "attn_norm/layer_3".
-        value: the number; nan and infinities are legal, they are results too. None: the record only names an artifact.
+        value: the number; nan and infinities are legal, they are results too. None: only the artifact counts.
         unit: of the value, as "nats_per_token"; "" is a pure number.
         step: optimizer steps done when it was measured, None if it belongs to no step.
         time_s: seconds of training when it was measured.
@@ -55,7 +55,7 @@ class Record:
         artifact: name of a file in the folder of the records.
 
     Raises:
-        ValueError: an empty name, a negative step, an artifact outside the folder, a tag that is not a scalar.
+        ValueError: an empty name, a negative step, an artifact elsewhere, a tag that is not a scalar.
     """
 
     name: str
@@ -81,16 +81,13 @@ class Record:
             raise ValueError(f"tags must be a dict, got {self.tags!r}")
         for key, tag in self.tags.items():
             _check_scalar(f"tag {key}", tag)
-        name = self.artifact
-        if name is not None and (
-            not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\")
-        ):
-            raise ValueError(f"artifact must be the name of a file beside the records, got {name!r}")
+        if self.artifact is not None and not _is_file_name(self.artifact):
+            raise ValueError(f"artifact must be the name of a file beside the records, got {self.artifact!r}")
 
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A records file as read: `header` (settings, hardware, versions, commit, command, ...) and the records in order."""
+    """A records file as read: `header` (settings, hardware, versions, commit, ...) and the records in order."""
 
     header: dict[str, Any]
     records: list[Record]
@@ -102,17 +99,18 @@ class RecordFile:
 
 
 class RecordWriter:
-    """Appends records to a jsonl file, flushed one by one, so that a crash loses at most the line being written.
+    """Appends records to a jsonl file, flushed one by one: a crash loses at most the line being written.
 
-    Line 1 is the header, {"header": {"settings", "hardware", "versions", "commit", "dirty", "command", "started"}};
-    it appears together with the file, atomically. A non-finite number is written as the string "nan", "inf" or "-inf".
+    Line 1 is the header, {"header": {"settings": {...}, **provenance()}}; it appears together with the file,
+    atomically. A non-finite number is written as the string "nan", "inf" or "-inf", so that every line is JSON.
 
     Args:
         path: the file; missing folders are made. Without `resume_step` an existing file is replaced.
         settings: flat dict of scalars or lists of scalars that describes the run.
         command: how the run was started. Default: the command line of this process.
-        resume_step: continue an existing file after this step: its header is kept and notes the resumption, records of
-            later steps and a torn last line are dropped. Records without a step are kept. A missing file is begun.
+        resume_step: continue an existing file after this step: its header is kept and gains an entry in "resumed",
+            records of later steps and a torn last line are dropped, records without a step are kept. A missing
+            file is begun.
 
     Raises:
         ValueError: settings that are not flat; a file to resume that cannot be read; a negative resume_step.
@@ -134,10 +132,8 @@ class RecordWriter:
             records = []
         else:
             past = read_records(self.path)
-            header = {
-                **past.header,
-                "resumed": [*past.header.get("resumed", []), {"step": resume_step, **origin}],
-            }
+            resumed = [*past.header.get("resumed", []), {"step": resume_step, **origin}]
+            header = {**past.header, "resumed": resumed}
             records = [record for record in past.records if record.step is None or record.step <= resume_step]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(self.path.name + ".tmp")
@@ -160,7 +156,7 @@ class RecordWriter:
         artifact: str | None = None,
         **tags: Scalar,
     ) -> Record:
-        """Append one record and flush it. A number may be anything `float()` takes, such as a tensor of one element.
+        """Append one record and flush it. A number is anything `float()` takes, such as a tensor of one element.
 
         Raises:
             ValueError: as `Record`; or the writer is closed.
@@ -193,7 +189,7 @@ def read_records(path: str | Path) -> RecordFile:
     """Read a records file. A torn last line, what a crash leaves, is dropped; any other damage is an error.
 
     Raises:
-        ValueError: the file is missing or empty, the header is missing, or a line (named by its number) is damaged.
+        ValueError: a missing or empty file, a missing header, a damaged line (the message has its number).
     """
     path = Path(path)
     if not path.is_file():
@@ -224,9 +220,9 @@ def find_runs(path: str | Path) -> list[Path]:
 
 
 def provenance(command: str | None = None) -> dict[str, Any]:
-    """Where and by what this process computes: hardware, versions, commit, dirty, command, started (ISO 8601, UTC).
+    """Where and by what this process computes: hardware, versions, commit, dirty, command, started (UTC).
 
-    Nothing is imported for it: the GPU is named only if torch is loaded and has initialised it anyway.
+    commit and dirty are those of the package's source, None outside git. The GPU is named only if torch is loaded.
     """
     commit, dirty = _source_state()
     return {
@@ -242,12 +238,11 @@ def provenance(command: str | None = None) -> dict[str, Any]:
 def command_line() -> str:
     """The command of this process as typed, quoted for a shell, with folders of this machine shortened.
 
-    The home folder becomes ~, the working folder is dropped, another absolute path keeps its last part: .../name.
+    The home folder becomes ~, the working folder is dropped, another absolute path keeps its last part.
     """
     words = [str(word) for word in sys.orig_argv]
-    if (
-        len(words) > 1 and Path(words[1]).parent == Path(words[0]).parent
-    ):  # a console script, run by its interpreter
+    # a console script lies beside its interpreter and is what was typed
+    if len(words) > 1 and Path(words[1]).is_absolute() and Path(words[1]).parent == Path(words[0]).parent:
         del words[0]
     words[0] = Path(words[0]).name
     return " ".join(_shorten(word) for word in words)
@@ -293,7 +288,7 @@ def _cpu_name() -> str:
 def _versions() -> dict[str, str]:
     versions = {
         "python": platform.python_version(),
-        "flashsigmoid": getattr(sys.modules.get(__package__), "__version__", "unknown"),
+        "flashsigmoid": getattr(sys.modules[__name__.rpartition(".")[0]], "__version__", "unknown"),
     }
     for guest in _GUESTS:
         try:
@@ -322,6 +317,10 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def _check_scalar(what: str, value: object) -> None:
