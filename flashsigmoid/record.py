@@ -87,7 +87,7 @@ class Record:
 
 @dataclass(frozen=True)
 class RecordFile:
-    """A records file as read: `header` (settings, hardware, versions, commit, ...) and the records in order."""
+    """A records file as read: `header` (settings, hardware, versions, commit, ...) and the records."""
 
     header: dict[str, Any]
     records: list[Record]
@@ -102,15 +102,15 @@ class RecordWriter:
     """Appends records to a jsonl file, flushed one by one: a crash loses at most the line being written.
 
     Line 1 is the header, {"header": {"settings": {...}, **provenance()}}; it appears together with the file,
-    atomically. A non-finite number is written as the string "nan", "inf" or "-inf", so that every line is JSON.
+    atomically. A non-finite number is written as the string "nan", "inf" or "-inf": every line is JSON.
 
     Args:
         path: the file; missing folders are made. Without `resume_step` an existing file is replaced.
         settings: flat dict of scalars or lists of scalars that describes the run.
         command: how the run was started. Default: the command line of this process.
-        resume_step: continue an existing file after this step: its header is kept and gains an entry in "resumed",
-            records of later steps and a torn last line are dropped, records without a step are kept. A missing
-            file is begun.
+        resume_step: continue an existing file after this step. Its header is kept and gains an entry in
+            "resumed"; records of later steps and a torn last line are dropped, those without a step kept.
+            A missing file is begun.
 
     Raises:
         ValueError: settings that are not flat; a file to resume that cannot be read; a negative resume_step.
@@ -156,7 +156,7 @@ class RecordWriter:
         artifact: str | None = None,
         **tags: Scalar,
     ) -> Record:
-        """Append one record and flush it. A number is anything `float()` takes, such as a tensor of one element.
+        """Append one record and flush it. A number is anything `float()` takes, as a tensor of one element.
 
         Raises:
             ValueError: as `Record`; or the writer is closed.
@@ -222,7 +222,7 @@ def find_runs(path: str | Path) -> list[Path]:
 def provenance(command: str | None = None) -> dict[str, Any]:
     """Where and by what this process computes: hardware, versions, commit, dirty, command, started (UTC).
 
-    commit and dirty are those of the package's source, None outside git. The GPU is named only if torch is loaded.
+    commit and dirty are of the package's source, None outside git. The GPU is named only if torch is loaded.
     """
     commit, dirty = _source_state()
     return {
@@ -288,7 +288,7 @@ def _cpu_name() -> str:
 def _versions() -> dict[str, str]:
     versions = {
         "python": platform.python_version(),
-        "flashsigmoid": getattr(sys.modules[__name__.rpartition(".")[0]], "__version__", "unknown"),
+        "flashsigmoid": getattr(sys.modules.get(__name__.rpartition(".")[0]), "__version__", "unknown"),
     }
     for guest in _GUESTS:
         try:
