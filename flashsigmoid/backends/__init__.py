@@ -1,0 +1,109 @@
+"""How the op is computed: one module per backend, loaded when it is first chosen. No backend imports another."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from .problem import BackendUnsupported as BackendUnsupported
+from .problem import Problem as Problem
+
+# fastest first: "auto" takes the first that supports the call. "reference" is never chosen, only asked for.
+AUTO = ("blocked",)
+NAMES = (*AUTO, "reference")
+
+
+class Backend(Protocol):
+    """The names every backend module shows."""
+
+    NAME: str
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """None if this backend can compute the problem, else the reason why not."""
+        ...
+
+    def formula(self, problem: Problem) -> str:
+        """How the sigmoid will be evaluated, in words."""
+        ...
+
+    def forward(
+        self,
+        problem: Problem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        slopes: Tensor | None,
+        seed: Tensor | None,
+    ) -> Tensor:
+        """out, contiguous (batch, seqlen_q, nheads, head_dim_v)."""
+        ...
+
+    def backward(
+        self,
+        problem: Problem,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        slopes: Tensor | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """dq, dk, dv; sum(dS) per row (batch, nheads, seqlen_q) if bias; dslope (batch, nheads) if slopes."""
+        ...
+
+
+def load(name: str) -> Backend:
+    """The backend module of that name."""
+    return cast(Backend, importlib.import_module(f".{name}", __package__))
+
+
+def select(problem: Problem, backend: str) -> Backend:
+    """The module that will compute the problem.
+
+    Raises:
+        BackendUnsupported: an explicitly named backend cannot, with its reason.
+    """
+    reasons = {}
+    for name in AUTO if backend == "auto" else (backend,):
+        module = load(name)
+        reason = module.unsupported(problem)
+        if reason is None:
+            return module
+        reasons[name] = reason
+    raise BackendUnsupported("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call takes, how it evaluates the sigmoid, and why each other backend is not taken."""
+
+    backend: str
+    formula: str
+    reasons: dict[str, str]
+    problem: Problem
+
+    def __str__(self) -> str:
+        lines = [f"backend: {self.backend}", f"formula: {self.formula}"]
+        lines += [f"not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(problem: Problem, backend: str = "auto") -> Explanation:
+    """The choice `select` makes for the problem, and the reasons against the others."""
+    chosen = select(problem, backend)
+    reasons = {}
+    for name in NAMES:
+        if name == chosen.NAME:
+            continue
+        reason = load(name).unsupported(problem)
+        if reason is None and backend != "auto":
+            reason = f"backend={backend!r} was asked for"
+        elif reason is None and name == "reference":
+            reason = "O(seqlen_q * seqlen_k) memory: it runs only when asked for, backend='reference'"
+        reasons[name] = reason or f"{chosen.NAME} comes first"
+    return Explanation(chosen.NAME, chosen.formula(problem), reasons, problem)

@@ -1,0 +1,301 @@
+"""The op as a function: defaults, validation and dispatch. How it is computed is the business of backends/."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import Explanation, op, reference
+from .backends.problem import make_problem
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Window = tuple[int | None, int | None]
+_SIGMOIDS = ("auto", "exact", "fast")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def sigmoid_attention(
+    q: Float[Tensor, "batch seqlen_q nheads head_dim"],
+    k: Float[Tensor, "batch seqlen_k nheads_k head_dim"],
+    v: Float[Tensor, "batch seqlen_k nheads_k head_dim_v"],
+    *,
+    sigmoid_bias: float | Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (None, None),
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    sigmoid: str = "auto",
+    backend: str = "auto",
+) -> Float[Tensor, "batch seqlen_q nheads head_dim_v"]:
+    """Sigmoid attention: every weight on its own, no row to normalise.
+
+        O = A V,   A = sigmoid(scale * Q K^T + b - alibi_slope * |p_i - j|),   A = 0 where not visible
+
+    with p_i = i + seqlen_k - seqlen_q the position of query i relative to key 0. A query that sees nothing gets zeros.
+
+    Causal is bottom-right aligned, as in flash-attn:
+
+        2 queries, 5 keys      5 queries, 2 keys
+        1 1 1 1 0              0 0
+        1 1 1 1 1              0 0
+                               0 0
+                               1 0
+                               1 1
+
+    Args:
+        q: queries (batch, seqlen_q, nheads, head_dim), float16, bfloat16, float32 or float64, any strides.
+        k: keys (batch, seqlen_k, nheads_k, head_dim); query head h reads key head h // (nheads // nheads_k).
+        v: values (batch, seqlen_k, nheads_k, head_dim_v). A key is masked exactly by zeroing its row of v.
+        sigmoid_bias: b, a float, or a tensor of shape (), (nheads,), (batch, nheads) or (batch, nheads, seqlen_q),
+            which may require a gradient. -inf is legal and gives zeros. Default: -log(seqlen_k). A model should pass
+            the constant of its training context length, so that a row does not change with what follows it.
+        scale: factor of Q K^T. Default: head_dim ** -0.5.
+        causal: key j is visible to query i only if j <= p_i. Default: False.
+        window_size: (left, right) in keys: p_i - left <= j <= p_i + right; None is unlimited. Default: (None, None).
+        alibi_slopes: (nheads,) or (batch, nheads), which may require a gradient. Default: no ALiBi.
+        dropout_p: probability of dropping a weight; kept ones are divided by 1 - dropout_p. The mask is a function of a
+            seed from torch's generator and of global indices, the same in every backend. Default: 0.
+        sigmoid: "exact", "fast" (a cheaper formula where the backend has one) or "auto". Default: "auto".
+        backend: "auto", "blocked" or "reference". A named backend never falls back. Default: "auto".
+
+    Returns:
+        (batch, seqlen_q, nheads, head_dim_v), contiguous, in the dtype of q. Under autocast, in autocast's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or option outside the rules above.
+        BackendUnsupported: the named backend cannot compute this call; the message says why.
+
+    Source: arXiv:2409.04431, section 2 (the op) and the recommended b = -log n.
+    """
+    return _attention(
+        *_autocast(q, k, v), sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend
+    )
+
+
+def sigmoid_attention_shard(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sigmoid_bias: float | Tensor,
+    q_offset: int,
+    origin: tuple[int, int, int, int] = (0, 0, 0, 0),
+    seed: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (None, None),
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    sigmoid: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """One block of a larger attention problem; the outputs of disjoint key blocks add up to the whole.
+
+        p_i = i + q_offset
+
+    Semi-public: what context parallel, shared prefixes, chunked prefill and SDPA's top-left causal (q_offset = 0) are
+    made of. `sigmoid_bias` is required, since the seqlen_k of a block is not the n of the problem.
+
+    Args:
+        q_offset: position of query 0 relative to key 0 of this block, any sign. flash-attn's causal is
+            seqlen_k - seqlen_q, torch's top-left is 0.
+        origin: global (batch, head, query, key) index of the block's first element; only dropout reads it.
+        seed: int64 tensor of one element, the dropout seed shared by all blocks; required if dropout_p > 0.
+        q, k, v, sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend: as in
+            `sigmoid_attention`.
+
+    Raises:
+        ValueError, BackendUnsupported: as `sigmoid_attention`.
+    """
+    if dropout_p > 0 and seed is None:
+        raise ValueError(f"seed is required when dropout_p > 0, got seed=None, dropout_p={dropout_p}")
+    if len(origin) != 4 or min(origin) < 0:
+        raise ValueError(f"origin must be four non-negative indices (batch, head, query, key), got {origin}")
+    return _attention(
+        *_autocast(q, k, v),
+        sigmoid_bias,
+        scale,
+        causal,
+        window_size,
+        alibi_slopes,
+        dropout_p,
+        sigmoid,
+        backend,
+        q_offset=q_offset,
+        origin=origin,
+        seed=seed,
+    )
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sigmoid_bias: float | Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (None, None),
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    sigmoid: str = "auto",
+    backend: str = "auto",
+) -> Explanation:
+    """Which backend `sigmoid_attention` takes for these arguments, by which formula, and why not the others.
+
+    Nothing is computed; only shapes, dtypes, devices and options are read. `str()` of the result is the text.
+
+    Raises:
+        ValueError, BackendUnsupported: as `sigmoid_attention`.
+    """
+    q, k, v = _autocast(q, k, v)
+    _validate(q, k, v, sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend)
+    bias, number = _split_bias(sigmoid_bias)
+    problem = make_problem(
+        q,
+        k,
+        v,
+        bias=bias,
+        slopes=alibi_slopes,
+        sigmoid_bias=number,
+        scale=scale,
+        causal=causal,
+        window_left=window_size[0],
+        window_right=window_size[1],
+        q_offset=None,
+        dropout_p=dropout_p,
+        origin=(0, 0, 0, 0),
+        sigmoid=sigmoid,
+    )
+    return backends.explain(problem, backend)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sigmoid_bias: float | Tensor | None,
+    scale: float | None,
+    causal: bool,
+    window_size: Window,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    sigmoid: str,
+    backend: str,
+    *,
+    q_offset: int | None = None,
+    origin: tuple[int, int, int, int] = (0, 0, 0, 0),
+    seed: Tensor | None = None,
+) -> Tensor:
+    _validate(q, k, v, sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend)
+    bias, number = _split_bias(sigmoid_bias)
+    if dropout_p > 0 and seed is None:
+        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+    left, right = window_size
+    scalars = (number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid)
+    if backend != "reference":
+        return torch.ops.flashsigmoid.fwd(q, k, v, bias, alibi_slopes, seed, *scalars, backend)
+    names = op.SCALAR_NAMES[:-1]
+    problem = make_problem(q, k, v, bias=bias, slopes=alibi_slopes, **dict(zip(names, scalars, strict=True)))
+    return reference.forward(problem, q, k, v, bias, alibi_slopes, seed)
+
+
+def _split_bias(sigmoid_bias: float | Tensor | None) -> tuple[Tensor | None, float | None]:
+    if isinstance(sigmoid_bias, Tensor):
+        return sigmoid_bias, None
+    return None, None if sigmoid_bias is None else float(sigmoid_bias)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v in autocast's dtype where autocast is on; float64 is left alone, as autocast does."""
+    device = q.device.type
+    if device in ("meta", "mps") or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _validate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sigmoid_bias: float | Tensor | None,
+    scale: float | None,
+    causal: bool,
+    window_size: Window,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    sigmoid: str,
+    backend: str,
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.is_nested or x.dim() != 4:
+            got = tuple(x.shape) if isinstance(x, Tensor) and not x.is_nested else type(x).__name__
+            raise ValueError(f"{name} must be a dense tensor (batch, seqlen, nheads, head_dim), got {got}")
+        if x.dtype not in _DTYPES or x.dtype != q.dtype:
+            raise ValueError(
+                f"q, k, v must share one dtype of float16, bfloat16, float32, float64, got {q.dtype}, {k.dtype}, {v.dtype}"
+            )
+        if x.device != q.device:
+            raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+    batch, seqlen_q, nheads, head_dim = q.shape
+    nheads_k = k.shape[2]
+    if head_dim == 0 or v.shape[3] == 0:
+        raise ValueError(f"head_dim and head_dim_v must be at least 1, got {head_dim} and {v.shape[3]}")
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"k must share batch and head_dim of q, got q {tuple(q.shape)} and k {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"v must share batch, seqlen and nheads of k, got k {tuple(k.shape)} and v {tuple(v.shape)}")
+    if nheads == 0 or nheads_k == 0 or nheads % nheads_k:
+        raise ValueError(f"nheads must be a positive multiple of nheads_k, got nheads={nheads}, nheads_k={nheads_k}")
+
+    legal = ((), (nheads,), (batch, nheads), (batch, nheads, seqlen_q))
+    if isinstance(sigmoid_bias, Tensor):
+        _validate_side("sigmoid_bias", sigmoid_bias, q, legal, "(), (nheads,), (batch, nheads) or (batch, nheads, seqlen_q)")
+    elif sigmoid_bias is not None:
+        _validate_number("sigmoid_bias", sigmoid_bias)
+        if math.isnan(sigmoid_bias) or sigmoid_bias == math.inf:
+            raise ValueError(f"sigmoid_bias must be a number below +inf, got {sigmoid_bias}")
+    if alibi_slopes is not None:
+        if not isinstance(alibi_slopes, Tensor):
+            raise ValueError(f"alibi_slopes must be a tensor, got {type(alibi_slopes).__name__}")
+        _validate_side("alibi_slopes", alibi_slopes, q, legal[1:3], "(nheads,) or (batch, nheads)")
+    if scale is not None:
+        _validate_number("scale", scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale must be finite, got {scale}")
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal must be True or False, got {causal!r}")
+    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
+        raise ValueError(f"window_size must be (left, right), got {window_size!r}")
+    for side in window_size:
+        if side is not None and (isinstance(side, bool) or not isinstance(side, int | torch.SymInt) or side < 0):
+            raise ValueError(f"window_size must be non-negative integers, None for unlimited, got {window_size!r}")
+    _validate_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if sigmoid not in _SIGMOIDS:
+        raise ValueError(f"sigmoid must be one of {', '.join(_SIGMOIDS)}, got {sigmoid!r}")
+    if backend != "auto" and backend not in backends.NAMES:
+        raise ValueError(f"backend must be one of auto, {', '.join(backends.NAMES)}, got {backend!r}")
+
+
+def _validate_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def _validate_side(name: str, x: Tensor, q: Tensor, legal: tuple[tuple[int, ...], ...], words: str) -> None:
+    if tuple(x.shape) not in legal:
+        raise ValueError(f"{name} must have shape {words}, got {tuple(x.shape)} for q {tuple(q.shape)}")
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
