@@ -1,0 +1,275 @@
+"""Multi-head self-attention with the paper's practices, and its softmax twin. The op is functional's."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..backends.problem import make_problem
+from ..backends.reference import visible
+from ..functional import sigmoid_attention
+from .norm import RMSNorm
+from .position import RotaryEmbedding, alibi_slopes
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+AttentionFn = Callable[..., Tensor]
+
+
+def kept_keys_bias(key_mask: Bool[Tensor, "batch seqlen_k"], dtype: torch.dtype, extra: int = 0) -> Tensor:
+    """b = -log n, n the keys each sequence keeps plus `extra`, at least 1: (batch, 1), at least float32."""
+    n = (key_mask.sum(-1, keepdim=True) + extra).clamp(min=1)
+    return -n.to(torch.promote_types(dtype, torch.float32)).log()
+
+
+class SigmoidAttention(nn.Module):
+    """Multi-head sigmoid self-attention.
+
+        q, k, v = W_q x, W_k x, W_v x              per head; q and k normalised (RMSNorm), then turned by RoPE
+        out = W_o (g * A v),   A = sigmoid(q k^T / sqrt(head_dim) + b - alibi_slope * |i - j|)
+
+    with g = sigmoid(W_g x) elementwise if `gate`, else 1.
+
+    Args:
+        dim: channels of x.
+        nheads: query heads.
+        nheads_k: key and value heads; query head h reads key head h // (nheads // nheads_k). Default: nheads.
+        head_dim: channels per head. Default: dim // nheads.
+        qk_norm: RMSNorm (eps 1e-5) of every query and key head, before RoPE. Default: True.
+        position: "rope", "alibi" or None. Default: None.
+        rope_base: base of RoPE's wavelengths. Default: 10,000.
+        sigmoid_bias: b. None: -log(seqlen), or -log(keys kept) of each sequence under a key mask; a model
+            should rather fix -log(its training context length). Default: None.
+        bias_mode: "fixed"; "learnable", one parameter that starts at sigmoid_bias; "per_head", nheads of
+            them.
+        causal: token i sees tokens up to i. Default: False.
+        window_size: (left, right) in tokens, None unlimited. Default: (None, None).
+        dropout_p: probability of dropping a weight while training. Default: 0.
+        gate: an elementwise sigmoid gate, computed from x, on the heads' outputs. Default: False.
+        proj_bias: whether the projections have biases. Default: False.
+        attention_fn: called as attention_fn(q, k, v, *, sigmoid_bias, scale, causal, window_size,
+            alibi_slopes, dropout_p) on (batch, seqlen, heads, head_dim). Default:
+            `flashsigmoid.sigmoid_attention`.
+
+    Raises:
+        ValueError: an option outside the rules above, or a learnable bias without its initial value.
+
+    Source: arXiv:2409.04431 (b = -log n, QK-norm); RoPE arXiv:2104.09864; ALiBi arXiv:2108.12409; gate
+    arXiv:2505.06708.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        nheads: int,
+        *,
+        nheads_k: int | None = None,
+        head_dim: int | None = None,
+        qk_norm: bool = True,
+        position: Literal["rope", "alibi"] | None = None,
+        rope_base: float = 10_000.0,
+        sigmoid_bias: float | None = None,
+        bias_mode: Literal["fixed", "learnable", "per_head"] = "fixed",
+        causal: bool = False,
+        window_size: tuple[int | None, int | None] = (None, None),
+        dropout_p: float = 0.0,
+        gate: bool = False,
+        proj_bias: bool = False,
+        attention_fn: AttentionFn = sigmoid_attention,
+    ) -> None:
+        super().__init__()
+        nheads_k = nheads if nheads_k is None else nheads_k
+        if nheads <= 0 or nheads_k <= 0 or nheads % nheads_k:
+            raise ValueError(
+                f"nheads must be a positive multiple of nheads_k, got nheads={nheads}, nheads_k={nheads_k}"
+            )
+        if head_dim is None and dim % nheads:
+            raise ValueError(
+                f"dim must be a multiple of nheads unless head_dim is given, got dim={dim}, nheads={nheads}"
+            )
+        if position not in (None, "rope", "alibi"):
+            raise ValueError(f"position must be 'rope', 'alibi' or None, got {position!r}")
+        if bias_mode not in ("fixed", "learnable", "per_head"):
+            raise ValueError(f"bias_mode must be 'fixed', 'learnable' or 'per_head', got {bias_mode!r}")
+        if bias_mode != "fixed" and sigmoid_bias is None:
+            raise ValueError(
+                f"sigmoid_bias must be given with bias_mode={bias_mode!r}, where it is the initial value "
+                "(-log of the training context length), got None"
+            )
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+
+        self.nheads, self.nheads_k = nheads, nheads_k
+        self.head_dim = dim // nheads if head_dim is None else head_dim
+        self.position, self.causal, self.window_size = position, causal, window_size
+        self.dropout_p, self.attention_fn = dropout_p, attention_fn
+        inner, inner_k = nheads * self.head_dim, nheads_k * self.head_dim
+
+        self.q_proj = nn.Linear(dim, inner, bias=proj_bias)
+        self.k_proj = nn.Linear(dim, inner_k, bias=proj_bias)
+        self.v_proj = nn.Linear(dim, inner_k, bias=proj_bias)
+        self.gate_proj = nn.Linear(dim, inner, bias=proj_bias) if gate else None
+        self.out_proj = nn.Linear(inner, dim, bias=proj_bias)
+        self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.rope = RotaryEmbedding(self.head_dim, rope_base) if position == "rope" else nn.Identity()
+        self.sigmoid_bias = sigmoid_bias
+        if bias_mode != "fixed":
+            shape = () if bias_mode == "learnable" else (nheads,)
+            self.sigmoid_bias = nn.Parameter(torch.full(shape, float(sigmoid_bias or 0.0)))
+
+    def forward(
+        self, x: Float[Tensor, "batch seqlen dim"], key_mask: Bool[Tensor, "batch seqlen"] | None = None
+    ) -> Float[Tensor, "batch seqlen dim"]:
+        """Attention of x to itself.
+
+        Args:
+            x: (batch, seqlen, dim).
+            key_mask: (batch, seqlen) bool, True for a token that may be attended to. Default: all.
+
+        Raises:
+            ValueError: key_mask is of another shape or dtype.
+        """
+        if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != x.shape[:2]):
+            raise ValueError(
+                f"key_mask must be bool (batch, seqlen) = {tuple(x.shape[:2])}, "
+                f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+            )
+        # (batch, seqlen, nheads or nheads_k, head_dim)
+        q = self.q_proj(x).unflatten(-1, (self.nheads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.nheads_k, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.nheads_k, self.head_dim))
+        # under autocast the norms return float32
+        q = self.rope(self.q_norm(q)).to(v.dtype)
+        k = self.rope(self.k_norm(k)).to(v.dtype)
+        # (batch, seqlen, nheads * head_dim)
+        out = self._attend(q, k, v, key_mask).flatten(2)
+        if self.gate_proj is not None:
+            out = out * torch.sigmoid(self.gate_proj(x))
+        return self.out_proj(out)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """No denominator, so zeroing the value of a key masks it exactly, whatever the attention_fn."""
+        bias: float | Tensor | None = self.sigmoid_bias
+        if key_mask is not None:
+            v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
+            if bias is None:
+                bias = kept_keys_bias(key_mask, q.dtype).expand(-1, self.nheads)
+        return self.attention_fn(q, k, v, sigmoid_bias=bias, **self._options(q.device))
+
+    def _options(self, device: torch.device) -> dict[str, Any]:
+        return {
+            "scale": self.head_dim**-0.5,
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "alibi_slopes": alibi_slopes(self.nheads, device) if self.position == "alibi" else None,
+            "dropout_p": self.dropout_p if self.training else 0.0,
+        }
+
+    def extra_repr(self) -> str:
+        bias = "learnable" if isinstance(self.sigmoid_bias, Tensor) else self.sigmoid_bias
+        return (
+            f"nheads={self.nheads}, nheads_k={self.nheads_k}, head_dim={self.head_dim}, "
+            f"position={self.position}, sigmoid_bias={bias}, causal={self.causal}, "
+            f"window_size={self.window_size}"
+        )
+
+
+class SoftmaxAttention(SigmoidAttention):
+    """The softmax twin: same parameters, state_dict and everything, but A = softmax over the visible keys.
+
+    Softmax must be told which keys are masked, so its attention_fn takes one keyword more, `key_mask` (batch,
+    seqlen), passed only when there is one. A constant added to a row of scores does not change its softmax:
+    sigmoid_bias, fixed or learnable, is accepted and has no effect and no gradient.
+
+    Args, Raises: as `SigmoidAttention`; attention_fn defaults to `softmax_attention`.
+    """
+
+    def __init__(
+        self, dim: int, nheads: int, *, attention_fn: AttentionFn | None = None, **options: Any
+    ) -> None:
+        super().__init__(dim, nheads, attention_fn=attention_fn or softmax_attention, **options)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        mask = {} if key_mask is None else {"key_mask": key_mask}
+        return self.attention_fn(q, k, v, sigmoid_bias=self.sigmoid_bias, **self._options(q.device), **mask)
+
+
+def softmax_attention(
+    q: Float[Tensor, "batch seqlen_q nheads head_dim"],
+    k: Float[Tensor, "batch seqlen_k nheads_k head_dim"],
+    v: Float[Tensor, "batch seqlen_k nheads_k head_dim_v"],
+    *,
+    sigmoid_bias: float | Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    key_mask: Bool[Tensor, "batch seqlen_k"] | None = None,
+) -> Float[Tensor, "batch seqlen_q nheads head_dim_v"]:
+    """Softmax attention with the keywords of `sigmoid_attention`, by torch's scaled_dot_product_attention.
+
+        O = A V,   A = softmax(scale * Q K^T - alibi_slope * |p_i - j|) over the visible keys j
+
+    Visibility is that of `sigmoid_attention`: causal is bottom-right. A query that sees nothing gets zeros.
+    Without window, ALiBi and key_mask, and for causal only where seqlen_q == seqlen_k, no mask tensor is
+    built and torch's fast kernels apply.
+
+    Args:
+        q, k, v, scale, causal, window_size, alibi_slopes, dropout_p: as in `sigmoid_attention`.
+        sigmoid_bias: ignored, since softmax does not change when a row of scores is shifted.
+        key_mask: (batch, seqlen_k) bool, True for a key that may be attended to. Default: all.
+
+    Returns:
+        (batch, seqlen_q, nheads, head_dim_v) in the dtype of q.
+    """
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    # (batch, heads, seqlen, head_dim)
+    softmax = functools.partial(
+        F.scaled_dot_product_attention,
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        dropout_p=dropout_p,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    square_or_full = not causal or seqlen_q == seqlen_k
+    if square_or_full and window_size == (None, None) and alibi_slopes is None and key_mask is None:
+        return softmax(is_causal=causal).transpose(1, 2)
+
+    problem = make_problem(
+        q,
+        k,
+        v,
+        bias=None,
+        slopes=alibi_slopes,
+        sigmoid_bias=0.0,
+        scale=scale,
+        causal=causal,
+        window_left=window_size[0],
+        window_right=window_size[1],
+        q_offset=None,
+        dropout_p=dropout_p,
+        origin=(0, 0, 0, 0),
+        sigmoid="exact",
+    )
+    keep = visible(problem, q.device)
+    # (batch or 1, 1, seqlen_q, seqlen_k)
+    keep = q.new_ones(1, 1, seqlen_q, seqlen_k, dtype=torch.bool) if keep is None else keep[None, None]
+    if key_mask is not None:
+        keep = keep & key_mask[:, None, None, :]
+    sees_any = keep.any(-1, keepdim=True)
+    # a row of -inf would be NaN in some kernels' gradients: let it see everything, then drop its output
+    mask = keep | ~sees_any
+    if alibi_slopes is not None:
+        p = torch.arange(seqlen_q, device=q.device) + problem.q_offset
+        distance = (p[:, None] - torch.arange(seqlen_k, device=q.device)).abs()
+        mask = (-alibi_slopes[..., None, None] * distance).masked_fill(~mask, -torch.inf).to(q.dtype)
+    out = softmax(attn_mask=mask)
+    return out.masked_fill(~sees_any, 0.0).transpose(1, 2)

@@ -1,0 +1,167 @@
+"""Rotary embeddings, ALiBi slopes and sin-cos tables. Adding them to anything is the modules' business."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+_Sizes = ParamSpec("_Sizes")
+_Tables = TypeVar("_Tables", Tensor, tuple[Tensor, Tensor])
+
+
+def _remembered(make: Callable[_Sizes, _Tables]) -> Callable[_Sizes, _Tables]:
+    """`make`, computed once per arguments in eager mode. No buffers: no cast or checkpoint touches them.
+
+    While a graph or a dispatch mode (fake tensors, say) is being traced they are computed in place.
+    """
+
+    @functools.lru_cache(maxsize=4)
+    def remember(*args: object) -> _Tables:
+        # a tensor born in inference mode could not be saved for a later backward
+        with torch.inference_mode(False):
+            return cast("Callable[..., _Tables]", make)(*args)
+
+    @functools.wraps(make)
+    def call(*args: _Sizes.args, **kwargs: _Sizes.kwargs) -> _Tables:
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return make(*args, **kwargs)
+        return remember(*args, **kwargs)
+
+    return call
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """float64 where the device has it: an angle at position 1e5 is off by 6e-3 in float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+@_remembered
+def _rotary_tables(
+    seqlen: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base ** (-2 i / head_dim), each (seqlen, 1, head_dim / 2)."""
+    wide = _wide(device)
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=wide) / head_dim)
+    angle = torch.arange(seqlen, device=device, dtype=wide)[:, None, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary embedding: turns each pair (x_i, x_{i + head_dim/2}) by the angle p * base ** (-2 i / head_dim).
+
+    The product of a turned query and a turned key depends on their positions only through the distance.
+    Tables are computed for the length at hand, kept in float32 (float64 for float64 inputs) and shared
+    between modules; the turn itself is done in that dtype too. No parameters, no buffers.
+
+    Args:
+        head_dim: an even number.
+        base: the longest wavelength is 2 pi base. Default: 10,000.
+
+    Raises:
+        ValueError: head_dim is odd.
+
+    Source: arXiv:2104.09864, equation 34, with the halves paired as GPT-NeoX pairs them.
+    """
+
+    def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        if head_dim <= 0 or head_dim % 2:
+            raise ValueError(f"head_dim must be positive and even for rotary embeddings, got {head_dim}")
+        self.head_dim, self.base = head_dim, float(base)
+
+    def forward(
+        self, x: Float[Tensor, "batch seqlen nheads head_dim"], offset: int = 0
+    ) -> Float[Tensor, "batch seqlen nheads head_dim"]:
+        """x turned, token t standing at position t + offset; in the dtype of x."""
+        end = offset + x.shape[1]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # a power of two, so that growing lengths share few tables; a traced graph needs only its own
+        size = end if torch.compiler.is_compiling() else 1 << max(end - 1, 0).bit_length()
+        tables = _rotary_tables(size, self.head_dim, self.base, x.device, dtype)
+        # (seqlen, 1, head_dim / 2)
+        cos, sin = (table[offset:end] for table in tables)
+        left, right = x.to(dtype).chunk(2, dim=-1)
+        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, base={self.base:g}"
+
+
+def alibi_slopes(nheads: int, device: torch.device | str | None = None) -> Float[Tensor, " nheads"]:
+    """The geometric slopes of ALiBi in float32: 2 ** (-8 h / nheads) for h = 1 .. nheads.
+
+    For a number of heads that is no power of two: the slopes of the next lower power m, then the odd ones of
+    2 m.
+
+    Args:
+        nheads: number of query heads.
+        device: of the result. Default: torch's current one.
+
+    Raises:
+        ValueError: nheads is not positive.
+
+    Source: arXiv:2108.12409, section 3, and the authors' rule for other numbers of heads.
+    """
+    if nheads <= 0:
+        raise ValueError(f"nheads must be positive, got {nheads}")
+    return _alibi_slopes(nheads, torch.get_default_device() if device is None else torch.device(device))
+
+
+@_remembered
+def _alibi_slopes(nheads: int, device: torch.device) -> Tensor:
+    wide = _wide(device)
+    power = 1 << (nheads.bit_length() - 1)
+    whole = torch.arange(1, power + 1, device=device, dtype=wide) * (-8.0 / power)
+    between = torch.arange(1, 2 * (nheads - power), 2, device=device, dtype=wide) * (-4.0 / power)
+    return torch.cat((whole, between)).exp2().float()
+
+
+def sincos_positions(
+    size: int | tuple[int, int],
+    dim: int,
+    *,
+    base: float = 10_000.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "seqlen dim"]:
+    """Fixed sin-cos positions, 1D for a length and 2D for a grid of patches.
+
+        1D:  [sin(p w), cos(p w)] with w_i = base ** (-2 i / dim), i < dim / 2         (length, dim)
+        2D:  [1D of the row with dim / 2, 1D of the column with dim / 2], rows first    (height * width, dim)
+
+    Args:
+        size: the length, or (height, width).
+        dim: a multiple of 2 (1D) or 4 (2D).
+        base: the longest wavelength is 2 pi base. Default: 10,000.
+        device, dtype: of the result; computed in float64 where the device has it. Default: torch's, float32.
+
+    Raises:
+        ValueError: dim does not divide as above.
+
+    Source: arXiv:1706.03762, section 3.5; the 2D form as in arXiv:2111.06377 (MAE).
+    """
+    axes = 1 if isinstance(size, int) else 2
+    if dim <= 0 or dim % (2 * axes):
+        raise ValueError(f"dim must be a positive multiple of {2 * axes} for {axes}D positions, got {dim}")
+    where = torch.get_default_device() if device is None else torch.device(device)
+    wide = _wide(where)
+    width = dim // axes
+    frequency = base ** (-torch.arange(0, width, 2, device=where, dtype=wide) / width)
+
+    def one_axis(position: Tensor) -> Tensor:
+        angle = position.to(wide)[:, None] * frequency
+        return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+    if isinstance(size, int):
+        return one_axis(torch.arange(size, device=where)).to(dtype)
+    rows, columns = size
+    patch = torch.arange(rows * columns, device=where)
+    return torch.cat((one_axis(patch // columns), one_axis(patch % columns)), dim=-1).to(dtype)
