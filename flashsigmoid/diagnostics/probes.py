@@ -134,7 +134,7 @@ def softmax_weights(
 
 
 def probe_attention(model: nn.Module, *inputs: Any, **keywords: Any) -> list[AttentionProbe]:
-    """Measure every attention layer of a model in one forward, `model(*inputs, **keywords)`, without a gradient.
+    """Measure every attention layer of a model in one forward without gradients, model(*inputs, **keywords).
 
     Layers are `nn.SigmoidAttention` and `nn.SoftmaxAttention`, in the order in which they run. The norm is
     that of what the layer's attention_fn returned; the weights are computed again from q and k, in float32
