@@ -1,0 +1,255 @@
+"""A decoder-only language model of sigmoid attention, its configuration and its sizes. No training, no sampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import MLP, Block, RMSNorm, SigmoidAttention, SoftmaxAttention, SwiGLU
+from ..nn.attention import AttentionFn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """Everything that shapes a `GPT`. The softmax twin is dataclasses.replace(config, attention="softmax").
+
+    Raises:
+        ValueError: a field breaks the rule beside it.
+    """
+
+    vocab_size: int  # rows of the embedding; at least the tokenizer's vocabulary
+    seqlen: int  # training context in tokens; fixes sigmoid_bias and the longest input
+    nlayers: int  # blocks
+    dim: int  # channels of the residual stream, a multiple of nheads
+    nheads: int  # query heads
+    nheads_k: int | None = None  # key and value heads, a divisor of nheads; None: nheads
+    position: Literal["alibi", "rope"] = "alibi"  # the paper's choice for sigmoid language models is ALiBi
+    norm: Literal["pre", "hybrid"] = "pre"  # hybrid also normalises each branch's output: 1B at 4096 needs it
+    qk_norm: bool = True  # RMSNorm of queries and keys per head
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    mlp_dim: int | None = None  # hidden channels; None: 8/3 dim rounded up to 64 (swiglu), 4 dim (gelu)
+    layer_scale: float | None = None  # initial factor per channel on each branch; None: no LayerScale
+    dropout_p: float = 0.0  # of attention weights and of embedded tokens, in training, in [0, 1)
+    gate: bool = False  # elementwise sigmoid gate on the heads' outputs
+    window_size: tuple[int | None, int | None] = (None, None)  # (left, None): tokens back; None: all
+    attention: Literal["sigmoid", "softmax"] = "sigmoid"  # the one field in which a pair differs
+    sigmoid_bias: float | None = None  # b; None: -log(seqlen) of this config, whatever the input's length
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "window_size", tuple(self.window_size))
+        for name in ("vocab_size", "seqlen", "nlayers", "dim", "nheads", "nheads_k", "mlp_dim"):
+            size = getattr(self, name)
+            if not (type(size) is int and size > 0) and not (size is None and name in ("nheads_k", "mlp_dim")):
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        if self.dim % self.nheads:
+            raise ValueError(f"dim must be a multiple of nheads={self.nheads}, got {self.dim}")
+        if self.nheads % self.kv_heads:
+            raise ValueError(f"nheads must be a multiple of nheads_k={self.nheads_k}, got {self.nheads}")
+        if self.position == "rope" and self.dim // self.nheads % 2:
+            raise ValueError(f"dim / nheads must be even for position='rope', got {self.dim // self.nheads}")
+        for name, allowed in (
+            ("position", ("alibi", "rope")),
+            ("norm", ("pre", "hybrid")),
+            ("mlp", ("swiglu", "gelu")),
+            ("attention", ("sigmoid", "softmax")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not 0.0 <= self.dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be in [0, 1), got {self.dropout_p}")
+        left, right = self.window_size if len(self.window_size) == 2 else (-1, None)
+        if right is not None or not (left is None or left >= 0):
+            raise ValueError(
+                f"window_size must be (left, None) with left None or >= 0, got {self.window_size}: "
+                "a causal model sees nothing to the right"
+            )
+        if self.sigmoid_bias is not None and not self.sigmoid_bias < math.inf:
+            raise ValueError(f"sigmoid_bias must be a number below inf, or None, got {self.sigmoid_bias}")
+
+    @property
+    def bias(self) -> float:
+        """b of every attention: `sigmoid_bias`, or -log(seqlen)."""
+        return -math.log(self.seqlen) if self.sigmoid_bias is None else self.sigmoid_bias
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.nheads if self.nheads_k is None else self.nheads_k
+
+
+class GPT(nn.Module):
+    """A causal transformer over tokens: logits = W_head norm(blocks(W_embed[tokens])), float (batch, seqlen, vocab_size).
+
+    Embedding and head are separate matrices: tied, a fresh model would predict the token it has just read.
+    Start: embeddings N(0, 0.02^2), small beside what the first blocks add, so that they are soon overwritten by it;
+    every other matrix N(0, 1 / fan_in), which keeps the variance; the two that end a branch are divided by
+    sqrt(2 nlayers), so the sum of 2 nlayers branches has the variance of one; the head is N(0, 1 / (4 dim)): the first
+    loss is within 0.13 of log(vocab_size). Norms start at 1.
+
+    Packed documents are separated by an end-of-text token and nothing else: attention crosses it, as in GPT-2, and
+    the model learns what the token means.
+
+    Args:
+        config: its shape.
+        attention_fn: called instead of `sigmoid_attention` (of torch's SDPA for softmax); see `nn.SigmoidAttention`.
+
+    Source: arXiv:2409.04431 for the practices (b = -log n, QK-norm, hybrid-norm, ALiBi, SwiGLU); the depth factor is
+    that of GPT-2, section 2.3.
+    """
+
+    def __init__(self, config: GPTConfig, *, attention_fn: AttentionFn | None = None) -> None:
+        super().__init__()
+        self.config = config
+        attention_class = SigmoidAttention if config.attention == "sigmoid" else SoftmaxAttention
+        injected = {} if attention_fn is None else {"attention_fn": attention_fn}
+
+        def block() -> Block:
+            attention = attention_class(
+                config.dim,
+                config.nheads,
+                nheads_k=config.nheads_k,
+                qk_norm=config.qk_norm,
+                position=config.position,
+                sigmoid_bias=config.bias,
+                causal=True,
+                window_size=config.window_size,
+                dropout_p=config.dropout_p,
+                gate=config.gate,
+                **injected,
+            )
+            swiglu = config.mlp == "swiglu"
+            mlp = (
+                SwiGLU(config.dim, config.mlp_dim)
+                if swiglu
+                else MLP(config.dim, config.mlp_dim, bias=False)
+            )
+            return Block(attention, mlp, config.dim, norm=config.norm, layer_scale=config.layer_scale)
+
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.dropout = nn.Dropout(config.dropout_p)
+        self.blocks = nn.ModuleList(block() for _ in range(config.nlayers))
+        self.norm = RMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the matrices anew, as the class says; norms and LayerScales set themselves at construction."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                ends_branch = name.endswith(("out_proj", "down_proj"))
+                std = module.in_features**-0.5 / (math.sqrt(2 * self.config.nlayers) if ends_branch else 1.0)
+                nn.init.normal_(module.weight, std=std / 2 if module is self.head else std)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, tokens: Int[Tensor, "batch seqlen"]) -> Float[Tensor, "batch seqlen vocab_size"]:
+        """Logits of the next token after each token.
+
+        Args:
+            tokens: (batch, seqlen) int64, at most config.seqlen of them.
+
+        Raises:
+            ValueError: tokens are not (batch, seqlen), or longer than the context.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] > self.config.seqlen:
+            raise ValueError(
+                f"tokens must be (batch, seqlen) with seqlen <= {self.config.seqlen}, got {tuple(tokens.shape)}"
+            )
+        # (batch, seqlen, dim)
+        x = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            x = block(x)
+        # (batch, seqlen, vocab_size)
+        return self.head(self.norm(x))
+
+
+def gpt_demo() -> GPTConfig:
+    """The demo's: bytes, 4 layers of 128, context 128; a minute or two on two CPU cores."""
+    return GPTConfig(vocab_size=257, seqlen=128, nlayers=4, dim=128, nheads=4)
+
+
+def gpt_40m() -> GPTConfig:
+    """About 40 million parameters: 8 layers of 512, context 1024, BPE of 16,384."""
+    return GPTConfig(vocab_size=16_384, seqlen=1024, nlayers=8, dim=512, nheads=8)
+
+
+def gpt_85m() -> GPTConfig:
+    """The paper's 85M (without embeddings): 12 layers of 768, context 2048, ALiBi, QK-norm. Source: arXiv:2409.04431."""
+    return GPTConfig(vocab_size=32_768, seqlen=2048, nlayers=12, dim=768, nheads=12)
+
+
+def gpt_1b() -> GPTConfig:
+    """The paper's 1B: 24 layers of 2048, context 4096, hybrid-norm besides. Source: arXiv:2409.04431."""
+    return GPTConfig(vocab_size=32_768, seqlen=4096, nlayers=24, dim=2048, nheads=32, norm="hybrid")
+
+
+def gpt_7b() -> GPTConfig:
+    """The paper's 7B: 32 layers of 4096, context 4096, hybrid-norm. Source: arXiv:2409.04431."""
+    return GPTConfig(vocab_size=32_768, seqlen=4096, nlayers=32, dim=4096, nheads=32, norm="hybrid")
+
+
+def parameter_count(config: GPTConfig) -> int:
+    """Parameters of `GPT(config)`, counted on the meta device: no memory is taken."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(config).parameters())
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What one training step holds, in bytes."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
+
+
+def memory_estimate(
+    config: GPTConfig, batch: int, *, dtype: torch.dtype = torch.bfloat16, checkpointed: bool = False
+) -> MemoryEstimate:
+    """Bytes of training on one device with AdamW and an attention that keeps nothing of O(seqlen^2).
+
+        weights, gradients = 4 P each       optimizer = 8 P        P parameters, all kept in float32
+        activations = batch * seqlen * (nlayers * layer + 4 (2 dim) + (4 + s) vocab_size) + (2 P if s < 4)
+        layer = 4 * wide + s * narrow       s = bytes of `dtype`
+        wide   = 2 dim + q + k (+ 2 dim hybrid) (+ 2 dim LayerScale)    inputs of the norms, float32 under autocast
+        narrow = 2 dim + 2 q + k + 2 v (+ 2 q gate) + m mlp_dim         what the products keep; m = 4 swiglu, 2 gelu
+
+    with q = dim, k = v = dim * nheads_k / nheads channels. Under autocast (s = 2) 2 P are the cast copies of the
+    weights. The allocator's overhead, temporaries and a compiler's savings are not in it.
+
+    Args:
+        config: the model.
+        batch: sequences of config.seqlen tokens in one micro-batch.
+        dtype: of the matrix products, float32 or what autocast uses. Default: bfloat16.
+        checkpointed: layers recomputed in backward, only their input kept. Default: False.
+
+    Raises:
+        ValueError: batch is not positive.
+    """
+    if batch < 1:
+        raise ValueError(f"batch must be positive, got {batch}")
+    with torch.device("meta"):
+        model = GPT(config)
+    p = sum(parameter.numel() for parameter in model.parameters())
+    s, d, q, k = dtype.itemsize, config.dim, config.dim, config.dim * config.kv_heads // config.nheads
+    (mlp_dim,) = {b.mlp.down_proj.in_features for b in model.blocks}  # pyright: ignore[reportAttributeAccessIssue]
+    wide = 2 * d + (q + k if config.qk_norm else 0)
+    wide += (2 * d if config.norm == "hybrid" else 0) + (2 * d if config.layer_scale is not None else 0)
+    narrow = 2 * d + 2 * q + k + k + k + (2 * q if config.gate else 0)
+    narrow += (4 if config.mlp == "swiglu" else 2) * mlp_dim
+    layer = 4 * wide + s * narrow
+    blocks = config.nlayers * 4 * d + layer if checkpointed else config.nlayers * layer
+    activations = batch * config.seqlen * (blocks + 4 * 2 * d + (4 + s) * config.vocab_size)
+    return MemoryEstimate(4 * p, 4 * p, 8 * p, activations + (2 * p if s < 4 else 0))

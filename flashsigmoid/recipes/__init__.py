@@ -1,0 +1,1 @@
+"""Recipes: functions that return a complete, frozen run description. A variant is dataclasses.replace of one."""

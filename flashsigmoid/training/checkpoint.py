@@ -1,0 +1,184 @@
+"""Checkpoints: one directory each, complete or not there; weights in safetensors, no pickle on any load path.
+
+    checkpoints/step-00000100/
+      model.safetensors   the model's parameters
+      trainer.pt          Lightning's state and ours: plain containers and tensors, loaded with weights_only=True
+      config.json         what was trained, and on what
+      tokenizer.json      see tokenizer.py
+
+A checkpoint is written to a sibling that ends in .tmp, flushed to the disk and renamed: a crash leaves a .tmp, never
+half a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning.plugins import CheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..models.gpt import GPT, GPTConfig
+from .tokenizer import Tokenizer, load_tokenizer
+
+FOLDER = "checkpoints"
+WEIGHTS, TRAINER, CONFIG, TOKENIZER = "model.safetensors", "trainer.pt", "config.json", "tokenizer.json"
+_PREFIX = "model."  # of the GPT inside the LightningModule
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` optimizer steps stands."""
+    return run_dir / FOLDER / f"step-{step:08d}"
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = Path(run_dir) / FOLDER
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and _complete(path)]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest checkpoint of the run at `path`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = Path(path)
+    if _complete(path):
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise ValueError(f"a checkpoint, or a run with one, must be at the path, got {path}")
+    return found[-1]
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
+    """The model, in eval mode, and the tokenizer of a checkpoint or of a run's newest checkpoint.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = find_checkpoint(path)
+    try:
+        model = GPT(GPTConfig(**load_config(path)["model"]))
+        model.load_state_dict(load_file(path / WEIGHTS))
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"a checkpoint must hold a GPT and its weights, got {path}: {error}") from error
+    return model.to(device).eval(), load_tokenizer(path / TOKENIZER)
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint."""
+    return json.loads((path / CONFIG).read_text("utf-8"))
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what a crash left half written or half removed."""
+    for path in (run_dir / FOLDER).glob("*.tmp"):
+        shutil.rmtree(path)
+
+
+def keep_last(run_dir: Path, count: int) -> None:
+    """Remove all but the newest `count` checkpoints; each stops being one before its files go."""
+    for path in checkpoints(run_dir)[:-count]:
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove one checkpoint; it stops being one before its files go."""
+    doomed = path.with_name(path.name + ".tmp")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+class DirectoryCheckpoint(CheckpointIO):
+    """Lightning's checkpoints as directories: give it to the Trainer as a plugin.
+
+    Args:
+        config: for config.json.
+        tokenizer: for tokenizer.json.
+    """
+
+    def __init__(self, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+        self.config, self.tokenizer = config, tokenizer
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write Lightning's `checkpoint` to the directory `path`; when this returns it survives a loss of power."""
+        path = Path(path)
+        draft = path.with_name(path.name + ".tmp")
+        if draft.exists():
+            shutil.rmtree(draft)
+        draft.mkdir(parents=True)
+        weights = {key.removeprefix(_PREFIX): value for key, value in checkpoint["state_dict"].items()}
+        save_file({key: value.contiguous() for key, value in weights.items()}, draft / WEIGHTS)
+        torch.save({key: value for key, value in checkpoint.items() if key != "state_dict"}, draft / TRAINER)
+        (draft / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", "utf-8")
+        (draft / TOKENIZER).write_text(self.tokenizer.to_json(), "utf-8")
+        for file in (*sorted(draft.iterdir()), draft):
+            _flush(file)
+        os.rename(draft, path)
+        _flush(path.parent)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """What `save_checkpoint` was given, on the CPU.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
+        path = Path(path)
+        try:
+            state = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+            weights = load_file(path / WEIGHTS)
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"a checkpoint must be whole, got {path}: {error}") from error
+        return {**state, "state_dict": {_PREFIX + key: value for key, value in weights.items()}}
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove one checkpoint."""
+        remove(Path(path))
+
+
+def rng_state() -> dict[str, Any]:
+    """The random states of python, numpy, torch and every CUDA device, as plain containers and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(np.array(keys, np.int64)), int(position), int(has_gauss), float(gauss)),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put the random states of `rng_state` back."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _complete(path: Path) -> bool:
+    return all((path / name).is_file() for name in (WEIGHTS, TRAINER, CONFIG, TOKENIZER))
+
+
+def _flush(path: Path) -> None:
+    """Have the file or directory on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,96 @@
+"""What a training is: its complete, frozen description, and what of it may change when it is resumed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from ..models.gpt import GPTConfig
+from .data import DataConfig
+from .optim import OptimConfig
+
+# these touch neither a parameter nor the tokens; whether the tokens are the same is told by their fingerprint
+FREE = {
+    "run.name",
+    "run.keep_last",
+    "run.log_every",
+    "run.sample_tokens",
+    "run.save_every",
+    "run.val_every",
+    "data.source",
+    "data.val_fraction",
+    "data.val_documents",
+    "data.val_windows",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRun:
+    """A complete description of one training: on the same machine with the same versions it gives the same model.
+
+    Raises:
+        ValueError: a field breaks the rule beside it.
+    """
+
+    name: str  # of the recipe
+    model: GPTConfig
+    optim: OptimConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    steps: int  # optimizer steps, a multiple of val_every
+    batch: int  # windows of model.seqlen tokens in a micro-batch
+    accumulate: int = 1  # micro-batches in an optimizer step
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: parameters in fp32, products in bf16 under autocast
+    seed: int = 0  # of the parameters, the order of the data and dropout
+    val_every: int = 100  # steps between validations; there is one before the first step too
+    save_every: int = 100  # steps between checkpoints; there is one after the last step too
+    keep_last: int = 2  # checkpoints that stay
+    log_every: int = 10  # steps between records of the training loss
+    sample_tokens: int = 300  # of the text drawn at the end; 0: none
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "val_every", "save_every", "keep_last", "log_every"):
+            number = getattr(self, name)
+            if type(number) is not int or number < 1:
+                raise ValueError(f"{name} must be a positive integer, got {number!r}")
+        if self.steps % self.val_every:
+            raise ValueError(f"steps must be a multiple of val_every={self.val_every}, got {self.steps}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        if self.sample_tokens < 0:
+            raise ValueError(f"sample_tokens must not be negative, got {self.sample_tokens}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
+
+    def with_attention(self, attention: Literal["sigmoid", "softmax"]) -> LanguageRun:
+        """The same run with this attention: a pair differs in nothing else."""
+        return replace(self, model=replace(self.model, attention=attention))
+
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """The description in plain containers: {"model": ..., "optim": ..., "data": ..., "run": ...}, as in config.json."""
+        fields = asdict(self)
+        sections = {name: fields.pop(name) for name in ("model", "optim", "data")}
+        return json.loads(json.dumps({**sections, "run": fields}))
+
+    def settings(self) -> dict[str, Any]:
+        """The description in one flat dict for the records; sigmoid_bias is the number that is used."""
+        flat = {key: value for section in self.sections().values() for key, value in section.items()}
+        return {"recipe": flat.pop("name"), **flat, "sigmoid_bias": self.model.bias}
+
+
+def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Whether a run described by config.json `old` may go on as `new` describes it.
+
+    Raises:
+        ValueError: a field that shapes the result differs; names it.
+    """
+    for section in ("model", "optim", "data", "run"):
+        for name in sorted({*old[section], *new[section]}):
+            before, now = old[section].get(name), new[section].get(name)
+            if before != now and f"{section}.{name}" not in FREE:
+                raise ValueError(f"{section}.{name} must stay as the run began to resume it, {before!r}, got {now!r}")
+    if old["fingerprint"] != new["fingerprint"]:
+        raise ValueError(
+            f"data must be the same tokens as when the run began to resume it, {old['data']['source']!r}, "
+            f"got others from {new['data']['source']!r}"
+        )
