@@ -69,8 +69,8 @@ class MultiheadAttention(nn.Module):
         backend: as in `flashsigmoid.sigmoid_attention`. Default: "auto".
 
     Raises:
-        ValueError: embed_dim is no positive multiple of num_heads, dropout is outside [0, 1), or backend has no
-            such name.
+        ValueError: embed_dim is no positive multiple of num_heads, dropout is outside [0, 1), or there is no
+            such backend.
 
     Source: arXiv:2409.04431; the interface of torch.nn.MultiheadAttention.
     """

@@ -44,8 +44,7 @@ class LayerScale(nn.Module):
     def __init__(self, dim: int, init: float = 1e-4) -> None:
         super().__init__()
         self.init = init
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
+        self.weight = nn.Parameter(torch.full((dim,), float(init)))
 
     def reset_parameters(self) -> None:
         """Set every factor to `init`."""

@@ -119,9 +119,9 @@ def alibi_slopes(nheads: int, device: torch.device | str | None = None) -> Float
 def _alibi_slopes(nheads: int, device: torch.device) -> Tensor:
     wide = _wide(device)
     power = 1 << (nheads.bit_length() - 1)
-    whole = torch.arange(1, power + 1, device=device, dtype=wide) * (-8.0 / power)
-    between = torch.arange(1, 2 * (nheads - power), 2, device=device, dtype=wide) * (-4.0 / power)
-    return torch.cat((whole, between)).exp2().float()
+    steps = torch.arange(power, device=device, dtype=wide)
+    whole, between = (steps + 1) * (-8.0 / power), (2 * steps + 1) * (-4.0 / power)
+    return torch.cat((whole, between))[:nheads].exp2().float()
 
 
 def sincos_positions(

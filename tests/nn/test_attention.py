@@ -1,0 +1,417 @@
+"""SigmoidAttention and its softmax twin against formulas written out a second time, in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from flashsigmoid import sigmoid_attention
+from flashsigmoid.nn import SigmoidAttention, SoftmaxAttention, alibi_slopes, softmax_attention
+
+DIM, NHEADS = 24, 4
+
+# one feature at a time, then together; seqlen 1 (one key), 7 and 65 (no multiple of any block)
+OPTIONS = [
+    {},
+    {"qk_norm": False},
+    {"causal": True},
+    {"window_size": (3, 1)},
+    {"causal": True, "window_size": (4, None)},
+    {"nheads_k": 2},
+    {"nheads_k": 1, "head_dim": 10},
+    {"position": "rope"},
+    {"position": "alibi"},
+    {"gate": True, "proj_bias": True},
+    {"sigmoid_bias": -3.5},
+    {"sigmoid_bias": -2.0, "bias_mode": "learnable"},
+    {"sigmoid_bias": -2.0, "bias_mode": "per_head"},
+    {
+        "nheads_k": 2,
+        "position": "rope",
+        "rope_base": 100.0,
+        "causal": True,
+        "gate": True,
+        "sigmoid_bias": -4.0,
+        "bias_mode": "per_head",
+    },
+    {"nheads_k": 1, "position": "alibi", "causal": True, "window_size": (20, None), "proj_bias": True},
+]
+
+
+def rms(x, weight):
+    return weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def turned(x, base):
+    """RoPE by complex numbers: token t turns (x_i, x_{i + d/2}) by t * base ** (-2 i / d)."""
+    half = x.shape[-1] // 2
+    pairs = torch.complex(x[..., :half], x[..., half:])
+    angle = torch.arange(x.shape[1])[:, None] * torch.tensor(
+        [base ** (-i / half) for i in range(half)], dtype=x.dtype
+    )
+    pairs = pairs * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat((pairs.real, pairs.imag), -1)
+
+
+def visible(i, j, causal=False, window_size=(None, None)):
+    left, right = window_size
+    return not (
+        (causal and j > i) or (left is not None and j < i - left) or (right is not None and j > i + right)
+    )
+
+
+def written_out(module, x, options, weights_of_scores):
+    """The module's docstring in plain loops over heads; weights_of_scores(scores, head, keep) gives A."""
+    nheads_k, head_dim = module.nheads_k, module.head_dim
+    q = module.q_proj(x).view(*x.shape[:2], NHEADS, head_dim)
+    k = module.k_proj(x).view(*x.shape[:2], nheads_k, head_dim)
+    v = module.v_proj(x).view(*x.shape[:2], nheads_k, head_dim)
+    if options.get("qk_norm", True):
+        q, k = rms(q, module.q_norm.weight), rms(k, module.k_norm.weight)
+    if options.get("position") == "rope":
+        base = options.get("rope_base", 10_000.0)
+        q, k = turned(q, base), turned(k, base)
+    seqlen = x.shape[1]
+    sees = {key: options[key] for key in ("causal", "window_size") if key in options}
+    keep = torch.tensor([[visible(i, j, **sees) for j in range(seqlen)] for i in range(seqlen)])
+    distance = torch.tensor([[abs(i - j) for j in range(seqlen)] for i in range(seqlen)])
+    heads = []
+    for h in range(NHEADS):
+        h_k = h // (NHEADS // nheads_k)
+        scores = q[:, :, h] @ k[:, :, h_k].mT / math.sqrt(head_dim)
+        if options.get("position") == "alibi":
+            scores = scores - 2.0 ** (-8.0 * (h + 1) / NHEADS) * distance
+        heads.append(weights_of_scores(scores, h, keep) @ v[:, :, h_k])
+    out = torch.cat(heads, -1)
+    if options.get("gate"):
+        out = out * module.gate_proj(x).sigmoid()
+    return module.out_proj(out)
+
+
+def sigmoid_weights(module, options):
+    def weights(scores, h, keep):
+        b = options.get("sigmoid_bias")
+        mode = options.get("bias_mode", "fixed")
+        if mode == "learnable":
+            b = module.sigmoid_bias
+        elif mode == "per_head":
+            b = module.sigmoid_bias[h]
+        elif b is None:
+            b = -math.log(scores.shape[-1])
+        return torch.sigmoid(scores + b) * keep
+
+    return weights
+
+
+def softmax_weights(scores, h, keep):
+    return scores.masked_fill(~keep, -math.inf).softmax(-1)
+
+
+def make(cls, **options):
+    module = cls(DIM, NHEADS, **options).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def outputs_and_gradients(module, function, x):
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    out = function(x)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    return {"out": out, "dx": x.grad} | {
+        name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("seqlen", [1, 7, 65])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_sigmoid_attention_is_its_formula(options, seqlen):
+    module = make(SigmoidAttention, **options)
+    x = torch.randn(2, seqlen, DIM, dtype=torch.float64)
+    actual = outputs_and_gradients(module, module, x)
+    weights = sigmoid_weights(module, options)
+    expected = outputs_and_gradients(module, lambda x: written_out(module, x, options, weights), x)
+    assert actual.keys() == expected.keys() == {"out", "dx", *dict(module.named_parameters())}
+    for name in expected:
+        assert_close(actual[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("seqlen", [1, 7, 65])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_softmax_attention_is_its_formula(options, seqlen):
+    module = make(SoftmaxAttention, **options)
+    x = torch.randn(2, seqlen, DIM, dtype=torch.float64)
+    actual = outputs_and_gradients(module, module, x)
+    expected = outputs_and_gradients(module, lambda x: written_out(module, x, options, softmax_weights), x)
+    # a shift of the scores does not reach the output of a softmax
+    assert (
+        actual.keys() == expected.keys() == {"out", "dx", *dict(module.named_parameters())} - {"sigmoid_bias"}
+    )
+    for name in expected:
+        assert_close(actual[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_twins_differ_in_the_attention_alone(options):
+    sigmoid, softmax = make(SigmoidAttention, **options), make(SoftmaxAttention, **options)
+    softmax.load_state_dict(sigmoid.state_dict(), strict=True)
+    x = torch.randn(2, 9, DIM, dtype=torch.float64)
+    assert not torch.equal(sigmoid(x), softmax(x))
+    softmax.attention_fn = sigmoid.attention_fn
+    assert torch.equal(sigmoid(x), softmax(x))
+
+
+@pytest.mark.parametrize("cls", [SigmoidAttention, SoftmaxAttention])
+@pytest.mark.parametrize("position", [None, "rope", "alibi"])
+def test_a_padded_sequence_is_that_sequence_alone(cls, position):
+    """Left, right and inner padding; whatever stands in the padding, and whatever else is in the batch."""
+    module = make(cls, position=position)
+    x = torch.randn(4, 9, DIM, dtype=torch.float64)
+    key_mask = torch.ones(4, 9, dtype=torch.bool)
+    key_mask[0, 6:] = False
+    key_mask[1, :4] = False
+    key_mask[2, 1:8] = False
+    out = module(x, key_mask)
+    assert_close(out[0, :6], module(x[:1, :6])[0])
+    # RoPE and ALiBi are relative, so a shift of all tokens changes nothing
+    assert_close(out[1, 4:], module(x[1:2, 4:])[0])
+    assert_close(out[3], module(x[3:])[0])
+    if position is None:
+        assert_close(out[2, [0, 8]], module(x[2:3, [0, 8]])[0])
+    noise = torch.where(key_mask[..., None], x, 1e3 * torch.randn_like(x))
+    assert_close(module(noise, key_mask)[key_mask], out[key_mask])
+
+
+@pytest.mark.parametrize("cls", [SigmoidAttention, SoftmaxAttention])
+def test_a_sequence_without_keys_gives_zeros_and_no_nan(cls):
+    module = make(cls)
+    key_mask = torch.tensor([[True, True, False], [False, False, False]])
+    result = outputs_and_gradients(
+        module, lambda x: module(x, key_mask), torch.randn(2, 3, DIM, dtype=torch.float64)
+    )
+    assert all(x.isfinite().all() for x in result.values())
+    assert (result["out"][1] == 0).all()
+    assert (result["dx"][1] == 0).all()
+    assert (result["out"][0] != 0).all()
+
+
+def test_a_fixed_bias_is_not_changed_by_a_key_mask():
+    module = make(SigmoidAttention, sigmoid_bias=-2.0)
+    seen = []
+    module.attention_fn = lambda q, k, v, **kw: (
+        seen.append(kw["sigmoid_bias"]) or sigmoid_attention(q, k, v, **kw)
+    )
+    module(torch.randn(2, 5, DIM, dtype=torch.float64), torch.ones(2, 5, dtype=torch.bool))
+    assert seen == [-2.0]
+
+
+@pytest.mark.parametrize("cls", [SigmoidAttention, SoftmaxAttention])
+def test_attention_fn_gets_the_agreed_arguments(cls):
+    seen = {}
+
+    def attention_fn(q, k, v, *, sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p):
+        seen.update(locals())
+        return q
+
+    module = cls(
+        DIM,
+        NHEADS,
+        nheads_k=2,
+        position="alibi",
+        causal=True,
+        window_size=(2, None),
+        dropout_p=0.25,
+        sigmoid_bias=-1.0,
+        attention_fn=attention_fn,
+    )
+    module(torch.randn(3, 5, DIM))
+    assert seen["q"].shape == (3, 5, NHEADS, 6)
+    assert seen["k"].shape == seen["v"].shape == (3, 5, 2, 6)
+    assert (seen["sigmoid_bias"], seen["scale"], seen["causal"]) == (-1.0, 6**-0.5, True)
+    assert (seen["window_size"], seen["dropout_p"]) == ((2, None), 0.25)
+    assert torch.equal(seen["alibi_slopes"], alibi_slopes(NHEADS))
+    module.eval()(torch.randn(3, 5, DIM))
+    assert seen["dropout_p"] == 0.0
+
+
+@pytest.mark.parametrize("cls", [SigmoidAttention, SoftmaxAttention])
+def test_dropout_acts_in_training_only(cls):
+    module = make(cls, dropout_p=0.5)
+    x = torch.randn(1, 40, DIM, dtype=torch.float64)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nheads_k": 3}, "nheads must be a positive multiple of nheads_k, got nheads=4, nheads_k=3"),
+        ({"nheads_k": 0}, "nheads_k=0"),
+        ({"position": "learned"}, "position must be 'rope', 'alibi' or None, got 'learned'"),
+        ({"position": "rope", "head_dim": 5}, "head_dim must be positive and even .* got 5"),
+        ({"bias_mode": "free"}, "bias_mode must be .* got 'free'"),
+        ({"bias_mode": "learnable"}, "sigmoid_bias must be given with bias_mode='learnable'.* got None"),
+        ({"bias_mode": "per_head"}, "sigmoid_bias must be given with bias_mode='per_head'.* got None"),
+        ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_one_clear_error(options, words):
+    with pytest.raises(ValueError, match=words):
+        SigmoidAttention(DIM, NHEADS, **options)
+
+
+def test_a_dim_that_does_not_divide_is_one_clear_error():
+    with pytest.raises(ValueError, match=r"dim must be a multiple of nheads .* got dim=25, nheads=4"):
+        SigmoidAttention(25, 4)
+    assert SigmoidAttention(25, 4, head_dim=8)(torch.randn(1, 2, 25)).shape == (1, 2, 25)
+
+
+@pytest.mark.parametrize("key_mask", [torch.ones(2, 5), torch.ones(2, 4, dtype=torch.bool)])
+def test_a_wrong_key_mask_is_one_clear_error(key_mask):
+    with pytest.raises(ValueError, match=r"key_mask must be bool \(batch, seqlen\) = \(2, 5\), got"):
+        SigmoidAttention(DIM, NHEADS)(torch.randn(2, 5, DIM), key_mask)
+
+
+@pytest.mark.parametrize("cls", [SigmoidAttention, SoftmaxAttention])
+@pytest.mark.parametrize("position", [None, "rope", "alibi"])
+def test_bf16_autocast_and_cast_modules_work(cls, position):
+    """float32 weights under autocast, and a module cast as a whole, beside the same in float32."""
+    module = cls(DIM, NHEADS, position=position, causal=True)
+    x = torch.randn(2, 33, DIM)
+    expected = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    cast = copy.deepcopy(module).bfloat16()(x.bfloat16())
+    assert cast.dtype == torch.bfloat16
+    for actual in (out, cast):
+        error = (actual.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        # bfloat16 has 2 ** -8 of relative precision
+        assert error < 4 * 2**-8
+
+
+def test_positions_survive_inference_mode_casts_and_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for position in ("rope", "alibi"):
+        # sizes of its own, so that no other test has filled the cache
+        module = SigmoidAttention(DIM, 3, position=position, rope_base=77.0)
+        assert not list(module.buffers())
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            module(torch.empty(1, 6, DIM))
+        with torch.inference_mode():
+            module(torch.randn(1, 6, DIM))
+        module(torch.randn(1, 6, DIM)).sum().backward()
+        out = copy.deepcopy(module).bfloat16().float()(torch.ones(1, 6, DIM))
+        assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("cls", [SigmoidAttention, SoftmaxAttention])
+def test_checkpointing_gives_equal_gradients_with_dropout(cls):
+    module = make(cls, dropout_p=0.3, position="rope", causal=True)
+    x = torch.randn(2, 17, DIM, dtype=torch.float64)
+    torch.manual_seed(5)
+    plain = outputs_and_gradients(module, module, x)
+    torch.manual_seed(5)
+    again = outputs_and_gradients(module, lambda x: checkpoint(module, x, use_reentrant=False), x)
+    for name in plain:
+        assert torch.equal(plain[name], again[name]), name
+
+
+def test_deepcopy_is_equal_and_independent():
+    module = make(SigmoidAttention, position="rope", sigmoid_bias=-1.0, bias_mode="per_head")
+    x = torch.randn(1, 5, DIM, dtype=torch.float64)
+    before = module(x)
+    other = copy.deepcopy(module)
+    assert torch.equal(other(x), before)
+    with torch.no_grad():
+        other.sigmoid_bias.zero_()
+    assert torch.equal(module(x), before)
+
+
+# ---- softmax_attention ----
+
+
+def softmax_written_out(q, k, v, keep, slopes):
+    group = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
+    if slopes is not None:
+        offset = k.shape[1] - q.shape[1]
+        distance = torch.tensor([[abs(i + offset - j) for j in range(k.shape[1])] for i in range(q.shape[1])])
+        scores = scores - slopes[:, None, None] * distance
+    weights = scores.masked_fill(~keep, -math.inf).softmax(-1).nan_to_num(0.0)
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
+@pytest.mark.parametrize("seqlens", [(7, 7), (3, 8), (8, 3), (1, 5)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window_size", [(None, None), (2, None), (1, 1)])
+@pytest.mark.parametrize("nheads_k", [4, 2])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_softmax_attention_sees_what_sigmoid_attention_sees(
+    seqlens, causal, window_size, nheads_k, alibi, masked
+):
+    seqlen_q, seqlen_k = seqlens
+    q, k, v = (
+        torch.randn(2, seqlen, heads, dim, dtype=torch.float64, requires_grad=True)
+        for seqlen, heads, dim in ((seqlen_q, 4, 6), (seqlen_k, nheads_k, 6), (seqlen_k, nheads_k, 5))
+    )
+    slopes = alibi_slopes(4).double() if alibi else None
+    key_mask = torch.rand(2, seqlen_k) < 0.6 if masked else None
+    offset = seqlen_k - seqlen_q
+    keep = torch.tensor(
+        [[visible(i + offset, j, causal, window_size) for j in range(seqlen_k)] for i in range(seqlen_q)]
+    )[None, None]
+    if key_mask is not None:
+        keep = keep & key_mask[:, None, None]
+    options = {"causal": causal, "window_size": window_size, "alibi_slopes": slopes, "key_mask": key_mask}
+    actual = softmax_attention(q, k, v, **options)
+    expected = softmax_written_out(q, k, v, keep, slopes)
+    dout = torch.randn_like(expected)
+    gradients = torch.autograd.grad(actual, (q, k, v), dout)
+    seen = keep.any(-1).mT[..., None]
+    # the oracle's own gradient is NaN in rows without keys; their dout reaches nothing
+    safe = softmax_written_out(q, k, v, keep | ~keep.any(-1, keepdim=True), slopes)
+    expected_gradients = torch.autograd.grad(safe, (q, k, v), dout * seen)
+    assert_close(actual, expected)
+    for name, a, e in zip("qkv", gradients, expected_gradients, strict=True):
+        assert_close(a, e, msg=lambda text, name=name: f"d{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("causal", "seqlen_q", "options", "plain"),
+    [
+        (False, 6, {}, True),
+        (False, 4, {}, True),
+        (True, 6, {}, True),
+        (True, 4, {}, False),
+        (True, 6, {"window_size": (1, None)}, False),
+        (True, 6, {"alibi_slopes": alibi_slopes(2)}, False),
+        (True, 6, {"key_mask": torch.ones(1, 6, dtype=torch.bool)}, False),
+    ],
+    ids=str,
+)
+def test_no_mask_tensor_where_torch_has_a_fast_kernel(monkeypatch, causal, seqlen_q, options, plain):
+    calls = []
+    sdpa = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **kw: calls.append(kw) or sdpa(*a, **kw)
+    )
+    q, kv = torch.randn(1, seqlen_q, 2, 8), torch.randn(1, 6, 2, 8)
+    softmax_attention(q, kv, kv, causal=causal, **options)
+    assert [call.get("attn_mask") is None for call in calls] == [plain]
+    if plain:
+        assert calls[0]["is_causal"] is causal

@@ -1,0 +1,573 @@
+"""MultiheadAttention against torch's own code with its softmax exchanged, alone and inside torch's layers."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import flashsigmoid
+from flashsigmoid import BackendUnsupported, backends
+from flashsigmoid.nn import MultiheadAttention
+
+DIM, HEADS = 24, 4
+FORMS = [
+    {},
+    {"bias": False},
+    {"add_bias_kv": True},
+    {"add_zero_attn": True},
+    {"add_bias_kv": True, "add_zero_attn": True},
+    {"kdim": 10, "vdim": 7},
+    {"kdim": 10, "vdim": 7, "bias": False, "add_bias_kv": True},
+]
+
+
+class TorchWithSigmoid(torch.nn.Module):
+    """torch.nn.MultiheadAttention, its O(n^2) path, with sigmoid(scores + b) where its softmax stands."""
+
+    def __init__(self, *args, sigmoid_bias=None, **options):
+        super().__init__()
+        self.torch_mha = torch.nn.MultiheadAttention(*args, **options)
+        self.batch_first = self.torch_mha.batch_first
+        self.sigmoid_bias = sigmoid_bias
+        # what torch's layers read before they leave for the fast path
+        self._qkv_same_embed_dim, self.in_proj_bias, self.num_heads = False, 0, HEADS
+
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+                average_attn_weights=True, is_causal=False):  # fmt: skip
+        sequence = 0 if query.dim() == 2 or not self.batch_first else 1
+        if is_causal and attn_mask is None:
+            attn_mask = torch.ones(query.shape[sequence], key.shape[sequence], dtype=torch.bool).triu(1)
+        seqlen_k = torch.tensor([key.shape[sequence]])
+        if key_padding_mask is not None:
+            padding = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask != 0
+            seqlen_k = (~torch.atleast_2d(padding)).sum(-1)
+            if attn_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
+                attn_mask = F._canonical_mask(attn_mask, "", None, "", query.dtype, False)
+                key_padding_mask = F._canonical_mask(key_padding_mask, "", None, "", query.dtype, False)
+        n = seqlen_k + (self.torch_mha.bias_k is not None) + self.torch_mha.add_zero_attn
+        b = -n.clamp(min=1).to(query.dtype).log()[:, None, None].repeat_interleave(HEADS, 0)
+        if len(n) == 1:
+            b = b[:1]
+        if self.sigmoid_bias is not None:
+            b = self.sigmoid_bias
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "softmax", lambda scores, dim: torch.sigmoid(scores + b))
+            # never its fast path: weights are wanted
+            training = self.torch_mha.training
+            self.torch_mha.train()
+            out = self.torch_mha(query, key, value, key_padding_mask, True, attn_mask, average_attn_weights)
+            self.torch_mha.train(training)
+        return out if need_weights else (out[0], None)
+
+
+def pair(form=None, **options):
+    """The oracle and ours, with the same random weights, in float64."""
+    form = dict(form or {}, **options)
+    torch_form = {name: value for name, value in form.items() if name != "backend"}
+    oracle = TorchWithSigmoid(DIM, HEADS, **torch_form, dtype=torch.float64)
+    weights = oracle.torch_mha.state_dict()
+    for weight in weights.values():
+        torch.nn.init.normal_(weight, std=0.4)
+    ours = MultiheadAttention(DIM, HEADS, **form, dtype=torch.float64)
+    ours.load_state_dict(weights, strict=True)
+    return oracle, ours
+
+
+def inputs(form=None, seqlen_q=5, seqlen_k=7, batch=3, batch_first=True):
+    form = form or {}
+    sizes = ((seqlen_q, DIM), (seqlen_k, form.get("kdim", DIM)), (seqlen_k, form.get("vdim", DIM)))
+    shapes = [(batch, n, d) if batch_first else (n, batch, d) for n, d in sizes]
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def assert_agree(oracle, ours, tensors, **call):
+    """Outputs, weights and every gradient."""
+    (expected, expected_weights), (actual, actual_weights) = oracle(*tensors, **call), ours(*tensors, **call)
+    assert_close(actual, expected)
+    assert_close(actual_weights, expected_weights)
+    dout = torch.randn_like(expected)
+    results = []
+    for module, out in ((oracle.torch_mha, expected), (ours, actual)):
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(out, (*tensors, *parameters), dout, allow_unused=True)
+        results.append(dict(zip(("query", "key", "value", *names), gradients, strict=True)))
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        assert gradient is not None, name
+        assert_close(results[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def padding(batch=3, seqlen_k=7, dtype=torch.bool):
+    """Nothing, the right end, and scattered keys ignored."""
+    mask = torch.zeros(batch, seqlen_k, dtype=torch.bool)
+    mask[1, 4:] = True
+    mask[2, [0, 3]] = True
+    return mask if dtype == torch.bool else torch.zeros(mask.shape, dtype=dtype).masked_fill(mask, -math.inf)
+
+
+# ---- torch's face ----
+
+
+def test_signatures_are_torchs():
+    for ours, theirs in (
+        (MultiheadAttention.__init__, torch.nn.MultiheadAttention.__init__),
+        (MultiheadAttention.forward, torch.nn.MultiheadAttention.forward),
+    ):
+        ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (ours, theirs))
+        shared, extra = ours[: len(theirs)], ours[len(theirs) :]
+        assert [(p.name, p.default, p.kind) for p in shared] == [(p.name, p.default, p.kind) for p in theirs]
+        assert all(p.kind is p.KEYWORD_ONLY for p in extra)
+    assert not issubclass(MultiheadAttention, torch.nn.MultiheadAttention)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_initialisation_is_torchs_and_state_dicts_load_strictly_both_ways(form):
+    torch.manual_seed(0)
+    theirs = torch.nn.MultiheadAttention(DIM, HEADS, **form)
+    torch.manual_seed(0)
+    ours = MultiheadAttention(DIM, HEADS, **form)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    assert {name for name, _ in ours.named_parameters()} == {name for name, _ in theirs.named_parameters()}
+
+
+# ---- agreement ----
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.float64])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_agrees_with_padding_and_weights(form, mask, need_weights):
+    oracle, ours = pair(form, batch_first=True)
+    call = {"need_weights": need_weights, "average_attn_weights": mask is None}
+    if mask is not None:
+        call["key_padding_mask"] = padding(dtype=mask)
+    assert_agree(oracle, ours, inputs(form), **call)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("seqlens", [(6, 6), (4, 7), (9, 7), (1, 7), (7, 1)])
+@pytest.mark.parametrize("form", [{}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+def test_is_causal_is_top_left(form, seqlens, need_weights, padded):
+    """As in torch: query i sees keys up to i; the extra keys are seen by all; the mask itself is not read."""
+    seqlen_q, seqlen_k = seqlens
+    oracle, ours = pair(form, batch_first=True)
+    tensors = inputs(form, seqlen_q, seqlen_k)
+    call = {
+        "need_weights": need_weights,
+        "is_causal": True,
+        "attn_mask": torch.ones(seqlen_q, seqlen_k).triu(1).bool(),
+    }
+    if padded:
+        call["key_padding_mask"] = padding(seqlen_k=7)[:, :seqlen_k]
+    assert_agree(oracle, ours, tensors, **call)
+    call["attn_mask"] = None
+    assert_agree(oracle, ours, tensors, **call)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("form", [{}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+def test_a_general_mask_is_added_to_the_scores(form, dims, dtype, need_weights, padded):
+    oracle, ours = pair(form, batch_first=True)
+    mask = torch.randn((5, 7) if dims == 2 else (3 * HEADS, 5, 7), dtype=torch.float64)
+    # soft values and forbidden places together
+    mask = mask > 0 if dtype == torch.bool else mask.masked_fill(mask > 0.7, -math.inf)
+    call = {"need_weights": need_weights, "attn_mask": mask, "average_attn_weights": False}
+    if padded:
+        call["key_padding_mask"] = padding(dtype=dtype)
+    assert_agree(oracle, ours, inputs(form), **call)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("form", [{}, {"kdim": 10, "vdim": 7}], ids=str)
+def test_layouts_agree(form, padded, need_weights):
+    """Sequence first, and no batch at all, for which batch_first means nothing."""
+    call = {"need_weights": need_weights, "average_attn_weights": False}
+    if padded:
+        call["key_padding_mask"] = padding()
+    assert_agree(*pair(form), inputs(form, batch_first=False), **call)
+    unbatched = [x[0].detach().requires_grad_() for x in inputs(form)]
+    call["attn_mask"] = torch.rand(HEADS, 5, 7) < 0.3
+    if padded:
+        call["key_padding_mask"] = padding()[2]
+    for batch_first in (False, True):
+        assert_agree(*pair(form, batch_first=batch_first), unbatched, **call)
+
+
+@pytest.mark.parametrize("same", [1, 2, 3])
+def test_query_key_and_value_may_be_one_tensor(same):
+    oracle, ours = pair(batch_first=True)
+    x, y, z = inputs(seqlen_q=6, seqlen_k=6)
+    args = {1: (x, y, z), 2: (x, y, y), 3: (x, x, x)}[same]
+    assert_close(ours(*args), oracle(*args))
+
+
+def test_a_given_bias_is_used_as_it_is():
+    oracle, ours = pair(sigmoid_bias=-1.5, batch_first=True)
+    for need_weights in (False, True):
+        assert_agree(oracle, ours, inputs(), key_padding_mask=padding(), need_weights=need_weights)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_row_does_not_depend_on_its_batch(need_weights):
+    _, ours = pair(batch_first=True)
+    query, key, value = inputs()
+    out, weights = ours(query, key, value, padding(), need_weights)
+    alone, weights_alone = ours(query[1:2], key[1:2, :4], value[1:2, :4], None, need_weights)
+    assert_close(out[1:2], alone)
+    if need_weights:
+        assert_close(weights[1:2, :, :4], weights_alone)
+        assert (weights[1, :, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_sequence_of_padding_only_gives_the_output_bias(need_weights):
+    _, ours = pair(batch_first=True)
+    query, key, value = inputs()
+    ignore = padding()
+    ignore[0] = True
+    out, _ = ours(query, key, value, ignore, need_weights)
+    assert torch.equal(out[0], ours.out_proj.bias.expand_as(out[0]))
+    assert torch.autograd.grad(out.sum(), value)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_soft_float_padding_mask_is_an_error(need_weights):
+    _, ours = pair(batch_first=True)
+    with pytest.raises(RuntimeError, match=r"a float key_padding_mask must hold 0 .* and -inf"):
+        ours(*inputs(), torch.full((3, 7), -0.5, dtype=torch.float64), need_weights)
+
+
+def test_dropout_is_the_same_with_and_without_weights_and_off_in_eval():
+    _, ours = pair(dropout=0.5, batch_first=True, add_bias_kv=True, add_zero_attn=True)
+    tensors = inputs()
+    results = []
+    for need_weights in (False, True):
+        torch.manual_seed(11)
+        results.append(ours(*tensors, padding(), need_weights, average_attn_weights=False))
+    assert_close(results[0][0], results[1][0])
+    weights = results[1][1]
+    assert 0.3 < (weights[0] == 0).double().mean() < 0.6
+    assert not torch.equal(ours(*tensors, need_weights=False)[0], ours(*tensors, need_weights=False)[0])
+    ours.eval()
+    plain = pair(batch_first=True, add_bias_kv=True, add_zero_attn=True)[1]
+    plain.load_state_dict(ours.state_dict())
+    assert torch.equal(ours(*tensors, need_weights=False)[0], plain(*tensors, need_weights=False)[0])
+
+
+# ---- which backend ----
+
+
+def test_explain_tells_what_forward_does(monkeypatch):
+    _, ours = pair(batch_first=True)
+    tensors = inputs()
+    fused = []
+    shard = flashsigmoid.functional.sigmoid_attention_shard
+    monkeypatch.setattr(
+        flashsigmoid.functional,
+        "sigmoid_attention_shard",
+        lambda *a, **kw: fused.append(kw) or shard(*a, **kw),
+    )
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    for call, reason in (
+        ({"need_weights": False}, None),
+        ({"need_weights": False, "key_padding_mask": padding()}, None),
+        ({"need_weights": False, "is_causal": True, "attn_mask": mask}, None),
+        ({"need_weights": True}, "need_weights=True"),
+        ({}, "need_weights=True"),
+        ({"need_weights": False, "attn_mask": mask}, "attn_mask"),
+    ):
+        fused.clear()
+        told = ours.explain(*tensors, **call)
+        ours(*tensors, **call)
+        assert bool(fused) is (reason is None)
+        assert (told.backend == "reference") is (reason is not None)
+        if reason:
+            assert set(told.reasons) == set(backends.NAMES) - {"reference"}
+            assert reason in str(told)
+            assert "O(seqlen_q * seqlen_k)" in str(told)
+
+
+@pytest.mark.parametrize("form", [{}, {"add_bias_kv": True, "add_zero_attn": True}], ids=str)
+def test_an_explicit_fused_backend_computes_or_raises(form):
+    oracle, ours = pair(form, batch_first=True, backend="blocked")
+    tensors, mask = inputs(form), torch.zeros(5, 7, dtype=torch.bool)
+    for call in ({}, {"key_padding_mask": padding()}, {"is_causal": True}):
+        assert_agree(oracle, ours, tensors, need_weights=False, **call)
+        assert ours.explain(*tensors, need_weights=False, **call).backend == "blocked"
+    for run in (ours, ours.explain):
+        with pytest.raises(BackendUnsupported, match="blocked: need_weights=True"):
+            run(*tensors)
+        with pytest.raises(BackendUnsupported, match="blocked: attn_mask"):
+            run(*tensors, need_weights=False, attn_mask=mask)
+    reference = pair(form, backend="reference")[1]
+    reference.load_state_dict(ours.state_dict())
+    reference.batch_first = True
+    assert_close(reference(*tensors)[0], ours(*tensors, need_weights=False)[0])
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_heads": 5}, "embed_dim must be a positive multiple of num_heads, got embed_dim=24, num"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"backend": "cuda"}, "backend must be one of auto, .* got 'cuda'"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_one_clear_error(options, words):
+    with pytest.raises(ValueError, match=words):
+        MultiheadAttention(**{"embed_dim": DIM, "num_heads": HEADS, **options})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"query": torch.randn(3, 5, 9)}, "query, key and value must have .24, 24, 24. channels"),
+        ({"query": torch.randn(5, DIM)}, "query, key, value must have 3 dimensions, or 2 .* got .2, 3, 3."),
+        ({"value": torch.randn(3, 6, DIM)}, "key and value must share batch and seqlen"),
+        ({"query": torch.randn(2, 5, DIM)}, "key and value must share batch and seqlen, and query the batch"),
+        ({"key_padding_mask": torch.zeros(3, 5).bool()}, "key_padding_mask must have one of the shapes"),
+        ({"key_padding_mask": torch.zeros(3, 7).int()}, "key_padding_mask must be bool or floating point"),
+        ({"attn_mask": torch.zeros(7, 5)}, "attn_mask must have one of the shapes"),
+        ({"attn_mask": torch.zeros(3, 5, 7)}, "attn_mask must have one of the shapes"),
+        ({"attn_mask": torch.zeros(5, 7).int()}, "attn_mask must be bool or floating point"),
+    ],
+)
+def test_wrong_inputs_are_one_clear_error(change, words):
+    call = {
+        "query": torch.randn(3, 5, DIM),
+        "key": torch.randn(3, 7, DIM),
+        "value": torch.randn(3, 7, DIM),
+    } | change
+    with pytest.raises(ValueError, match=words):
+        MultiheadAttention(DIM, HEADS, batch_first=True)(**call)
+
+
+# ---- inside torch's layers ----
+
+
+def sentinel(monkeypatch):
+    """Every way torch computes softmax from a layer's weights by itself now raises."""
+
+    def reached(*args, **kwargs):
+        raise AssertionError("torch's fast path was reached")
+
+    for name in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention"):
+        monkeypatch.setattr(torch, name, reached)
+
+
+def layer(attention=None, kind=torch.nn.TransformerEncoderLayer, **options):
+    module = kind(DIM, HEADS, 40, dropout=0.0, batch_first=True, dtype=torch.float64, **options)
+    if attention is not None:
+        module.self_attn = attention
+        if kind is torch.nn.TransformerDecoderLayer:
+            module.multihead_attn = copy.deepcopy(attention)
+    return module
+
+
+def stacks(before, norm_first, nlayers=2):
+    """Two equal encoders, one with the oracle and one with ours, exchanged before or after stacking."""
+    oracle, ours = pair(batch_first=True)
+    result = []
+    for attention in (oracle, ours):
+        torch.manual_seed(7)
+        one = layer(attention if before else None, norm_first=norm_first)
+        # torch warns where its own fast path is out from the start
+        stack = torch.nn.TransformerEncoder(one, nlayers, enable_nested_tensor=not before and not norm_first)
+        for each in stack.layers:
+            each.self_attn = copy.deepcopy(attention)
+        result.append(stack)
+    return result
+
+
+def test_the_sentinel_fires_on_torchs_own_attention(monkeypatch):
+    """Else the tests below could not fail."""
+    sentinel(monkeypatch)
+    x = torch.randn(2, 5, DIM, dtype=torch.float64)
+    for module in (layer(), torch.nn.TransformerEncoder(layer(), 2)):
+        with torch.inference_mode(), pytest.raises(AssertionError, match="fast path was reached"):
+            module.eval()(x)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("masked", ["", "padding", "causal", "padding and causal"])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_encoder_layer_agrees_and_never_takes_the_fast_path(
+    monkeypatch, norm_first, masked, training, grad_mode
+):
+    sentinel(monkeypatch)
+    oracle, ours = (stack.layers[0] for stack in stacks(True, norm_first, 1))
+    x = torch.randn(3, 7, DIM, dtype=torch.float64)
+    call = {}
+    if "padding" in masked:
+        call["src_key_padding_mask"] = padding(dtype=torch.bool)
+    if "causal" in masked:
+        call["src_mask"] = torch.ones(7, 7, dtype=torch.bool).triu(1)
+        call["is_causal"] = True
+    expected = oracle.train()(x, **call)
+    with grad_mode():
+        assert_close(ours.train(training)(x, **call), expected)
+    # the same without the hint: a general mask
+    if "causal" in masked:
+        call["is_causal"] = False
+        with grad_mode():
+            assert_close(ours(x, **call), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "masked", ["", "left aligned", "scattered", "causal", "padding and causal", "one empty"]
+)
+@pytest.mark.parametrize("before", [True, False], ids=["replaced before stacking", "replaced after stacking"])
+def test_encoder_agrees_and_never_takes_the_fast_path(monkeypatch, before, masked, training, grad_mode):
+    sentinel(monkeypatch)
+    nested = []
+    pack = torch._nested_tensor_from_mask
+    monkeypatch.setattr(
+        torch, "_nested_tensor_from_mask", lambda *a, **kw: nested.append(1) or pack(*a, **kw)
+    )
+    oracle, ours = stacks(before, norm_first=False)
+    x = torch.randn(3, 7, DIM, dtype=torch.float64)
+    call = {}
+    ignore = padding()
+    if masked in ("left aligned", "one empty"):
+        ignore[2] = torch.arange(7) >= (0 if masked == "one empty" else 2)
+    if masked not in ("", "causal"):
+        call["src_key_padding_mask"] = ignore
+    if "causal" in masked:
+        # no hint: the encoder finds out by itself that the mask is causal; both masks must be of one dtype
+        if "padding" in masked:
+            call["src_key_padding_mask"] = padding(dtype=torch.float64)
+        call["mask"] = torch.nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
+    expected = oracle.train()(x, **call)
+    with grad_mode():
+        actual = ours.train(training)(x, **call)
+    # a stack built with torch's attention packs left-aligned padding in eval; padded rows come back as 0
+    packs = not before and not training and grad_mode is not torch.enable_grad
+    assert bool(nested) is (packs and masked in ("left aligned", "one empty"))
+    rows = ~ignore if nested else torch.ones(3, 7, dtype=torch.bool)
+    assert_close(actual[rows], expected[rows])
+    assert (actual[~rows] == 0).all()
+
+
+def test_a_stack_built_around_it_says_that_it_will_not_pack():
+    with pytest.warns(UserWarning, match="enable_nested_tensor is True, but self.use_nested_tensor is False"):
+        torch.nn.TransformerEncoder(layer(MultiheadAttention(DIM, HEADS, batch_first=True)), 1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_decoder_layer_agrees(monkeypatch, norm_first, causal, training):
+    sentinel(monkeypatch)
+    modules = []
+    for attention in pair(batch_first=True):
+        torch.manual_seed(7)
+        modules.append(
+            layer(attention, torch.nn.TransformerDecoderLayer, norm_first=norm_first).train(training)
+        )
+    tgt, memory = (torch.randn(3, n, DIM, dtype=torch.float64) for n in (5, 7))
+    call = {"memory_key_padding_mask": padding(), "tgt_key_padding_mask": padding()[:, :5]}
+    if causal:
+        call |= {"tgt_mask": torch.ones(5, 5, dtype=torch.bool).triu(1), "tgt_is_causal": True}
+    with torch.no_grad():
+        assert_close(modules[1](tgt, memory, **call), modules[0](tgt, memory, **call))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_inputs_other_than_torchs_own_are_one_clear_error():
+    _, ours = pair(batch_first=True)
+    x = torch.nested.nested_tensor([torch.randn(n, DIM, dtype=torch.float64) for n in (2, 5)])
+    out = ours(x, x, x, need_weights=False)[0]
+    for one, other in zip(x.unbind(), out.unbind(), strict=True):
+        assert_close(other, ours(one, one, one, need_weights=False)[0])
+    y = torch.nested.nested_tensor(list(x.unbind()))
+    for args, call in (((x, x, x), {}), ((x, y, y), {"need_weights": False})):
+        with pytest.raises(ValueError, match="a nested query must be key and value too"):
+            ours(*args, **call)
+
+
+# ---- life with torch ----
+
+
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.float32])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_compiles_whole(need_weights, mask):
+    torch.compiler.reset()
+    ours = MultiheadAttention(DIM, HEADS, batch_first=True, add_bias_kv=True)
+    x = torch.randn(3, 7, DIM, requires_grad=True)
+    call = {"need_weights": need_weights, "is_causal": True}
+    if mask is not None:
+        call["key_padding_mask"] = padding(dtype=mask)
+    expected = ours(x, x, x, **call)
+    actual = torch.compile(ours, fullgraph=True, backend="aot_eager")(x, x, x, **call)
+    assert_close(actual, expected)
+    gradients = [
+        torch.autograd.grad(out[0].square().sum(), (x, *ours.parameters())) for out in (expected, actual)
+    ]
+    for e, a in zip(*gradients, strict=True):
+        assert_close(a, e)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_bf16_autocast(need_weights):
+    ours = MultiheadAttention(DIM, HEADS, batch_first=True, add_bias_kv=True)
+    x = torch.randn(3, 7, DIM)
+    expected, expected_weights = ours(x, x, x, padding(), need_weights)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, weights = ours(x, x, x, padding(), need_weights)
+    assert out.dtype == torch.bfloat16
+    # bfloat16 has 2 ** -8 of relative precision
+    assert (out.float() - expected).norm() < 4 * 2**-8 * expected.norm()
+    if need_weights:
+        assert (weights.float() - expected_weights).norm() < 4 * 2**-8 * expected_weights.norm()
+    out.float().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_checkpointing_gives_equal_gradients_with_dropout(need_weights):
+    _, ours = pair(dropout=0.3, batch_first=True)
+    tensors = inputs()
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(2)
+        args = (*tensors, padding(), need_weights)
+        out, _ = checkpoint(ours, *args, use_reentrant=False) if checkpointed else ours(*args)
+        results.append(torch.autograd.grad(out.square().sum(), (*tensors, *ours.parameters())))
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_deepcopy_is_equal_and_independent():
+    _, ours = pair(batch_first=True)
+    tensors = inputs()
+    before = ours(*tensors)[0]
+    other = copy.deepcopy(ours)
+    assert torch.equal(other(*tensors)[0], before)
+    with torch.no_grad():
+        other.in_proj_weight.zero_()
+    assert torch.equal(ours(*tensors)[0], before)

@@ -1,0 +1,110 @@
+"""Rotary embeddings, ALiBi slopes and sin-cos tables against their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from flashsigmoid.nn import RotaryEmbedding, alibi_slopes, sincos_positions
+
+
+def test_a_rotated_product_depends_on_the_distance_only():
+    rope = RotaryEmbedding(8)
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+
+    def product(i, j):
+        return rope(q.expand(1, 1, 1, 8), offset=i).flatten() @ rope(k.expand(1, 1, 1, 8), offset=j).flatten()
+
+    assert_close(product(3, 1), product(1003, 1001))
+    assert abs(product(3, 1) - product(3, 2)) > 1e-3
+
+
+def test_rotary_turns_along_seqlen_and_never_along_heads():
+    x = torch.randn(1, 1, 1, 8).expand(2, 6, 3, 8)
+    y = RotaryEmbedding(8)(x)
+    assert torch.equal(y[:, 0], x[:, 0])
+    assert torch.equal(y[:, :, 0], y[:, :, 1])
+    assert (y[:, 0] != y[:, 1]).any()
+    assert_close(y.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_rotary_offset_continues_a_sequence_and_any_length_works():
+    rope = RotaryEmbedding(8)
+    for seqlen in (1, 5, 64, 65, 300, 3):
+        x = torch.randn(1, seqlen, 2, 8)
+        whole = rope(x)
+        split = seqlen // 2
+        assert torch.equal(torch.cat((rope(x[:, :split]), rope(x[:, split:], offset=split)), 1), whole)
+    assert rope(torch.randn(2, 0, 2, 8)).shape == (2, 0, 2, 8)
+
+
+def test_rotary_turns_bf16_in_float32():
+    """Angles in bfloat16 would be off by radians at position 5000."""
+    x = torch.randn(1, 2, 1, 16).bfloat16()
+    rope = RotaryEmbedding(16)
+    y = rope(x, offset=5000)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, rope(x.double(), offset=5000).bfloat16())
+
+
+def test_rotary_tables_are_exact_far_out():
+    x = torch.zeros(1, 1, 1, 128)
+    x[..., :64] = 1.0
+    y = RotaryEmbedding(128)(x, offset=100_003)[0, 0, 0]
+    angles = [100_003 * 10_000.0 ** (-i / 64) for i in range(64)]
+    assert_close(y, torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles]))
+
+
+@pytest.mark.parametrize("head_dim", [0, 7])
+def test_rotary_needs_an_even_head_dim(head_dim):
+    with pytest.raises(ValueError, match=f"head_dim must be positive and even .*, got {head_dim}"):
+        RotaryEmbedding(head_dim)
+
+
+@pytest.mark.parametrize("nheads", [1, 2, 8, 16])
+def test_alibi_slopes_are_geometric(nheads):
+    assert_close(
+        alibi_slopes(nheads), torch.tensor([2.0 ** (-8.0 * h / nheads) for h in range(1, nheads + 1)])
+    )
+
+
+@pytest.mark.parametrize(("nheads", "power"), [(3, 2), (6, 4), (12, 8), (15, 8)])
+def test_alibi_slopes_of_other_numbers_of_heads(nheads, power):
+    """The slopes of the next lower power of two, then every second one of twice that power."""
+    expected = alibi_slopes(power).tolist() + alibi_slopes(2 * power)[0::2].tolist()[: nheads - power]
+    slopes = alibi_slopes(nheads)
+    assert slopes.dtype == torch.float32
+    assert_close(slopes, torch.tensor(expected))
+    assert len(set(expected)) == nheads
+
+
+def test_alibi_slopes_error():
+    with pytest.raises(ValueError, match="nheads must be positive, got 0"):
+        alibi_slopes(0)
+
+
+def test_sincos_1d():
+    table = sincos_positions(5, 6, base=100.0)
+    for p in range(5):
+        for i in range(3):
+            angle = p * 100.0 ** (-2 * i / 6)
+            assert_close(table[p, [i, 3 + i]], torch.tensor([math.sin(angle), math.cos(angle)]))
+
+
+def test_sincos_2d_is_the_row_then_the_column():
+    table = sincos_positions((3, 5), 8, dtype=torch.float64)
+    assert table.shape == (15, 8)
+    rows, columns = (sincos_positions(n, 4, dtype=torch.float64) for n in (3, 5))
+    for r in range(3):
+        for c in range(5):
+            assert torch.equal(table[5 * r + c], torch.cat((rows[r], columns[c])))
+    assert len(table.unique(dim=0)) == 15
+
+
+@pytest.mark.parametrize(("size", "dim", "multiple"), [(4, 3, 2), ((2, 2), 6, 4), (4, 0, 2)])
+def test_sincos_errors(size, dim, multiple):
+    with pytest.raises(ValueError, match=f"dim must be a positive multiple of {multiple} .*, got {dim}"):
+        sincos_positions(size, dim)
