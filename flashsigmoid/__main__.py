@@ -33,6 +33,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         SystemExit: always.
     """
     words = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in words  # anywhere: one adds it to the end of the line that failed
     received = []
 
     def terminate(number: int, frame: FrameType | None) -> None:
@@ -42,14 +43,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     with contextlib.suppress(ValueError):  # only the main thread may set handlers
         signal.signal(signal.SIGTERM, terminate)
     try:
-        code = _run(words)
+        code = _run([word for word in words if word != "--debug"])
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:  # the reader left, as in `flashsigmoid explain | head -1`; say nothing more to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = ERROR
     except Exception as error:
-        if "--debug" in words:
+        if debug:
             raise
         code = getattr(error, "exit_code", ERROR)  # typer's usage errors bring a 2
         _print_error(error)
@@ -67,13 +68,13 @@ def _run(words: list[str]) -> int:
 
 
 def _print_error(error: Exception) -> None:
-    if isinstance(error, ModuleNotFoundError) and error.name:
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("flashsigmoid"):
         text = f'{error}: pip install "flashsigmoid[{_extra_with(error.name)}]"'
     elif isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    elif hasattr(error, "format_message"):  # typer's
+    elif message := getattr(error, "format_message", None):  # typer's
         context = getattr(error, "ctx", None)
-        text = error.format_message() + (f" (see {context.command_path} --help)" if context else "")
+        text = message() + (f" (see {context.command_path} --help)" if context else "")
     elif isinstance(error, ValueError):
         text = str(error)
     else:

@@ -1,4 +1,4 @@
-"""What every test gets: one thread per xdist worker, a seed of its own, and memory that is loud where unwritten."""
+"""What every test gets: one thread per xdist worker, a seed of its own, memory that is loud where unwritten."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def poison(x: torch.Tensor) -> torch.Tensor:
 
 
 def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`allocate`, whose memory is poisoned where a module of the package calls it; untouched under torch.compile."""
+    """`allocate`, but poisoned where a module of the package calls it; plain under torch.compile."""
 
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
         x = allocate(*args, **kwargs)
@@ -60,6 +60,6 @@ def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 
 @pytest.fixture(autouse=True)
 def nan_poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and its kin, called from a module of the package, return poison instead of whatever was there."""
+    """torch.empty and its kin, called from a module of the package, return poison, not whatever was there."""
     for owner, name in ALLOCATORS:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

@@ -42,7 +42,9 @@ def test_shape_dtype_and_device_stay():
     assert package.meta().device.type == "meta"
 
 
-@pytest.mark.parametrize(("name", "is_ours"), [("flashsigmoid.nn", True), ("flashsigmoid", True), ("flashsigmoid_x", False)])
+@pytest.mark.parametrize(
+    ("name", "is_ours"), [("flashsigmoid.nn", True), ("flashsigmoid", True), ("flashsigmoid_x", False)]
+)
 def test_only_the_package_gets_poison(name, is_ours):
     caller = types.ModuleType(name)
     caller.__dict__["allocate"] = poisoned(lambda: torch.zeros(3))

@@ -14,7 +14,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flashsigmoid"
 
-# from the ground up; a room imports rooms of lower floors only. "__init__" is the package's own: the public names.
+# from the ground up; a room imports rooms of lower floors only. "__init__" is the package's own, the public names.
 FLOORS = (
     {"backends", "record", "samples"},
     {"functional", "testing"},
@@ -66,8 +66,10 @@ GUESTS = {
 TYPING_ONLY = {"jaxtyping"}  # under `if TYPE_CHECKING:`, anywhere
 
 
-def imports(tree: ast.Module, module: tuple[str, ...], is_package: bool) -> Iterator[tuple[int, tuple[str, ...], bool]]:
-    """(line, absolute dotted name, for typing only) of every import in a file, constant import_module() calls too."""
+def imports(
+    tree: ast.Module, module: tuple[str, ...], is_package: bool
+) -> Iterator[tuple[int, tuple[str, ...], bool]]:
+    """(line, absolute name, for typing only) of every import in a file, constant import_module() calls too."""
     here = module if is_package else module[:-1]
     typing_only = {
         id(inner)
@@ -84,7 +86,11 @@ def imports(tree: ast.Module, module: tuple[str, ...], is_package: bool) -> Iter
             base = here[: len(here) - node.level + 1] if node.level else ()
             base += tuple(node.module.split(".")) if node.module else ()
             names = [(*base, alias.name) for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("import_module", "importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "import_module",
+            "importlib.import_module",
+            "__import__",
+        ):
             match node.args:
                 case [ast.Constant(str(name)), *_]:
                     level = len(name) - len(name.lstrip("."))
@@ -120,7 +126,9 @@ def violations(package: Path) -> list[str]:
                     elif FLOOR_OF[target] > FLOOR_OF[room]:
                         found.append(f"{where}: {room} imports {target}, upwards")
                     elif target not in ONLY.get(room, {target}):
-                        found.append(f"{where}: {room} imports {target}, it may import only {sorted(ONLY[room])}")
+                        found.append(
+                            f"{where}: {room} imports {target}, it may import only {sorted(ONLY[room])}"
+                        )
             elif name[0] in GUESTS:
                 if not any(place == Path(home) or Path(home) in place.parents for home in GUESTS[name[0]]):
                     found.append(f"{where}: {name[0]} is a guest of {sorted(GUESTS[name[0]])}")
@@ -138,7 +146,11 @@ def test_imports_go_down_and_guests_stay_in_their_rooms():
 
 def test_every_room_of_the_package_is_seen():
     """The check above reads the files it should: the op, its backends, this very table's rooms."""
-    rooms = {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if not path.name.startswith("__py")}
+    rooms = {
+        path.stem if path.is_file() else path.name
+        for path in PACKAGE.iterdir()
+        if not path.name.startswith("__py")
+    }
     assert {"backends", "functional", "nn", "training", "report", "cli", "__main__"} <= rooms
 
 
@@ -150,16 +162,32 @@ def test_every_room_of_the_package_is_seen():
         ("nn/block.py", "from .. import training", "nn imports training, upwards"),
         ("nn/block.py", "from .. import sigmoid_attention", "nn imports __init__, upwards"),
         ("nn/block.py", "def f():\n    import flashsigmoid.report.html", "nn imports report, upwards"),
-        ("nn/block.py", "import importlib\nimportlib.import_module('flashsigmoid.cli')", "nn imports cli, upwards"),
-        ("nn/__init__.py", "import importlib\nimportlib.import_module('..models', __package__)", "nn imports models, upwards"),
+        (
+            "nn/block.py",
+            "import importlib\nimportlib.import_module('flashsigmoid.cli')",
+            "nn imports cli, upwards",
+        ),
+        (
+            "nn/__init__.py",
+            "import importlib\nimportlib.import_module('..models', __package__)",
+            "nn imports models, upwards",
+        ),
         ("nn/__init__.py", "from ..models import gpt", "nn imports models, upwards"),
-        ("nn/block.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..models import gpt", "upwards"),
+        (
+            "nn/block.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..models import gpt",
+            "upwards",
+        ),
         ("testing.py", "from .functional import sigmoid_attention", "testing imports functional, sideways"),
         ("__init__.py", "from .models import gpt", "__init__ imports models, upwards"),
         ("models/gpt.py", "from ..diagnostics.probes import norms", "models imports diagnostics, sideways"),
         ("report/page.py", "from ..models.gpt import GPT", "report imports models, it may import only"),
         ("backends/triton/fwd.py", "from ..hopper import tiles", "backend triton imports backend hopper"),
-        ("backends/blocked.py", "from .reference import forward", "backend blocked imports backend reference"),
+        (
+            "backends/blocked.py",
+            "from .reference import forward",
+            "backend blocked imports backend reference",
+        ),
         ("backends/blocked.py", "from . import reference", "backend blocked imports backend reference"),
         ("backends/blocked.py", "import triton", "triton is a guest of"),
         ("models/gpt.py", "import pytorch_lightning as pl", "pytorch_lightning is a guest of ['training']"),
@@ -182,13 +210,25 @@ def test_a_planted_violation_is_caught(tmp_path, path, source, expected):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("nn/block.py", "import math\nimport torch\nfrom . import mlp\nfrom .. import functional\nfrom ..backends import reference"),
-        ("nn/norm.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from jaxtyping import Float"),
+        (
+            "nn/block.py",
+            "import math, torch\nfrom . import mlp\nfrom .. import functional\nfrom ..backends import reference",
+        ),
+        (
+            "nn/norm.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from jaxtyping import Float",
+        ),
         ("backends/op.py", "from . import reference, select\nfrom .problem import Problem"),
-        ("backends/hopper/fwd.py", "import triton.experimental.gluon\nfrom ..problem import Problem\nfrom . import tiles"),
+        (
+            "backends/hopper/fwd.py",
+            "import triton.experimental.gluon\nfrom ..problem import Problem\nfrom . import tiles",
+        ),
         ("models/vision.py", "import timm"),
         ("report/page.py", "from ..record import read_records\nfrom . import figures"),
-        ("cli.py", "import rich\nfrom . import __version__, sigmoid_attention\nfrom .training import language"),
+        (
+            "cli.py",
+            "import rich\nfrom . import __version__, sigmoid_attention\nfrom .training import language",
+        ),
     ],
 )
 def test_what_the_tables_allow_passes(tmp_path, path, source):

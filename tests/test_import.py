@@ -1,4 +1,4 @@
-"""`import flashsigmoid` costs nothing: a fresh process, torch only, no GPU touched, nothing printed, no warning."""
+"""`import flashsigmoid` costs nothing: torch only, no GPU touched, nothing printed, no warning, in a fresh process."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_import_takes_less_than_a_second_beyond_torch():
 
 
 def test_import_and_a_call_work_without_triton():
-    call = "flashsigmoid, torch; x = torch.ones(1, 3, 2, 8); flashsigmoid.sigmoid_attention(x, x, x, backend='reference')"
-    done = run_probe(call, ROOT, block=("triton",))
+    call = "x = torch.ones(1, 3, 2, 8); flashsigmoid.sigmoid_attention(x, x, x)"
+    done = run_probe(f"flashsigmoid; {call}", ROOT, block=("triton",))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
 

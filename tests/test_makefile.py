@@ -50,7 +50,13 @@ def make(folder: Path, *words: str, python: str | Path | None = None) -> subproc
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "PYTHON"))}
     chosen = [f"PYTHON={python}"] if python else []
     return subprocess.run(
-        ["make", *chosen, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+        ["make", *chosen, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -68,7 +74,9 @@ def test_each_target_installs_its_extras_and_runs(copy, target):
     assert plan.returncode == 0, plan.stderr
     extras = {"demo": "train,report", "docs": "docs"}.get(target, "test")
     assert f'.venv/bin/python -m pip install -e ".[{extras}]"' in plan.stdout
-    last = {"demo": "flashsigmoid demo", "lint": "pyright", "docs": "mkdocs build --strict"}.get(target, "pytest")
+    last = {"demo": "flashsigmoid demo", "lint": "pyright", "docs": "mkdocs build --strict"}.get(
+        target, "pytest"
+    )
     assert f"-m {last}" in plan.stdout.splitlines()[-1]
 
 
@@ -115,7 +123,7 @@ def test_an_environment_without_python_is_made_anew(copy, tmp_path, fake_python)
 def write_python(folder: Path, source: str) -> Path:
     """An interpreter that runs `source` first: how an old or a crippled one looks."""
     script = folder / "otherpython"
-    script.write_text(f'#!{sys.executable}\nimport sys\n{source}\nexec(sys.argv[2])\n')
+    script.write_text(f"#!{sys.executable}\nimport sys\n{source}\nexec(sys.argv[2])\n")
     script.chmod(0o755)
     return script
 
@@ -150,7 +158,13 @@ def test_ci_ends_with_the_line_of_pytest(copy, tmp_path, fake_python):
     environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("PYTHON", None)
     done = subprocess.run(
-        [copy / ".ci/run"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+        [copy / ".ci/run"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert calls(tmp_path)[-1].startswith("-m pytest")

@@ -1,0 +1,485 @@
+"""The commands of `flashsigmoid`: words from a terminal to calls of the rooms, imported when a command needs them.
+
+No training, no measuring and no drawing happens here; exit codes and errors are __main__'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import shutil
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from rich.table import Table
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .training.callbacks import Progress, Show
+    from .training.run import LanguageRun
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: flashsigmoid demo",
+    rich_markup_mode="rich",
+)
+
+Device = Annotated[str, typer.Option("--device", "--accelerator", help="auto, cpu, cuda or mps.")]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Any field of the run, as model.dim=256; may be repeated.",
+        show_default=False,
+    ),
+]
+NO_BIAS = "sigmoid-no-bias"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"flashsigmoid {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; also after a command.")
+    ] = False,
+) -> None:
+    """Sigmoid attention: train it, look at it, ask why."""
+
+
+@app.command(
+    epilog="Examples: flashsigmoid demo --no-bias-arm; "
+    "flashsigmoid demo --seed 1 --out runs/demo-1; flashsigmoid report runs/demo runs/demo-1"
+)
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the arms and the report.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of parameters and order of data, in both arms.")] = 0,
+    no_bias_arm: Annotated[
+        bool, typer.Option("--no-bias-arm", help="A third arm: sigmoid with b = 0.")
+    ] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Train anew, or take what the folder holds.")
+    ] = False,
+    device: Device = "cpu",
+    assignments: Fields = None,
+) -> None:
+    """Train a sigmoid and a softmax transformer on Shakespeare, side by side, and report what happened.
+
+    A few minutes on two CPU cores. A second time it takes what is trained, and goes on where it was stopped.
+    """
+    from .recipes import language
+    from .report import summary_rows, write_report
+    from .training.checkpoint import checkpoints
+
+    run = override(language.demo(), {"seed": str(seed)}, _assignments(assignments))
+    arms = {"sigmoid": run, "softmax": run.with_attention("softmax")}
+    if no_bias_arm:
+        arms[NO_BIAS] = override(run, {"model.sigmoid_bias": "0"})
+    results = {}
+    for name, arm in arms.items():
+        folder = out / name
+        if fresh:
+            _remove_run(folder)
+        trained = checkpoints(folder)
+        if trained and trained[-1].name == f"step-{arm.steps:08d}":
+            print(f"{name}: trained already in {folder}, taken as it is (--fresh trains anew)")
+        try:
+            results[name] = _train(arm, folder, resume=True, device=device)
+        except ValueError as error:
+            if not trained:
+                raise
+            raise ValueError(f"{error}; --fresh trains anew, --out names another folder") from error
+    folders = [out / name for name in arms]
+    page = write_report(folders, out)
+    _print_rows(summary_rows(folders))
+    print(f"bigram model of the same text: {results['sigmoid']['baseline/bigram']:.3f} nats per byte")
+    print(f"report: {page}")
+
+
+@app.command(
+    epilog="Examples: flashsigmoid train demo --attention softmax --out runs/mine/softmax; "
+    "flashsigmoid train demo --data my.txt --set model.dim=256 --set steps=2000"
+)
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a recipe, see --list.", show_default=False)
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="sigmoid or softmax.")] = None,
+    sigmoid_bias: Annotated[
+        str | None, typer.Option(help="b of every attention; none: -log(context length).")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Optimizer steps.")] = None,
+    seed: Annotated[str | None, typer.Option(help="Of parameters, order of data and dropout.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A text file, a folder of .txt, or hf:NAME[:CONFIG].")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bytes, or bpe: trained on the text.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Sequences in a micro-batch.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Peak learning rate.")] = None,
+    assignments: Fields = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run.", show_default="runs/RECIPE/ATTENTION")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")
+    ] = False,
+    device: Device = "auto",
+    list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
+) -> None:
+    """Train a model by a recipe. Ctrl-C saves a checkpoint, --resume goes on from it."""
+    from .recipes.language import RECIPES
+
+    if list_recipes:
+        for name, function in RECIPES.items():
+            print(f"{name:12} {(function.__doc__ or '').strip().partition(chr(10))[0]}")
+        return
+    if recipe not in RECIPES:
+        raise ValueError(f"RECIPE must be one of {', '.join(RECIPES)}, got {recipe}")
+    flags = {
+        "model.attention": attention,
+        "model.sigmoid_bias": sigmoid_bias,
+        "steps": steps,
+        "seed": seed,
+        "data.source": data,
+        "data.tokenizer": tokenizer,
+        "precision": precision,
+        "batch": batch_size,
+        "optim.lr": lr,
+    }
+    given = {name: text for name, text in flags.items() if text is not None}
+    run: LanguageRun = override(RECIPES[recipe](), given, _assignments(assignments))
+    folder = out or Path("runs") / recipe / run.model.attention
+    results = _train(run, folder, resume=resume, device=device)
+    print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
+    print(f"run: {folder}   next: flashsigmoid generate {folder}   flashsigmoid report {folder}")
+
+
+def _train(run: LanguageRun, folder: Path, *, resume: bool, device: str) -> dict[str, float]:
+    from .training.language import train
+
+    with _progress() as show:
+        return train(run, folder, resume=resume, device=device, show=show)
+
+
+@contextmanager
+def _progress() -> Iterator[Show]:
+    """A function that shows where a training stands: a bar on a terminal, else a line per validation."""
+    from .training.callbacks import show_line
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield show_line
+        return
+    columns = (
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        "{task.fields[numbers]}",
+        TimeRemainingColumn(),
+    )
+    with ProgressBar(*columns, console=console) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(progress: Progress) -> None:
+            if progress.name not in tasks:
+                tasks[progress.name] = bar.add_task(progress.name, total=progress.steps, numbers="")
+            numbers = "  ".join(
+                f"{name} {value:.4g}" for name, value in progress.metrics.items() if "/" in name
+            )
+            bar.update(tasks[progress.name], completed=progress.step, numbers=numbers)
+
+        yield show
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove a folder if it holds a run, and nothing else by accident."""
+    from .record import RECORDS_NAME
+
+    if (folder / RECORDS_NAME).exists():
+        shutil.rmtree(folder)
+
+
+def _print_rows(rows: list[dict[str, str]]) -> None:
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*row.values())
+    Console().print(table)
+
+
+@app.command(epilog='Example: flashsigmoid generate runs/demo/sigmoid --prompt "ROMEO:" --temperature 0.7')
+def generate(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, or a run: its newest checkpoint.", show_default=False)
+    ],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "\n",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to draw; an end of text stops earlier.")] = 500,
+    temperature: Annotated[
+        float, typer.Option(help="Divides the logits; 0 takes the most likely token.")
+    ] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k most likely tokens only.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw among the fewest tokens of this probability together.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws; a fresh one each time by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
+) -> None:
+    """Continue a text with a trained model, as it comes."""
+    from .training.checkpoint import load_model
+
+    model, tokenizer = load_model(checkpoint, device)
+    for text in _continuation(model, tokenizer, prompt, max_new_tokens, temperature, top_k, top_p, seed):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    print()
+
+
+def _continuation(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+) -> Iterator[str]:
+    """The prompt, then new text as soon as its bytes make whole characters."""
+    import torch
+
+    from .models.generation import stream
+
+    if not prompt:
+        raise ValueError("prompt must have at least one character, got none")
+    tokens = torch.from_numpy(tokenizer.encode(prompt.encode()))[None].to(next(model.parameters()).device)
+    new = stream(model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    yield prompt
+    pending: list[int] = []
+    for token in new:
+        if token.item() == tokenizer.eot:
+            break
+        pending.append(int(token))
+        text = tokenizer.decode(pending)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4:  # UTF-8 has at most 4 bytes
+            yield text
+            pending = []
+    if pending:
+        yield tokenizer.decode(pending)
+
+
+@app.command(epilog="Example: flashsigmoid report runs/demo runs/demo-seed-1 --out report.html")
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, or folders of them; seeds of one arm are joined.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page, or its folder.", show_default="report.html in the folder that holds all runs"
+        ),
+    ] = None,
+) -> None:
+    """Compare runs: one HTML page that opens offline, figures beside it, a table here."""
+    from .report import summary_rows, write_report
+
+    page = write_report(runs, out or Path(os.path.commonpath([run.absolute() for run in runs])))
+    _print_rows(summary_rows(runs))
+    print(f"report: {page}")
+
+
+@app.command(epilog="Example: flashsigmoid explain --seqlen 4096 --head-dim 128 --causal --dtype float32")
+def explain(
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    seqlen: Annotated[int, typer.Option(help="Queries and keys.")] = 1024,
+    seqlen_k: Annotated[int | None, typer.Option(help="Keys, if not as many as queries.")] = None,
+    nheads: Annotated[int, typer.Option(help="Query heads.")] = 8,
+    nheads_k: Annotated[int | None, typer.Option(help="Key and value heads, if fewer.")] = None,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
+    head_dim_v: Annotated[int | None, typer.Option(help="Channels of a value head, if others.")] = None,
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32", "float64"], typer.Option(help="Of q, k, v.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
+    causal: Annotated[bool, typer.Option("--causal", help="Bottom-right causal mask.")] = False,
+    window: Annotated[
+        str | None, typer.Option(help="LEFT,RIGHT in keys; none is unlimited.", metavar="LEFT,RIGHT")
+    ] = None,
+    alibi: Annotated[bool, typer.Option("--alibi", help="With a slope per head.")] = False,
+    sigmoid_bias: Annotated[float | None, typer.Option(help="b; -log(keys) by default.")] = None,
+    bias_per_head: Annotated[bool, typer.Option("--bias-per-head", help="b is a tensor (nheads,).")] = False,
+    dropout_p: Annotated[float, typer.Option(help="Dropout of attention weights.")] = 0.0,
+    sigmoid: Annotated[
+        Literal["auto", "exact", "fast"], typer.Option(help="Formula of the sigmoid.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help="Ask for one by name.")] = "auto",
+) -> None:
+    """Which backend a call of sigmoid_attention takes, by which formula, and why not the others.
+
+    Nothing is computed, and the device need not be there.
+    """
+    import torch
+
+    from . import backends, functional
+
+    if bias_per_head and sigmoid_bias is not None:
+        raise ValueError("sigmoid_bias has no effect with --bias-per-head")
+    if backend not in ("auto", *backends.NAMES):
+        raise ValueError(f"backend must be one of auto, {', '.join(backends.NAMES)}, got {backend}")
+    kind = torch.device(device).type
+    numbers = getattr(torch, dtype)
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=numbers, device="meta")
+
+    heads_k, keys = nheads_k or nheads, seqlen if seqlen_k is None else seqlen_k
+    said = functional.explain(
+        meta(batch, seqlen, nheads, head_dim),
+        meta(batch, keys, heads_k, head_dim),
+        meta(batch, keys, heads_k, head_dim_v or head_dim),
+        sigmoid_bias=meta(nheads) if bias_per_head else sigmoid_bias,
+        causal=causal,
+        window_size=_parse("window", window, tuple[int | None, int | None]) if window else (None, None),
+        alibi_slopes=meta(nheads) if alibi else None,
+        dropout_p=dropout_p,
+        sigmoid=sigmoid,
+        backend="reference",
+    )
+    problem = dataclasses.replace(said.problem, device=kind)
+    print(backends.explain(problem, backend))
+
+
+@app.command(epilog="Example: flashsigmoid bench --list; flashsigmoid bench d64_n2048 --out runs/bench.jsonl")
+def bench() -> None:
+    """Time named problems beside torch's softmax attention."""
+
+
+def _assignments(texts: list[str] | None) -> dict[str, str]:
+    """{"model.dim": "256"} of ["model.dim=256"]."""
+    found: dict[str, str] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set must be FIELD=VALUE, got {text}")
+        if name in found:
+            raise ValueError(f"{name} must be set once, got it twice")
+        found[name] = value
+    return found
+
+
+def override(run: Any, *texts: dict[str, str]) -> Any:
+    """A frozen dataclass with fields replaced by values read from text, all at once.
+
+    Args:
+        run: the dataclass; its parts may be dataclasses too.
+        texts: name to value. A name is a field, a part's field ("model.dim"), or its last word if it is the only one.
+
+    Raises:
+        ValueError: a name that is unknown, ambiguous, set twice or without effect; a value of another type.
+    """
+    fields = dict(_fields(run))
+    values: dict[str, Any] = {}
+    for name, text in (pair for each in texts for pair in each.items()):
+        path = _field_named(name, list(fields))
+        if path in values:
+            raise ValueError(f"{path} must be set once, got it twice")
+        values[path] = _parse(path, text, fields[path])
+    changed = _replaced(run, values)
+    if "model.sigmoid_bias" in values and changed.model.attention != "sigmoid":
+        raise ValueError(f"model.sigmoid_bias has no effect with attention={changed.model.attention}")
+    return changed
+
+
+def _fields(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every field that is not a dataclass itself."""
+    hints = typing.get_type_hints(type(part))
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _fields(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, hints[field.name]
+
+
+def _field_named(name: str, paths: list[str]) -> str:
+    found = [name] if name in paths else [path for path in paths if path.rpartition(".")[2] == name]
+    if not found:
+        words = {path.rpartition(".")[2]: path for path in paths} | {path: path for path in paths}
+        near = difflib.get_close_matches(name, words, n=1)
+        hint = f"; did you mean {words[near[0]]}?" if near else f"; it has {', '.join(paths)}"
+        raise ValueError(f"the run has no field {name}{hint}")
+    if len(found) > 1:
+        raise ValueError(f"{name} must name one field, got one of {', '.join(found)}")
+    return found[0]
+
+
+def _replaced(part: Any, values: dict[str, Any]) -> Any:
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(part):
+        inner = {
+            path.partition(".")[2]: value
+            for path, value in values.items()
+            if path.partition(".")[0] == field.name
+        }
+        if inner:
+            changes[field.name] = inner[""] if "" in inner else _replaced(getattr(part, field.name), inner)
+    return dataclasses.replace(part, **changes)
+
+
+def _parse(name: str, text: str, hint: Any) -> Any:
+    """A value of the type `hint` from text."""
+    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        try:
+            return _read(text, kind)
+        except ValueError:
+            continue
+    raise ValueError(f"{name} must be {_words(hint)}, got {text!r}")
+
+
+def _read(text: str, kind: Any) -> Any:
+    arguments = typing.get_args(kind)
+    if kind is types.NoneType and text.lower() == "none":
+        return None
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if kind in (int, float, str, Path):
+        return kind(text)
+    if typing.get_origin(kind) is Literal and text in arguments:
+        return text
+    if typing.get_origin(kind) is tuple:
+        pieces = text.strip("()").split(",")
+        hints = arguments[:1] * len(pieces) if arguments[-1] is Ellipsis else arguments
+        return tuple(_parse("", piece.strip(), hint) for piece, hint in zip(pieces, hints, strict=True))
+    raise ValueError
+
+
+def _words(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_words(kind) for kind in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return ",".join(_words(kind) for kind in typing.get_args(hint))
+    names = {int: "an integer", float: "a number", bool: "true or false", types.NoneType: "none", str: "text"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))
