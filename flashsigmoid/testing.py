@@ -1,0 +1,236 @@
+"""How the op is checked, here and downstream: inputs, a float64 oracle, a witness in the input dtype, and one error budget.
+
+No absolute tolerance: with b = -log n outputs shrink with n, and at n = 4096 a kernel of zeros passes `atol=4e-2`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypedDict, Unpack, cast
+
+import torch
+from torch import Tensor
+
+from .backends import reference
+from .backends.philox import keep_mask
+from .backends.problem import make_problem
+from .functional import sigmoid_attention_shard
+
+RMS_FACTOR, MAX_FACTOR, FLOOR = 1.5, 2.0, 1e-6
+
+
+class Options(TypedDict, total=False):
+    """Keywords of a call that change its value; `seed` is the dropout seed, an int64 tensor of one element."""
+
+    sigmoid_bias: float | Tensor
+    scale: float
+    causal: bool
+    window_size: tuple[int | None, int | None]
+    alibi_slopes: Tensor
+    dropout_p: float
+    seed: Tensor
+    q_offset: int
+    origin: tuple[int, int, int, int]
+
+
+def make_qkv(
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    nheads: int,
+    nheads_k: int,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    score_std: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v, dout of independent normals; scale * q k^T has standard deviation `score_std` at the default scale."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    tensors = (
+        score_std * normal(batch, seqlen_q, nheads, head_dim),
+        normal(batch, seqlen_k, nheads_k, head_dim),
+        normal(batch, seqlen_k, nheads_k, head_dim_v),
+        normal(batch, seqlen_q, nheads, head_dim_v),
+    )
+    q, k, v, dout = (x.to(device, dtype) for x in tensors)
+    return q, k, v, dout
+
+
+def compute(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *, backend: str, **options: Unpack[Options]
+) -> dict[str, Tensor]:
+    """out, dq, dk, dv, and db, dslopes where those are tensors, by one backend in the dtype of its inputs."""
+    leaves = {"dq": q, "dk": k, "dv": v}
+    given = dict(options)
+    for name, option in (("db", "sigmoid_bias"), ("dslopes", "alibi_slopes")):
+        if isinstance(given.get(option), Tensor):
+            leaves[name] = given[option]
+    leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
+    for name, option in (("db", "sigmoid_bias"), ("dslopes", "alibi_slopes")):
+        if name in leaves:
+            given[option] = leaves[name]
+    given.setdefault("sigmoid_bias", -math.log(max(1, k.shape[1])))
+    given.setdefault("q_offset", k.shape[1] - q.shape[1])
+    out = sigmoid_attention_shard(leaves["dq"], leaves["dk"], leaves["dv"], backend=backend, **given)
+    grads = torch.autograd.grad(out, list(leaves.values()), dout)
+    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Unpack[Options]) -> dict[str, Tensor]:
+    """The results of `compute`, by the reference in float64 from the same (already rounded) inputs."""
+    return compute(*(x.double() for x in (q, k, v, dout)), backend="reference", **_double(options))
+
+
+def witness(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, *, draws: int = 4, **options: Unpack[Options]
+) -> dict[str, Tensor]:
+    """What a good kernel in the input dtype gets: the error of these results is the unit of the budget.
+
+    Scores, sigmoid and accumulation in float32 (float64 for float64 inputs); A and dS rounded to the input dtype, as
+    tensor cores take them; results rounded. Written out by hand, without autograd.
+
+    Every result is stacked (draws, ...): the same sums in several random orders, since a small problem has few roundings
+    and one draw of them may be lucky. db and dslopes are a few sums over all rows, each a single draw of its error: there
+    the witness is the exact sum off by three times the root of the rows' summed squared errors.
+    """
+    orders = [torch.Generator().manual_seed(draw) for draw in range(draws)]
+    results, rows = zip(*(_by_hand(q, k, v, dout, order, **options) for order in orders), strict=True)
+    stacked = {name: torch.stack([result[name] for result in results]) for name in results[0]}
+    if rows[0]:
+        _, exact = _by_hand(*(x.double() for x in (q, k, v, dout)), orders[0], **_double(options))
+        for name, like in (("db", options.get("sigmoid_bias")), ("dslopes", options.get("alibi_slopes"))):
+            if name in exact:
+                assert isinstance(like, Tensor)
+                squares = torch.stack([(row[name].double() - exact[name]).square() for row in rows]).mean(0)
+                stacked[name] = (_reduce(exact[name], like) + 3.0 * _reduce(squares, like).sqrt())[None]
+    return stacked
+
+
+def _double(options: Options) -> Options:
+    """The same options with their floating-point tensors in float64."""
+    exact = dict(options)
+    for name, x in options.items():
+        if isinstance(x, Tensor) and x.is_floating_point():
+            exact[name] = x.double()
+    return cast(Options, exact)
+
+
+def _reduce(rows: Tensor, like: Tensor) -> Tensor:
+    """(batch, nheads, seqlen_q) summed to the shape of a bias or of slopes."""
+    return (rows if like.dim() == 3 else rows.sum(-1)).sum_to_size(like.shape)
+
+
+def _by_hand(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, order: torch.Generator, **options: Unpack[Options]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({out, dq, dk, dv}, {db, dslopes} of every row): the equations of docs/semantics.md with a kernel's roundings.
+
+    `order` draws the order in which each product sums.
+    """
+
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        index = torch.randperm(y.shape[-2], generator=order).to(y.device)
+        return x[..., index] @ y[..., index, :]
+
+    bias, slopes = options.get("sigmoid_bias"), options.get("alibi_slopes")
+    left, right = options.get("window_size", (None, None))
+    problem = make_problem(
+        q,
+        k,
+        v,
+        bias=bias if isinstance(bias, Tensor) else None,
+        slopes=slopes,
+        sigmoid_bias=None if isinstance(bias, Tensor) else bias,
+        scale=options.get("scale"),
+        causal=options.get("causal", False),
+        window_left=left,
+        window_right=right,
+        q_offset=options.get("q_offset"),
+        dropout_p=options.get("dropout_p", 0.0),
+        origin=options.get("origin", (0, 0, 0, 0)),
+        sigmoid="exact",
+    )
+    dtype, group = problem.compute_dtype, problem.group
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(q.dtype).to(dtype)
+
+    def dense(x: Tensor) -> Tensor:  # (batch, nheads, seqlen, dim) -> (batch, seqlen, nheads, dim)
+        return x.transpose(1, 2).to(q.dtype)
+
+    def grouped(x: Tensor) -> Tensor:  # the gradient of a key head is the sum over its query heads
+        return dense(x.unflatten(1, (problem.nheads_k, group)).sum(2))
+
+    q_, dout_ = (x.to(dtype).transpose(1, 2) for x in (q, dout))
+    k_, v_ = (x.to(dtype).repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
+    features = torch.randperm(problem.head_dim, generator=order).to(q.device)
+    tensor_bias = bias if isinstance(bias, Tensor) else None
+    a = reference.weights(problem, q[..., features], k[..., features], tensor_bias, slopes)
+    keep = torch.ones((), dtype=dtype, device=q.device)
+    if "seed" in options and problem.dropout_p > 0:
+        kept = keep_mask(options["seed"], problem.dropout_p, problem.origin, tuple(a.shape))
+        keep = kept.to(dtype) / (1.0 - problem.dropout_p)
+    dropped = rounded(a * keep)
+    ds = rounded(product(dout_, v_.mT) * keep * a * (1.0 - a))
+    results = {
+        "out": dense(product(dropped, v_)),
+        "dq": dense(problem.scale * product(ds, k_)),
+        "dk": grouped(problem.scale * product(ds.mT, q_)),
+        "dv": grouped(product(dropped.mT, dout_)),
+    }
+    rows = {}
+    keys = torch.randperm(problem.seqlen_k, generator=order).to(q.device)
+    if isinstance(bias, Tensor):
+        rows["db"] = ds[..., keys].sum(-1)
+    if slopes is not None:
+        p = torch.arange(problem.seqlen_q, device=q.device) + problem.q_offset
+        distance = (p[:, None] - torch.arange(problem.seqlen_k, device=q.device)).abs()
+        rows["dslopes"] = -(ds * distance)[..., keys].sum(-1)
+    return results, rows
+
+
+def errors_over_budget(actual: Tensor, oracle: Tensor, witness: Tensor) -> tuple[float, float]:
+    """(rms, maximum) error of `actual` against the oracle, each divided by what the budget allows: at most 1 is inside.
+
+    Allowed: 1.5 times the witness's rms error and 2.0 times its maximum, each plus 1e-6 of the oracle's rms, where the
+    witness has the oracle's shape, or several draws stacked in front of it. A NaN or an infinity is inf times over.
+    """
+    exact = oracle.double()
+    if actual.shape != exact.shape:
+        raise ValueError(f"actual must have the oracle's shape {tuple(exact.shape)}, got {tuple(actual.shape)}")
+    if exact.numel() == 0:
+        return 0.0, 0.0
+
+    def sizes(x: Tensor) -> tuple[float, float]:
+        error = (x.double() - exact).abs()
+        return error.square().mean().sqrt().item(), error.max().item()
+
+    floor = FLOOR * exact.square().mean().sqrt().item()
+    (rms, largest), (rms_witness, largest_witness) = sizes(actual), sizes(witness)
+    if not (math.isfinite(rms) and math.isfinite(largest)):
+        return math.inf, math.inf
+
+    def over(error: float, allowed: float) -> float:
+        return error / allowed if allowed else (0.0 if error == 0.0 else math.inf)
+
+    return over(rms, RMS_FACTOR * rms_witness + floor), over(largest, MAX_FACTOR * largest_witness + floor)
+
+
+def assert_within_budget(name: str, actual: Tensor, oracle: Tensor, witness: Tensor) -> None:
+    """The one error budget: see `errors_over_budget`.
+
+    Raises:
+        AssertionError: outside the budget, with both ratios.
+    """
+    rms, largest = errors_over_budget(actual, oracle, witness)
+    assert rms <= 1.0 and largest <= 1.0, (  # noqa: PT018
+        f"{name} must be inside the error budget, got {rms:.3g} of the allowed rms and {largest:.3g} of the maximum"
+    )
