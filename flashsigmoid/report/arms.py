@@ -1,0 +1,341 @@
+"""Runs joined into arms: what each was set to, what it reached, how it ended. No text and no drawing here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..record import RECORDS_NAME, Record, RecordFile, find_runs, read_records
+
+SEED = "seed"
+STEPS = "steps"  # the setting that says how long a run is meant to be
+TRAIN_LOSS = "train/loss"
+VAL_LOSSES = ("val/loss_bytes", "val/loss")  # per byte first: tokens of two tokenizers do not compare
+BIGRAM = "baseline/bigram"
+SAMPLE = "sample"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One number over several runs at one step: its mean, least and largest value, and the mean time."""
+
+    step: int
+    time_s: float | None
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A handful of finite numbers."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Sample standard deviation, nan for fewer than two values."""
+        if len(self.values) < 2:
+            return math.nan
+        return math.sqrt(sum((x - self.mean) ** 2 for x in self.values) / (len(self.values) - 1))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory as read."""
+
+    path: Path
+    file: RecordFile
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.file.settings
+
+    @property
+    def seed(self) -> Any:
+        return self.settings.get(SEED)
+
+    def series(self, name: str) -> list[Record]:
+        """The records of a name that have a value and a step, by step; of one step the last counts."""
+        return self._series.get(name, [])
+
+    @cached_property
+    def _series(self) -> dict[str, list[Record]]:
+        by_name: dict[str, dict[int, Record]] = {}
+        for record in self.file.records:
+            if record.value is not None and record.step is not None:
+                by_name.setdefault(record.name, {})[record.step] = record
+        return {name: [steps[s] for s in sorted(steps)] for name, steps in by_name.items()}
+
+    @cached_property
+    def loss_name(self) -> str | None:
+        """Name of the validation loss: per byte where it is recorded."""
+        return next((name for name in VAL_LOSSES if self.series(name)), None)
+
+    @property
+    def losses(self) -> list[Record]:
+        """The validation losses by step."""
+        return self.series(self.loss_name) if self.loss_name else []
+
+    @property
+    def final(self) -> Record | None:
+        """The last validation loss, finite or not."""
+        return self.losses[-1] if self.losses else None
+
+    @property
+    def best(self) -> Record | None:
+        """The least finite validation loss."""
+        finite = [record for record in self.losses if math.isfinite(value_of(record))]
+        return min(finite, key=value_of, default=None)
+
+    @property
+    def bigram(self) -> float | None:
+        """The bigram baseline that has the unit of the validation loss."""
+        units = {record.unit for record in self.losses}
+        found = [r.value for r in self.file.records if r.name == BIGRAM and r.unit in units]
+        return found[-1] if found else None
+
+    @property
+    def bytes_per_token(self) -> float:
+        """The ratio of the validation losses per token and per byte, 1 if only one of them is used."""
+        per_byte, per_token = (
+            {r.step: value_of(r) for r in self.series(name) if math.isfinite(value_of(r))}
+            for name in VAL_LOSSES
+        )
+        both = per_byte.keys() & per_token.keys()
+        if not both:
+            return 1.0
+        step = max(both, key=lambda step: step or 0)
+        return per_token[step] / per_byte[step]
+
+    @cached_property
+    def broke_at(self) -> Record | None:
+        """The first training or validation loss that is not finite."""
+        losses = [record for name in (TRAIN_LOSS, *VAL_LOSSES) for record in self.series(name)]
+        broken = [record for record in losses if not math.isfinite(value_of(record))]
+        return min(broken, key=lambda record: record.step or 0, default=None)
+
+    @property
+    def steps(self) -> int:
+        """The last step that any record speaks of."""
+        return max((r.step for r in self.file.records if r.step is not None), default=0)
+
+    @property
+    def planned_steps(self) -> int | None:
+        """How many steps the settings ask for, None if they do not say."""
+        planned = self.settings.get(STEPS)
+        return planned if type(planned) is int else None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the records end before the steps that the settings ask for."""
+        return self.planned_steps is not None and self.steps < self.planned_steps
+
+    @property
+    def time_s(self) -> float | None:
+        """Seconds of training at the last record."""
+        return max((r.time_s for r in self.file.records if r.time_s is not None), default=None)
+
+    def layers(self, statistic: str) -> list[str]:
+        """The names statistic/layer_0, statistic/layer_1, ... that have records, in order of layers."""
+        prefix = f"{statistic}/layer_"
+        numbers = {name: name.removeprefix(prefix) for name in self._series if name.startswith(prefix)}
+        numbers = {name: int(number) for name, number in numbers.items() if number.isdecimal()}
+        return sorted(numbers, key=lambda name: numbers[name])
+
+    def sample(self) -> tuple[Record, str] | None:
+        """The last text sample whose file is there."""
+        for record in reversed(self.file.records):
+            if record.name == SAMPLE and record.artifact is not None:
+                file = self.path / record.artifact
+                if file.is_file():
+                    return record, file.read_text(encoding="utf-8", errors="replace")
+        return None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The runs whose settings differ in nothing but the seed."""
+
+    label: str
+    index: int  # its colour
+    runs: tuple[Run, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all its runs share, and the seed of the first."""
+        return self.runs[0].settings
+
+    @property
+    def finals(self) -> Spread:
+        """Finite final validation losses, of the finished runs if there are any such."""
+        finite = [r for r in self.runs if r.final is not None and math.isfinite(value_of(r.final))]
+        chosen = [run for run in finite if not run.is_unfinished] or finite
+        return Spread(tuple(value_of(run.final) for run in chosen if run.final is not None))
+
+    @property
+    def bests(self) -> Spread:
+        """The least validation losses of the runs."""
+        return Spread(tuple(value_of(run.best) for run in self.runs if run.best is not None))
+
+    @property
+    def bigrams(self) -> Spread:
+        """The bigram baselines of the runs."""
+        return Spread(tuple(run.bigram for run in self.runs if run.bigram is not None))
+
+    @property
+    def below_bigram(self) -> tuple[int, int] | None:
+        """(runs whose final loss is below their baseline, runs that recorded both); None if no run did."""
+        both = [(r.final, r.bigram) for r in self.runs if r.final is not None and r.bigram is not None]
+        return (sum(value_of(final) < bigram for final, bigram in both), len(both)) if both else None
+
+    @property
+    def time_s(self) -> float | None:
+        """Seconds of training of the longest run."""
+        return max((run.time_s for run in self.runs if run.time_s is not None), default=None)
+
+    @property
+    def losses(self) -> list[Point]:
+        """The validation losses over the runs."""
+        name = next((run.loss_name for run in self.runs if run.loss_name is not None), None)
+        return self.points(name) if name else []
+
+    @property
+    def train_losses(self) -> list[Point]:
+        """The training losses over the runs, in the unit of the validation losses."""
+        return self.points(TRAIN_LOSS, 1.0 / self.bytes_per_token)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Mean over the runs; 1 if they record a single validation loss."""
+        return sum(run.bytes_per_token for run in self.runs) / len(self.runs)
+
+    def points(self, name: str, factor: float = 1.0) -> list[Point]:
+        """Mean and range over the runs that recorded `name` at a step, times `factor`."""
+        by_step: dict[int, list[Record]] = {}
+        for run in self.runs:
+            for record in run.series(name):
+                by_step.setdefault(record.step or 0, []).append(record)
+        points = []
+        for step, records in sorted(by_step.items()):
+            values = [value_of(record) * factor for record in records]
+            times = [record.time_s for record in records if record.time_s is not None]
+            mean = sum(values) / len(values)
+            # the least of numbers among which is a nan depends on their order
+            low, high = (mean, mean) if math.isnan(mean) else (min(values), max(values))
+            points.append(Point(step, sum(times) / len(times) if times else None, mean, low, high))
+        return points
+
+    def layers(self, statistic: str) -> list[str]:
+        """As `Run.layers`, of all runs."""
+        return max((run.layers(statistic) for run in self.runs), key=len)
+
+
+def load_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """The runs at or below the paths, each once.
+
+    Raises:
+        ValueError: a path is missing or holds no run, no path is given, or records are damaged.
+    """
+    folders: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ValueError(f"a run must be a folder with {RECORDS_NAME}, got {path}, which is no folder")
+        found = find_runs(path)
+        if not found:
+            raise ValueError(f"a run must be a folder with {RECORDS_NAME}, found none at or below {path}")
+        folders.update({folder.resolve(): folder for folder in found})
+    if not folders:
+        raise ValueError("at least one run must be given, got none")
+    return [Run(folder, read_records(folder / RECORDS_NAME)) for folder in folders.values()]
+
+
+def group_arms(runs: Sequence[Run]) -> list[Arm]:
+    """Join runs that differ in nothing but the seed; pairs of two kinds of attention come first.
+
+    The label of an arm is its kind of attention, and what distinguishes it from the first arm of that kind.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        shared = {name: value for name, value in run.settings.items() if name != SEED}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
+    unordered = [sorted(group, key=_seed_order) for group in groups.values()]
+
+    def distance_to_other_kinds(group: list[Run]) -> int:
+        others = [other for other in unordered if _kind(other[0]) != _kind(group[0])]
+        return min((len(differing([group[0].settings, o[0].settings])) for o in others), default=0)
+
+    # of several arms of a kind, the one that differs least from another kind stands for it
+    ordered = sorted(unordered, key=lambda group: (distance_to_other_kinds(group), _kind(group[0])))
+    first: dict[str, list[Run]] = {}
+    for group in ordered:
+        first.setdefault(_kind(group[0]), group)
+    arms = []
+    for group in [*first.values(), *(group for group in ordered if group is not first[_kind(group[0])])]:
+        settings, kind = group[0].settings, _kind(group[0])
+        fields = differing([first[kind][0].settings, settings])
+        label = ", ".join([kind, *(f"{name}={show(settings.get(name))}" for name in fields)])
+        arms.append(Arm(label, len(arms), tuple(group)))
+    return arms
+
+
+def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """The fields, but for the seed, in which settings differ, in the order in which they come."""
+    names = dict.fromkeys(name for each in settings for name in each if name != SEED)
+    return [name for name in names if len({_comparable(each, name) for each in settings}) > 1]
+
+
+def paired_differences(arm: Arm, base: Arm) -> Spread:
+    """arm - base of the final losses: seed by seed if all runs of both finished and have the same seeds.
+
+    Otherwise the one difference of the means; nothing where an arm has no finite loss.
+    """
+    ours, theirs = _finals_by_seed(arm), _finals_by_seed(base)
+    if ours and ours.keys() == theirs.keys():
+        return Spread(tuple(ours[seed] - theirs[seed] for seed in ours))
+    if not arm.finals.values or not base.finals.values:
+        return Spread(())
+    return Spread((arm.finals.mean - base.finals.mean,))
+
+
+def value_of(record: Record) -> float:
+    """The value, nan if there is none."""
+    return math.nan if record.value is None else record.value
+
+
+def show(value: object) -> str:
+    """A setting as text."""
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(show, value))})"
+    return f"{value:.6g}" if isinstance(value, float) and not value.is_integer() else str(value)
+
+
+def _kind(run: Run) -> str:
+    return str(run.settings.get("attention", run.path.name))
+
+
+def _seed_order(run: Run) -> tuple[str, Any]:
+    return type(run.seed).__name__, 0 if run.seed is None else run.seed
+
+
+def _comparable(settings: dict[str, Any], name: str) -> str | None:
+    return json.dumps(settings[name]) if name in settings else None
+
+
+def _finals_by_seed(arm: Arm) -> dict[str, float]:
+    """Empty if two runs share a seed, or one is unfinished or ended without a finite loss."""
+    finals = {
+        str(run.seed): value_of(run.final)
+        for run in arm.runs
+        if run.final is not None and math.isfinite(value_of(run.final)) and not run.is_unfinished
+    }
+    return finals if len(finals) == len(arm.runs) else {}

@@ -1,0 +1,265 @@
+"""The figures of the report, drawn by matplotlib: as SVG that takes its colours from the page, and as PNG."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .arms import Arm, Point
+from .summary import loss_text, loss_unit
+
+# after Okabe and Ito, told apart by colour-blind readers: on white, and lighter on black
+LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b5608f", "#a67c00", "#3a3a3a")
+DARK = ("#5bb8f0", "#ff8d4d", "#35c79b", "#e79cc5", "#edc04d", "#c9c9c9")
+
+_INK = "#010203"  # stands for the page's text colour; no other thing is drawn in it
+_PANEL_INCHES = (4.9, 3.3)  # small, so that letters stay legible at the width of a phone
+_SMOOTHED_POINTS = 300  # of a training curve
+_STYLE: dict[Any, Any] = {
+    "axes.edgecolor": _INK,
+    "axes.grid": True,
+    "axes.labelcolor": _INK,
+    "axes.labelsize": 10.5,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "figure.titlesize": 12.5,
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 10.5,
+    "grid.alpha": 0.13,
+    "grid.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "flashsigmoid",
+    "text.color": _INK,
+    "text.parse_math": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str  # "": the figure has one panel
+    draw: Callable[[Axes], None]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of the report: panels side by side, what they show, and the name of the PNG."""
+
+    name: str
+    title: str
+    caption: str
+    panels: tuple[Panel, ...]  # none: the records have nothing to draw
+
+    def svgs(self) -> list[str]:
+        """Each panel as an <svg> element that names no address and takes its colours from CSS variables."""
+        return [
+            _inline(self._figure([panel]), f"{self.name}-{index}", f"{self.title} {panel.title}".strip())
+            for index, panel in enumerate(self.panels)
+        ]
+
+    def png(self) -> bytes:
+        """All panels side by side, on white."""
+        figure = self._figure(self.panels)
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(_STYLE):
+            figure.suptitle(self.title)
+            figure.savefig(buffer, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+        return buffer.getvalue()
+
+    def _figure(self, panels: Sequence[Panel]) -> Figure:
+        with matplotlib.rc_context(_STYLE):
+            width, height = _PANEL_INCHES
+            figure = Figure(figsize=(width * len(panels), height), layout="constrained")
+            for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+                axes.set_title(panel.title)
+                panel.draw(axes)
+                axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+                axes.set_xlim(left=0)
+        return figure
+
+
+def colour(arm: Arm) -> str:
+    """The arm's colour on white, which stands for its CSS variable in SVG."""
+    return LIGHT[arm.index % len(LIGHT)]
+
+
+def colour_variable(arm: Arm) -> str:
+    """The arm's colour on the page."""
+    return f"var(--arm-{arm.index % len(LIGHT)})"
+
+
+def loss_drawings(arms: Sequence[Arm]) -> list[Drawing]:
+    """Loss against step and against time: training thin, validation thick, the bigram baseline dashed."""
+    points = [point for arm in arms for point in (*arm.losses, *arm.train_losses)]
+    is_timed = any(point.time_s is not None for point in points)
+    caption = f"Thick: validation loss, {loss_unit(arms)}. Thin: training loss, smoothed."
+    if _baselines(arms):
+        caption += " Dashed: a bigram model of the same text."
+    rates = {f"{arm.label} {arm.bytes_per_token:.2f}" for arm in arms if abs(arm.bytes_per_token - 1) > 1e-6}
+    if rates:
+        caption += f" Training loss is divided by the bytes per token: {'; '.join(sorted(rates))}."
+    if any(len(arm.runs) > 1 for arm in arms):
+        caption += " Lines are means over seeds, bands go from the least to the largest."
+
+    def panels(by_time: bool) -> tuple[Panel, ...]:
+        return (Panel("", lambda axes: _draw_losses(axes, arms, by_time)),)
+
+    return [
+        Drawing("loss-step", "Loss against step", caption, panels(by_time=False) if points else ()),
+        Drawing("loss-time", "Loss against time", caption, panels(by_time=True) if is_timed else ()),
+    ]
+
+
+def layer_drawing(arms: Sequence[Arm], statistic: str, title: str, caption: str) -> Drawing:
+    """A statistic of every layer over steps, one panel per arm, all with the same y axis."""
+    shown = [arm for arm in arms if arm.layers(statistic)]
+    points = [p for arm in shown for name in arm.layers(statistic) for p in arm.points(name)]
+    finite = [value for p in points for value in (p.low, p.high) if math.isfinite(value)]
+    least, most = min(finite, default=0.0), max(finite, default=1.0)
+
+    def panel(arm: Arm) -> Panel:
+        def draw(axes: Axes) -> None:
+            _draw_layers(axes, arm, statistic)
+            axes.set_ylabel(title)
+            if least > 0 and most / least > 20:
+                axes.set_yscale("log")
+                axes.set_ylim(least / 1.4, most * 1.4)
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            else:
+                axes.set_ylim(min(0.0, least * 1.08), (most or 1.0) * 1.08)
+
+        return Panel(arm.label, draw)
+
+    missing = [arm.label for arm in arms if arm not in shown]
+    if shown and missing:
+        caption += f" Not recorded: {'; '.join(missing)}."
+    return Drawing(statistic.replace("_", "-"), title, caption, tuple(map(panel, shown)))
+
+
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """A few hundred of the points at most, each the mean of a fortieth of the curve; nan stays nan."""
+    stride = max(1, math.ceil(len(points) / _SMOOTHED_POINTS))
+    reach = len(points) // 80
+    smoothed = []
+    for i in range(0, len(points), stride):
+        means = [point.mean for point in points[max(0, i - reach) : i + reach + 1]]
+        mean = sum(means) / len(means)
+        smoothed.append(Point(points[i].step, points[i].time_s, mean, min(means), max(means)))
+    return smoothed
+
+
+def _draw_losses(axes: Axes, arms: Sequence[Arm], by_time: bool) -> None:
+    last_s = max((arm.time_s for arm in arms if arm.time_s is not None), default=0.0)
+    second, time_unit = (1.0, "s") if last_s < 300 else (60.0, "min") if last_s < 18000 else (3600.0, "h")
+
+    def x(points: Sequence[Point]) -> list[float]:
+        if by_time:
+            return [math.nan if p.time_s is None else p.time_s / second for p in points]
+        return [p.step for p in points]
+
+    for arm in arms:
+        train, val, own = smooth(arm.train_losses), arm.losses, colour(arm)
+        axes.plot(x(train), [p.mean for p in train], color=own, linewidth=0.9, alpha=0.55)
+        if len(arm.runs) > 1:
+            axes.fill_between(
+                x(val), [p.low for p in val], [p.high for p in val], color=own, alpha=0.18, linewidth=0
+            )
+        axes.plot(
+            x(val), [p.mean for p in val], color=own, linewidth=2.2, marker=_marker(val), label=arm.label
+        )
+    for bigram in _baselines(arms):
+        axes.axhline(bigram, color=_INK, linewidth=1.2, linestyle=(0, (5, 3)))
+        axes.annotate(
+            f"bigram {loss_text(bigram)}",
+            (1.0, bigram),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right",
+        )
+    axes.set_xlabel(f"training time, {time_unit}" if by_time else "step")
+    axes.set_ylabel(f"loss, {loss_unit(arms)}")
+    limits = _loss_limits(arms)
+    if limits is not None:
+        axes.set_ylim(*limits)
+    axes.legend(loc="upper right", handlelength=1.4)
+
+
+def _loss_limits(arms: Sequence[Arm]) -> tuple[float, float] | None:
+    """The region where the arms differ: the loss of an untrained model, far above, runs out at the top."""
+    points = [point for arm in arms for point in (*arm.losses, *smooth(arm.train_losses))]
+    finite = [value for p in points for value in (p.mean, p.low) if math.isfinite(value)]
+    if not finite:
+        return None
+    least, most = min(finite), max([*finite, *_baselines(arms)])
+    ends = max([least, *_baselines(arms), *(value for arm in arms for value in arm.finals.values)])
+    top = min(ends + 0.8 * (ends - least or 1.0), most)
+    margin = 0.06 * (top - least or 1.0)
+    return least - margin, top + margin
+
+
+def _draw_layers(axes: Axes, arm: Arm, statistic: str) -> None:
+    names = arm.layers(statistic)
+    for depth, name in enumerate(names):
+        points, weight = arm.points(name), (depth + 1) / len(names)
+        steps = [p.step for p in points]
+        if len(arm.runs) > 1:
+            lows, highs = [p.low for p in points], [p.high for p in points]
+            axes.fill_between(steps, lows, highs, color=colour(arm), alpha=0.1, linewidth=0)
+        axes.plot(
+            steps,
+            [p.mean for p in points],
+            color=colour(arm),
+            alpha=0.3 + 0.7 * weight,
+            linewidth=1.0 + 1.2 * weight,
+            marker=_marker(points),
+            label=f"layer {name.rpartition('_')[2]}" if depth in (0, len(names) - 1) else None,
+        )
+    axes.set_xlabel("step")
+    axes.legend(loc="best", handlelength=1.4)
+
+
+def _marker(points: Sequence[Point]) -> str | None:
+    """A single measurement is no line."""
+    return "o" if len(points) == 1 else None
+
+
+def _baselines(arms: Sequence[Arm]) -> list[float]:
+    return sorted({round(value, 6) for arm in arms for value in arm.bigrams.values})
+
+
+def _inline(figure: Figure, prefix: str, title: str) -> str:
+    """The figure as an <svg> element of an HTML page: no header, no address, its own ids, colours by CSS."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    head, body = svg.split(">", 1)
+    head = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", head)
+    svg = f'{head} role="img" aria-label="{html.escape(title)}">{body}'
+    # two figures on one page may not share an id
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(url\(|xlink:href=")#', rf"\1#{prefix}-", svg)
+    svg = svg.replace(_INK, "currentColor")
+    for index, drawn in enumerate(LIGHT):
+        svg = svg.replace(drawn, f"var(--arm-{index})")
+    return svg.strip()

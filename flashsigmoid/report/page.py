@@ -1,0 +1,330 @@
+"""The page: one HTML file that needs nothing beside it, and the figures as PNG in a folder beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .arms import SEED, Arm, Run, differing, group_arms, load_runs, show, value_of
+from .figures import DARK, LIGHT, Drawing, colour_variable, layer_drawing, loss_drawings
+from .summary import (
+    base_of,
+    below_text,
+    difference_text,
+    loss_text,
+    loss_unit,
+    norm_text,
+    seeds_text,
+    spread_text,
+    statement,
+    steps_text,
+    time_text,
+    title,
+    warnings,
+)
+
+_SAMPLE_CHARACTERS = 1500
+_STATISTICS = (
+    (
+        "attn_norm",
+        "Attention norm |A V|",
+        "The L2 norm of A V of a token, heads concatenated, before the output projection; mean over tokens. "
+        "Without its bias, sigmoid attention starts about n / 2 times too large (arXiv:2409.04431).",
+    ),
+    (
+        "row_mass",
+        "Row mass",
+        "What the weights of a row add up to, mean over rows. Softmax makes it 1; sigmoid leaves it free.",
+    ),
+    (
+        "sink",
+        "Share of the first token",
+        "The part of a row's weights that lies on the first token, mean over rows. "
+        "A large share is an attention sink (arXiv:2410.10781).",
+    ),
+)
+
+
+def write_report(runs: Iterable[str | Path], out: str | Path) -> Path:
+    """Compare runs on one page.
+
+    Runs that differ in nothing but the seed are one arm. The page is one file that opens offline: style and
+    figures are within. The figures are also written as PNG, to the folder <name of the page>-figures beside it.
+    Each file appears complete or not at all.
+
+    Args:
+        runs: run directories, or folders of them.
+        out: the page, *.html, or a folder in which it becomes report.html. Missing folders are made.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: a folder is missing, holds no run, or its records are damaged.
+    """
+    arms = group_arms(load_runs(runs))
+    page = Path(out)
+    if page.suffix.lower() not in (".html", ".htm"):
+        page = page / "report.html"
+    drawings = [*loss_drawings(arms), *(layer_drawing(arms, *statistic) for statistic in _STATISTICS)]
+    folder = page.with_name(f"{page.stem}-figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    for drawing in drawings:
+        png = folder / f"{drawing.name}.png"
+        if drawing.panels:
+            _write(png, drawing.png())
+        else:
+            png.unlink(missing_ok=True)  # of an earlier report of the same name
+    _write(page, _page(arms, drawings).encode())
+    return page
+
+
+def _write(path: Path, content: bytes) -> None:
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_bytes(content)
+    os.replace(draft, path)
+
+
+def _page(arms: Sequence[Arm], drawings: Sequence[Drawing]) -> str:
+    heading, lead = escape(title(arms)), escape(" ".join(statement(arms)))
+    # nothing may be loaded, and no script may run
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    losses, statistics = drawings[: -len(_STATISTICS)], drawings[-len(_STATISTICS) :]
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<title>{heading}</title>
+<style>{_style()}</style>
+</head>
+<body>
+<main>
+<header><h1>{heading}</h1><p class="lead">{lead}</p></header>
+{_warnings(arms)}
+{_cards(arms)}
+<section><h2>Loss</h2><div class="pair">{"".join(map(_figure, losses))}</div></section>
+<section><h2>Attention</h2>{"".join(map(_figure, statistics))}</section>
+<section><h2>Text</h2>{_samples(arms)}</section>
+<section><h2>Settings</h2>{_settings(arms)}</section>
+<section><h2>Runs and provenance</h2>{_runs(arms)}{_provenance(arms)}</section>
+</main>
+</body>
+</html>
+"""
+
+
+def _warnings(arms: Sequence[Arm]) -> str:
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings(arms))
+    return f'<aside aria-label="To bear in mind"><ul>{items}</ul></aside>' if items else ""
+
+
+def _cards(arms: Sequence[Arm]) -> str:
+    base = base_of(arms)
+    cards = []
+    for arm in arms:
+        finals = arm.finals.values
+        facts = {
+            "over seeds": f"{loss_text(min(finals))} to {loss_text(max(finals))}" if len(finals) > 1 else "",
+            f"minus {base.label}": "" if arm is base else difference_text(arm, base),
+            "best on the way": spread_text(arm.bests),
+            "below bigram": below_text(arm),
+            "first |A V|": norm_text(arm),
+            "steps": steps_text(arm),
+            "seeds": seeds_text(arm),
+            "time": time_text(arm.time_s),
+        }
+        rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
+        value = loss_text(arm.finals.mean) if finals else "not finite"
+        cards.append(
+            f'<article style="border-top-color:{colour_variable(arm)}"><h3>{escape(arm.label)}</h3>'
+            f'<p class="value">{value}</p><p class="unit">final validation loss, '
+            f"{escape(loss_unit([arm]))}</p><dl>{rows}</dl></article>"
+        )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _figure(drawing: Drawing) -> str:
+    heading = f"<h3>{escape(drawing.title)}</h3>"
+    if not drawing.panels:
+        return f'<figure>{heading}<p class="missing">not recorded</p></figure>\n'
+    panels = "".join(f'<div class="panel">{svg}</div>' for svg in drawing.svgs())
+    caption = f"<figcaption>{escape(drawing.caption)}</figcaption>"
+    return f'<figure>{heading}<div class="panels">{panels}</div>{caption}</figure>\n'
+
+
+def _samples(arms: Sequence[Arm]) -> str:
+    cards = []
+    for arm in arms:
+        found = next(((run, *sample) for run in arm.runs if (sample := run.sample()) is not None), None)
+        body = '<p class="missing">not recorded</p>'
+        if found is not None:
+            run, record, text = found
+            when = "" if record.step is None else f", after {record.step:,} steps"
+            # a young model may well write control characters
+            text = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+            cut = " …" if len(text) > _SAMPLE_CHARACTERS else ""
+            body = (
+                f'<p class="unit">seed {escape(show(run.seed))}{when}</p>'
+                f"<pre>{escape(text[:_SAMPLE_CHARACTERS])}{cut}</pre>"
+            )
+        cards.append(f"<article><h3>{_name(arm)}</h3>{body}</article>")
+    return f'<div class="samples">{"".join(cards)}</div>'
+
+
+def _settings(arms: Sequence[Arm]) -> str:
+    """The fields that differ, marked, and those that do not, folded."""
+    settings = [arm.settings for arm in arms]
+    names = [name for name in dict.fromkeys(name for each in settings for name in each) if name != SEED]
+    differ = differing(settings)
+    equal = [name for name in names if name not in differ]
+
+    def cell(each: dict[str, Any], name: str) -> str:
+        return escape(show(each[name])) if name in each else "<em>not set</em>"
+
+    rows = [_row(escape(name), [cell(each, name) for each in settings], "differs") for name in differ]
+    rows.append(_row(SEED, [escape(seeds_text(arm)) for arm in arms]))
+    table = _table(rows, ["", *map(_name, arms)])
+    if not equal:
+        return table
+    heading = "All settings" if len(arms) == 1 else f"{len(equal)} settings that all arms share"
+    shared = _table([_row(escape(name), [cell(settings[0], name)]) for name in equal])
+    return f"{table}<details><summary>{heading}</summary>{shared}</details>"
+
+
+def _runs(arms: Sequence[Arm]) -> str:
+    rows = []
+    for arm in arms:
+        for run in arm.runs:
+            final, best = run.final, run.best
+            of = f" of {run.planned_steps:,}" if run.is_unfinished else ""
+            cells = [
+                show(run.seed),
+                f"{run.steps:,}{of}",
+                "" if final is None else loss_text(value_of(final)),
+                "" if best is None else f"{loss_text(value_of(best))} at step {best.step:,}",
+                time_text(run.time_s),
+                str(run.file.header.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
+            ]
+            rows.append(_row(_name(arm), map(escape, cells)))
+    return _table(rows, ["arm", "seed", "steps", "final loss", "best loss", "time", "started"])
+
+
+def _provenance(arms: Sequence[Arm]) -> str:
+    """Each fact once where all runs agree on it, else with the runs that it belongs to."""
+    runs = [(f"{arm.label}, seed {show(run.seed)}", run) for arm in arms for run in arm.runs]
+    facts: dict[str, Callable[[Run], str]] = {
+        "hardware": lambda run: _pairs(run.file.header.get("hardware")),
+        "versions": lambda run: _pairs(run.file.header.get("versions")),
+        "commit": _commit,
+        "command": lambda run: str(run.file.header.get("command", "")),
+        "resumed": _resumed,
+    }
+    rows = []
+    for name, fact in facts.items():
+        owners: dict[str, list[str]] = {}
+        for owner, run in runs:
+            owners.setdefault(fact(run), []).append(owner)
+        for text, whose in owners.items():
+            value = f"<code>{escape(text)}</code>" if name == "command" else escape(text)
+            of = "" if len(whose) == len(runs) else f"<br><small>{escape('; '.join(whose))}</small>"
+            if text:
+                rows.append(f'<tr><th scope="row">{name}</th><td class="wrap">{value}{of}</td></tr>')
+    return _table(rows)
+
+
+def _name(arm: Arm) -> str:
+    return f'<i class="dot" style="background:{colour_variable(arm)}"></i>{escape(arm.label)}'
+
+
+def _row(name: str, cells: Iterable[str], mark: str = "") -> str:
+    attribute = f' class="{mark}"' if mark else ""
+    return f'<tr{attribute}><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+
+
+def _table(rows: Sequence[str], head: Sequence[str] = ()) -> str:
+    cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    top = f"<thead><tr>{cells}</tr></thead>" if head else ""
+    return f'<div class="scroll"><table>{top}<tbody>{"".join(rows)}</tbody></table></div>\n'
+
+
+def _pairs(facts: object) -> str:
+    if not isinstance(facts, dict):
+        return ""
+    return ", ".join(f"{name} {show(value)}" for name, value in facts.items() if value is not None)
+
+
+def _commit(run: Run) -> str:
+    commit, dirty = run.file.header.get("commit"), run.file.header.get("dirty")
+    if commit is None:
+        return "not from a git tree"
+    return f"{commit} with uncommitted changes" if dirty else str(commit)
+
+
+def _resumed(run: Run) -> str:
+    return "; ".join(f"after step {each['step']:,}" for each in run.file.header.get("resumed", ()))
+
+
+def _style() -> str:
+    light = "".join(f"--arm-{index}:{each};" for index, each in enumerate(LIGHT))
+    dark = "".join(f"--arm-{index}:{each};" for index, each in enumerate(DARK))
+    return (
+        f":root{{color-scheme:light dark;{_LIGHT}{light}}}\n"
+        f"@media screen and (prefers-color-scheme:dark){{:root{{{_DARK}{dark}}}}}\n{_CSS}"
+    )
+
+
+_LIGHT = (
+    "--page:#fafaf9;--card:#fff;--ink:#1b1f24;--soft:#5a636e;--line:#e1e4e8;--mark:#fff0bd;--warn:#b86e00;"
+)
+_DARK = (
+    "--page:#14171b;--card:#1c2026;--ink:#e6e8eb;--soft:#a0a9b5;--line:#333a43;--mark:#4b3f12;--warn:#f0b54a;"
+)
+_CSS = """
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--ink);font-size:16px;line-height:1.55}
+body,svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif!important}
+main{max-width:1120px;margin:0 auto;padding:2.5rem 1.25rem 4rem}
+h1{font-size:clamp(1.6rem,4.5vw,2.3rem);line-height:1.15;letter-spacing:-.015em;margin:0 0 .8rem}
+h2{font-size:1.3rem;margin:3rem 0 1rem}
+h3{font-size:1rem;margin:0 0 .5rem;overflow-wrap:anywhere}
+.lead{max-width:78ch;margin:0;font-size:1.05rem}
+aside{margin:1.5rem 0 0;padding:.1rem 1rem;border-left:4px solid var(--warn);background:var(--card)}
+aside ul{margin:.6rem 0;padding-left:1.1rem}
+article,figure,.scroll{background:var(--card);border:1px solid var(--line);border-radius:10px}
+article,figure{padding:1rem 1.1rem;min-width:0}
+figure{margin:0 0 1rem}
+.cards,.samples,.pair,.panels{display:grid;gap:1rem}
+.cards,.samples{grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}
+.pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
+.panels{grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:.5rem}
+.cards{margin-top:1.75rem}
+.cards article{border-top:5px solid}
+.value{font-size:2.3rem;font-weight:650;line-height:1.1;margin:.2rem 0 0;font-variant-numeric:tabular-nums}
+.unit{margin:0;color:var(--soft);font-size:.88rem}
+dl{display:grid;grid-template-columns:auto 1fr;gap:.15rem 1rem;margin:.9rem 0 0;font-size:.92rem}
+dt{color:var(--soft)}
+dd{margin:0;text-align:right;font-variant-numeric:tabular-nums}
+figcaption{color:var(--soft);font-size:.88rem;max-width:95ch;margin-top:.4rem}
+.panel{max-width:46rem}
+svg{display:block;width:100%;height:auto}
+.missing{color:var(--soft);font-style:italic;margin:.2rem 0}
+pre,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.82rem}
+pre{margin:.6rem 0 0;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere;max-height:30rem;overflow:auto}
+.scroll{overflow-x:auto;margin-bottom:1rem}
+table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
+th,td{text-align:left;padding:.45rem .8rem;border-bottom:1px solid var(--line);vertical-align:top}
+th,td{white-space:nowrap}
+tbody tr:last-child>*{border-bottom:0}
+tbody th{font-weight:500}
+.differs>*{background:var(--mark);font-weight:650}
+td.wrap{white-space:normal;overflow-wrap:anywhere}
+.dot{display:inline-block;width:.7em;height:.7em;border-radius:50%;margin-right:.45em}
+summary{cursor:pointer;padding:.2rem 0 .8rem;color:var(--soft)}
+small{color:var(--soft)}
+@media (max-width:640px){main{padding:1.5rem .8rem 3rem}article,figure{padding:.8rem .7rem}}
+"""
