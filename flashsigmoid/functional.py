@@ -75,7 +75,15 @@ def sigmoid_attention(
     Source: arXiv:2409.04431, section 2 (the op) and the recommended b = -log n.
     """
     return _attention(
-        *_autocast(q, k, v), sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend
+        *_autocast(q, k, v),
+        sigmoid_bias,
+        scale,
+        causal,
+        window_size,
+        alibi_slopes,
+        dropout_p,
+        sigmoid,
+        backend,
     )
 
 
@@ -199,12 +207,29 @@ def _attention(
     if dropout_p > 0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     left, right = window_size
-    scalars = (number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid)
     if backend != "reference":
-        return torch.ops.flashsigmoid.fwd(q, k, v, bias, alibi_slopes, seed, *scalars, backend)
-    names = op.SCALAR_NAMES[:-1]
-    problem = make_problem(q, k, v, bias=bias, slopes=alibi_slopes, **dict(zip(names, scalars, strict=True)))
-    return reference.forward(problem, q, k, v, bias, alibi_slopes, seed)
+        return torch.ops.flashsigmoid.fwd(
+            q, k, v, bias, alibi_slopes, seed,
+            number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, backend,
+        )  # fmt: skip
+    problem = make_problem(
+        q,
+        k,
+        v,
+        bias=bias,
+        slopes=alibi_slopes,
+        sigmoid_bias=number,
+        scale=scale,
+        causal=causal,
+        window_left=left,
+        window_right=right,
+        q_offset=q_offset,
+        dropout_p=float(dropout_p),
+        origin=origin,
+        sigmoid=sigmoid,
+    )
+    with op.full_precision(q.device.type):
+        return reference.forward(problem, q, k, v, bias, alibi_slopes, seed)
 
 
 def _split_bias(sigmoid_bias: float | Tensor | None) -> tuple[Tensor | None, float | None]:
@@ -216,7 +241,7 @@ def _split_bias(sigmoid_bias: float | Tensor | None) -> tuple[Tensor | None, flo
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in autocast's dtype where autocast is on; float64 is left alone, as autocast does."""
     device = q.device.type
-    if device in ("meta", "mps") or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)
@@ -241,7 +266,8 @@ def _validate(
             raise ValueError(f"{name} must be a dense tensor (batch, seqlen, nheads, head_dim), got {got}")
         if x.dtype not in _DTYPES or x.dtype != q.dtype:
             raise ValueError(
-                f"q, k, v must share one dtype of float16, bfloat16, float32, float64, got {q.dtype}, {k.dtype}, {v.dtype}"
+                "q, k, v must share one dtype of float16, bfloat16, float32, float64, "
+                f"got {q.dtype}, {k.dtype}, {v.dtype}"
             )
         if x.device != q.device:
             raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
@@ -258,7 +284,13 @@ def _validate(
 
     legal = ((), (nheads,), (batch, nheads), (batch, nheads, seqlen_q))
     if isinstance(sigmoid_bias, Tensor):
-        _validate_side("sigmoid_bias", sigmoid_bias, q, legal, "(), (nheads,), (batch, nheads) or (batch, nheads, seqlen_q)")
+        _validate_side(
+            "sigmoid_bias",
+            sigmoid_bias,
+            q,
+            legal,
+            "(), (nheads,), (batch, nheads) or (batch, nheads, seqlen_q)",
+        )
     elif sigmoid_bias is not None:
         _validate_number("sigmoid_bias", sigmoid_bias)
         if math.isnan(sigmoid_bias) or sigmoid_bias == math.inf:

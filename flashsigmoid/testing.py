@@ -1,4 +1,4 @@
-"""How the op is checked, here and downstream: inputs, a float64 oracle, a witness in the input dtype, and one error budget.
+"""How the op is checked, here and downstream: inputs, a float64 oracle, a witness in the input dtype, one error budget.
 
 No absolute tolerance: with b = -log n outputs shrink with n, and at n = 4096 a kernel of zeros passes `atol=4e-2`.
 """
@@ -6,7 +6,7 @@ No absolute tolerance: with b = -log n outputs shrink with n, and at n = 4096 a 
 from __future__ import annotations
 
 import math
-from typing import TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ def compute(
 ) -> dict[str, Tensor]:
     """out, dq, dk, dv, and db, dslopes where those are tensors, by one backend in the dtype of its inputs."""
     leaves = {"dq": q, "dk": k, "dv": v}
-    given = dict(options)
+    given: dict[str, Any] = dict(options)
     for name, option in (("db", "sigmoid_bias"), ("dslopes", "alibi_slopes")):
         if isinstance(given.get(option), Tensor):
             leaves[name] = given[option]
@@ -86,7 +86,7 @@ def compute(
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Unpack[Options]) -> dict[str, Tensor]:
     """The results of `compute`, by the reference in float64 from the same (already rounded) inputs."""
-    return compute(*(x.double() for x in (q, k, v, dout)), backend="reference", **_double(options))
+    return compute(q.double(), k.double(), v.double(), dout.double(), backend="reference", **_double(options))
 
 
 def witness(
@@ -97,15 +97,15 @@ def witness(
     Scores, sigmoid and accumulation in float32 (float64 for float64 inputs); A and dS rounded to the input dtype, as
     tensor cores take them; results rounded. Written out by hand, without autograd.
 
-    Every result is stacked (draws, ...): the same sums in several random orders, since a small problem has few roundings
-    and one draw of them may be lucky. db and dslopes are a few sums over all rows, each a single draw of its error: there
-    the witness is the exact sum off by three times the root of the rows' summed squared errors.
+    Every result is stacked (draws, ...): the same sums in several random orders, since a small problem has few
+    roundings and one draw of them may be lucky. db and dslopes are a few sums over all rows, each a single draw of its
+    error: there the witness is the exact sum off by three times the root of the rows' summed squared errors.
     """
     orders = [torch.Generator().manual_seed(draw) for draw in range(draws)]
     results, rows = zip(*(_by_hand(q, k, v, dout, order, **options) for order in orders), strict=True)
     stacked = {name: torch.stack([result[name] for result in results]) for name in results[0]}
     if rows[0]:
-        _, exact = _by_hand(*(x.double() for x in (q, k, v, dout)), orders[0], **_double(options))
+        _, exact = _by_hand(q.double(), k.double(), v.double(), dout.double(), orders[0], **_double(options))
         for name, like in (("db", options.get("sigmoid_bias")), ("dslopes", options.get("alibi_slopes"))):
             if name in exact:
                 assert isinstance(like, Tensor)
@@ -116,7 +116,7 @@ def witness(
 
 def _double(options: Options) -> Options:
     """The same options with their floating-point tensors in float64."""
-    exact = dict(options)
+    exact: dict[str, Any] = dict(options)
     for name, x in options.items():
         if isinstance(x, Tensor) and x.is_floating_point():
             exact[name] = x.double()

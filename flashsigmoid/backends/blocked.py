@@ -1,6 +1,6 @@
 """Sigmoid attention in blocks of plain PyTorch: O(seqlen) memory, forward and backward, on any device torch has.
 
-A tile of scores is two matrix products and a sigmoid, and tiles add: no row statistics, nothing rescaled, nothing saved.
+A tile of scores is two matrix products and a sigmoid, and tiles add: no row statistics, no rescaling, nothing saved.
 Scores and accumulators are float32 (float64 for float64 inputs): rounded to bfloat16 a score near -8 is off by several
 percent of its weight.
 """
@@ -149,13 +149,13 @@ class _Call:
         self.seed: Tensor | None = seed
         self.q, self.k, self.v = (x.to(dtype) for x in (q, k, v))
         if problem.group > 1:
-            # a view: every query head names its key head
+            # a copy for every query head, O(seqlen): the tiles below know one kind of head
             index = torch.arange(problem.nheads, device=q.device) // problem.group
             self.k, self.v = (x.index_select(2, index) for x in (self.k, self.v))
         # (batch, nheads, seqlen_q or 1), (batch, nheads)
         self.bias = None if bias is None else bias_rows(bias.to(dtype), *heads)
         self.slopes = None if slopes is None else slopes.to(dtype).expand(heads)
-        self.constant = None if bias is not None else self.scratch(1).fill_(problem.sigmoid_bias)
+        self.constant = self.scratch(1).fill_(problem.sigmoid_bias or 0.0)  # where b is a number
 
         block = _block(problem)
         self.row_blocks = _ranges(0, problem.seqlen_q, block)
@@ -216,8 +216,9 @@ class _Tiles:
         problem, q, k = self.call.problem, self.q[:, rows], self.k[:, cols]
         shape = (self.heads, q.shape[1], k.shape[1])
         s = self._first[: shape[0] * shape[1] * shape[2]].view(shape)
-        bias = self.call.constant
-        if self.bias is not None:
+        if self.bias is None:
+            bias = self.call.constant
+        else:
             bias = (self.bias if self.bias.shape[1] == 1 else self.bias[:, rows])[..., None]
         torch.baddbmm(bias, q, k.transpose(1, 2), alpha=problem.scale, out=s)
         if self.slopes is not None:

@@ -1,10 +1,11 @@
-"""The torch.library ops flashsigmoid::fwd and flashsigmoid::bwd: schema, fake, autograd and FLOP count, for every fused backend.
+"""The torch.library ops flashsigmoid::fwd and flashsigmoid::bwd: schema, fake and autograd, for every fused backend.
 
 Nothing is computed here: each op builds the `Problem`, selects a backend and calls it. Imports torch only.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tenso
     return make_problem(q, k, v, bias=bias, slopes=slopes, **scalars)
 
 
+def full_precision(device: str) -> AbstractContextManager[object]:
+    """Autocast off: it would round the scores inside a backend."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 @torch.library.impl("flashsigmoid::fwd", "default")
 def _fwd(q, k, v, bias, slopes, seed, *scalars) -> Tensor:
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
@@ -43,7 +51,8 @@ def _fwd(q, k, v, bias, slopes, seed, *scalars) -> Tensor:
     problem = _problem(q, k, v, bias, slopes, named)
     if problem.is_empty:
         return q.new_zeros(problem.batch, problem.seqlen_q, problem.nheads, problem.head_dim_v)
-    return select(problem, backend).forward(problem, q, k, v, bias, slopes, seed)
+    with full_precision(problem.device):
+        return select(problem, backend).forward(problem, q, k, v, bias, slopes, seed)
 
 
 @torch.library.impl("flashsigmoid::bwd", "default")
@@ -54,7 +63,9 @@ def _bwd(dout, q, k, v, bias, slopes, seed, *scalars) -> tuple[Tensor, Tensor, T
     if problem.is_empty:
         grads = _fake_bwd(dout, q, k, v, bias, slopes, seed, *scalars)
         return tuple(x.zero_() for x in grads)  # pyright: ignore[reportReturnType]
-    dq, dk, dv, row_sums, dslopes = select(problem, backend).backward(problem, dout, q, k, v, bias, slopes, seed)
+    with full_precision(problem.device):
+        grads = select(problem, backend).backward(problem, dout, q, k, v, bias, slopes, seed)
+    dq, dk, dv, row_sums, dslopes = grads
     return dq, dk, dv, _reduce_rows(row_sums, bias, q), _reduce_to(dslopes, slopes, q)
 
 

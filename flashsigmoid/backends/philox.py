@@ -41,7 +41,7 @@ def threshold(dropout_p: float) -> int:
 
 
 def keep_mask(
-    seed: torch.Tensor, dropout_p: float, origin: tuple[int, int, int, int], shape: tuple[int, int, int, int]
+    seed: torch.Tensor, dropout_p: float, origin: tuple[int, int, int, int], shape: tuple[int, ...]
 ) -> torch.Tensor:
     """Bool mask of kept elements for the block of `shape` (batch, heads, queries, keys) that begins at global `origin`.
 

@@ -37,7 +37,12 @@ class Problem:
     window_right: int | None = None
     q_offset: int = 0  # position of query 0 relative to key 0
     dropout_p: float = 0.0
-    origin: tuple[int, int, int, int] = (0, 0, 0, 0)  # global (batch, head, query, key) index of the first element
+    origin: tuple[int, int, int, int] = (
+        0,
+        0,
+        0,
+        0,
+    )  # global (batch, head, query, key) index of the first element
     sigmoid: str = "auto"
 
     @property
@@ -80,7 +85,7 @@ def make_problem(
     origin: tuple[int, int, int, int],
     sigmoid: str,
 ) -> Problem:
-    """Fill in the defaults that depend on sizes: scale = head_dim ** -0.5, b = -log(seqlen_k), bottom-right q_offset."""
+    """Fill in the defaults that come from sizes: scale = head_dim ** -0.5, b = -log(seqlen_k), bottom-right q_offset."""
     batch, seqlen_q, nheads, head_dim = q.shape
     seqlen_k, nheads_k, head_dim_v = v.shape[1:]
     if sigmoid_bias is None and bias is None:
@@ -110,7 +115,7 @@ def make_problem(
 
 
 def bias_rows(bias: torch.Tensor, batch: int, nheads: int) -> torch.Tensor:
-    """A view of any legal bias shape as (batch, nheads, seqlen_q or 1): (), (nheads,), (batch, nheads), (batch, nheads, seqlen_q)."""
+    """A bias of shape (), (nheads,), (batch, nheads) or (batch, nheads, seqlen_q) as (batch, nheads, seqlen_q or 1)."""
     if bias.dim() < 3:
         bias = bias.unsqueeze(-1)
     return bias.expand(batch, nheads, bias.shape[-1])

@@ -59,6 +59,7 @@ def weights(problem: Problem, q: Tensor, k: Tensor, bias: Tensor | None, slopes:
     q = q.to(dtype).unflatten(2, (problem.nheads_k, problem.group))
     s = problem.scale * torch.einsum("bikgd,bjkd->bkgij", q, k.to(dtype)).flatten(1, 2)
     if bias is None:
+        assert problem.sigmoid_bias is not None
         s = s + problem.sigmoid_bias
     else:
         s = s + bias_rows(bias.to(dtype), problem.batch, problem.nheads)[..., None]
@@ -98,7 +99,7 @@ def attention_weights(
     alibi_slopes: Tensor | None = None,
     q_offset: int | None = None,
 ) -> Tensor:
-    """The weights A themselves, before dropout: (batch, nheads, seqlen_q, seqlen_k) in float32 (float64 for float64 inputs).
+    """The weights A, before dropout: (batch, nheads, seqlen_q, seqlen_k) in float32 (float64 for float64 inputs).
 
     O(seqlen_q * seqlen_k) memory: for looking at attention, not for training. Arguments as in `sigmoid_attention`.
     """
@@ -118,6 +119,4 @@ def attention_weights(
         origin=(0, 0, 0, 0),
         sigmoid="exact",
     )
-    return weights(
-        problem, q, k, sigmoid_bias if isinstance(sigmoid_bias, Tensor) else None, alibi_slopes
-    )
+    return weights(problem, q, k, sigmoid_bias if isinstance(sigmoid_bias, Tensor) else None, alibi_slopes)

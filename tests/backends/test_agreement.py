@@ -139,7 +139,17 @@ def test_drawn_cases(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_drawn_cases_cover_every_pair_of_option_values() -> None:
-    fields = ("dtype", "causal", "window_size", "bias", "slopes", "dropout_p", "q_offset", "nheads_k", "block")
+    fields = (
+        "dtype",
+        "causal",
+        "window_size",
+        "bias",
+        "slopes",
+        "dropout_p",
+        "q_offset",
+        "nheads_k",
+        "block",
+    )
     values = {name: {getattr(draw(i), name) for i in range(CASES)} for name in fields}
     cases = [draw(i) for i in range(CASES)]
     missing = [
@@ -159,7 +169,7 @@ def test_drawn_cases_cover_every_pair_of_option_values() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("seqlen_q, seqlen_k", [(1000, 1000), (513, 1100), (1100, 513), (1, 1030)])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(1000, 1000), (513, 1100), (1100, 513), (1, 1030)])
 def test_tiles_as_shipped_across_their_edges(dtype, causal, seqlen_q, seqlen_k) -> None:
     case = Case(
         1, seqlen_q, seqlen_k, 2, 1, 64, 64, dtype, causal, (None, None), "(h,)", "(h,)", 0.0, None, 1.0, None

@@ -33,7 +33,13 @@ def test_two_key_halves_add_up_to_the_whole(backend, causal, dropout_p) -> None:
 
 def test_query_batch_and_head_shards_are_slices_of_the_whole(backend) -> None:
     q, k, v, _ = make_qkv(3, 30, 40, 4, 4, 8, **DOUBLE)
-    common = {"sigmoid_bias": -3.0, "causal": True, "dropout_p": 0.5, "seed": torch.tensor([99]), "backend": backend}
+    common = {
+        "sigmoid_bias": -3.0,
+        "causal": True,
+        "dropout_p": 0.5,
+        "seed": torch.tensor([99]),
+        "backend": backend,
+    }
     whole = sigmoid_attention_shard(q, k, v, q_offset=10, **common)
     part = sigmoid_attention_shard(
         q[1:2, 7:20, 2:], k[1:2, :, 2:], v[1:2, :, 2:], q_offset=17, origin=(1, 2, 7, 0), **common
@@ -67,7 +73,9 @@ def test_zeroing_a_value_row_masks_its_key_exactly(backend) -> None:
         out = sigmoid_attention(*leaves[:3], sigmoid_bias=leaves[3], backend=backend)
         results.append((out, *torch.autograd.grad(out, leaves, dout)))
     masked, removed = results
-    for name, a, b in zip(("out", "dq", "db"), (masked[i] for i in (0, 1, 4)), (removed[i] for i in (0, 1, 4)), strict=True):
+    for name, a, b in zip(
+        ("out", "dq", "db"), (masked[i] for i in (0, 1, 4)), (removed[i] for i in (0, 1, 4)), strict=True
+    ):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
     for masked_grad, removed_grad in zip(masked[2:3], removed[2:3], strict=True):
         torch.testing.assert_close(masked_grad[:, keep], removed_grad)
@@ -149,7 +157,9 @@ def test_any_strides(backend) -> None:
 
 def test_dropout_keeps_the_stated_share_and_rescales(backend) -> None:
     q, k, v, _ = make_qkv(1, 1, 200_000, 1, 1, 4)
-    weight = sigmoid_attention(torch.zeros_like(q), k, torch.ones_like(v), sigmoid_bias=0.0, dropout_p=0.3, backend=backend)
+    weight = sigmoid_attention(
+        torch.zeros_like(q), k, torch.ones_like(v), sigmoid_bias=0.0, dropout_p=0.3, backend=backend
+    )
     # 100,000 in the mean, with a standard deviation of 0.5 sqrt(n 0.3 / 0.7) = 146
     assert abs(weight.mean().item() - 100_000) < 5 * 146
 
@@ -169,7 +179,13 @@ def test_dropout_comes_from_torchs_generator(backend) -> None:
 
 def test_dropout_bits_are_the_same_in_every_tile_size(backend, monkeypatch) -> None:
     q, k, v, _ = make_qkv(2, 50, 70, 2, 2, 8, **DOUBLE)
-    call = {"sigmoid_bias": 0.0, "q_offset": 0, "dropout_p": 0.5, "seed": torch.tensor([-7]), "backend": backend}
+    call = {
+        "sigmoid_bias": 0.0,
+        "q_offset": 0,
+        "dropout_p": 0.5,
+        "seed": torch.tensor([-7]),
+        "backend": backend,
+    }
     expected = sigmoid_attention_shard(q, k, v, **call | {"backend": "reference"})
     for block in (3, 17, 64):
         monkeypatch.setattr(blocked, "_block", lambda problem, block=block: block)

@@ -27,7 +27,11 @@ def loop(q, k, v, *, bias, scale, band, slopes, q_offset):
                     distance = i + q_offset - j
                     if not -band[1] <= distance <= band[0]:
                         continue
-                    s = scale * float(q[b, i, h] @ k[b, j, key]) + float(bias[b, h, i]) - float(slopes[b, h]) * abs(distance)
+                    s = (
+                        scale * float(q[b, i, h] @ k[b, j, key])
+                        + float(bias[b, h, i])
+                        - float(slopes[b, h]) * abs(distance)
+                    )
                     out[b, i, h] += v[b, j, key] / (1.0 + math.exp(-s))
     return out
 
@@ -43,7 +47,15 @@ def test_equals_a_loop(seqlen_q, seqlen_k, causal, window, nheads_k) -> None:
     band = (left, min(right, 0) if causal else right)
     expected = loop(q, k, v, bias=bias, scale=0.3, band=band, slopes=slopes, q_offset=seqlen_k - seqlen_q)
     out = sigmoid_attention(
-        q, k, v, sigmoid_bias=bias, scale=0.3, causal=causal, window_size=window, alibi_slopes=slopes, backend="reference"
+        q,
+        k,
+        v,
+        sigmoid_bias=bias,
+        scale=0.3,
+        causal=causal,
+        window_size=window,
+        alibi_slopes=slopes,
+        backend="reference",
     )
     torch.testing.assert_close(out, expected)
 

@@ -1,0 +1,267 @@
+"""The public op: what it refuses and in which words, what explain says, and how it lives with torch's machinery."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from flashsigmoid import BackendUnsupported, explain, sigmoid_attention
+from flashsigmoid.functional import sigmoid_attention_shard
+from flashsigmoid.testing import make_qkv
+
+Q, K, V, DOUT = make_qkv(2, 5, 7, 4, 2, 8)
+
+
+def test_defaults_are_the_papers() -> None:
+    out = sigmoid_attention(Q, K, V)
+    torch.testing.assert_close(out, sigmoid_attention(Q, K, V, sigmoid_bias=-math.log(7), scale=8**-0.5))
+
+
+BAD = [
+    ({"q": Q[0]}, r"q must be a dense tensor \(batch, seqlen, nheads, head_dim\), got \(5, 4, 8\)"),
+    ({"v": 3}, r"v must be a dense tensor .*, got int"),
+    (
+        {"q": Q.int(), "k": K.int(), "v": V.int()},
+        r"q, k, v must share one dtype of float16.*, got torch.int32",
+    ),
+    ({"k": K.half()}, r"q, k, v must share one dtype .* got torch.float32, torch.float16, torch.float32"),
+    ({"k": K.to("meta")}, r"q, k, v must be on one device, got cpu, meta, cpu"),
+    ({"k": K[:1]}, r"k must share batch and head_dim of q, got q \(2, 5, 4, 8\) and k \(1, 7, 2, 8\)"),
+    ({"k": K[..., :4]}, r"k must share batch and head_dim of q, got .* k \(2, 7, 2, 4\)"),
+    (
+        {"v": V[:, :6]},
+        r"v must share batch, seqlen and nheads of k, got k \(2, 7, 2, 8\) and v \(2, 6, 2, 8\)",
+    ),
+    ({"q": Q[:, :, :3]}, r"nheads must be a positive multiple of nheads_k, got nheads=3, nheads_k=2"),
+    ({"q": Q[:, :, :0]}, r"nheads must be a positive multiple of nheads_k, got nheads=0"),
+    ({"v": V[..., :0]}, r"head_dim and head_dim_v must be at least 1, got 8 and 0"),
+    ({"sigmoid_bias": math.nan}, r"sigmoid_bias must be a number below \+inf, got nan"),
+    ({"sigmoid_bias": math.inf}, r"sigmoid_bias must be a number below \+inf, got inf"),
+    ({"sigmoid_bias": "log"}, r"sigmoid_bias must be a number, got 'log'"),
+    ({"sigmoid_bias": torch.zeros(3)}, r"sigmoid_bias must have shape .*, got \(3,\) for q \(2, 5, 4, 8\)"),
+    ({"sigmoid_bias": torch.zeros(2, 4, 7)}, r"sigmoid_bias must have shape .*, got \(2, 4, 7\)"),
+    (
+        {"sigmoid_bias": torch.zeros(4, dtype=torch.int64)},
+        r"sigmoid_bias must be float16, .*, got torch.int64",
+    ),
+    (
+        {"sigmoid_bias": torch.zeros(4, device="meta")},
+        r"sigmoid_bias must be on the device of q, cpu, got meta",
+    ),
+    ({"alibi_slopes": 0.5}, r"alibi_slopes must be a tensor, got float"),
+    (
+        {"alibi_slopes": torch.zeros(())},
+        r"alibi_slopes must have shape \(nheads,\) or \(batch, nheads\), got \(\)",
+    ),
+    ({"alibi_slopes": torch.zeros(2)}, r"alibi_slopes must have shape .*, got \(2,\)"),
+    ({"scale": math.inf}, r"scale must be finite, got inf"),
+    ({"scale": None, "causal": 1}, r"causal must be True or False, got 1"),
+    ({"window_size": 3}, r"window_size must be \(left, right\), got 3"),
+    ({"window_size": (1, 2, 3)}, r"window_size must be \(left, right\), got \(1, 2, 3\)"),
+    (
+        {"window_size": (-1, -1)},
+        r"window_size must be non-negative integers, None for unlimited, got \(-1, -1\)",
+    ),
+    ({"window_size": (1.5, None)}, r"window_size must be non-negative integers, .*, got \(1.5, None\)"),
+    ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+    ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\), got -0.1"),
+    ({"dropout_p": math.nan}, r"dropout_p must be in \[0, 1\), got nan"),
+    ({"sigmoid": "tanh"}, r"sigmoid must be one of auto, exact, fast, got 'tanh'"),
+    ({"backend": "cuda"}, r"backend must be one of auto, blocked, reference, got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize("function", [sigmoid_attention, explain])
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_input_is_one_clear_error(function, change, message) -> None:
+    call = {"q": Q, "k": K, "v": V} | change
+    with pytest.raises(ValueError, match=f"^{message}"):
+        function(call.pop("q"), call.pop("k"), call.pop("v"), **call)
+
+
+def test_nested_tensors_are_refused() -> None:
+    nested = torch.nested.as_nested_tensor([Q[0], Q[1]], layout=torch.jagged)
+    with pytest.raises(ValueError, match="q must be a dense tensor"):
+        sigmoid_attention(nested, K, V)
+
+
+def test_shard_needs_a_seed_and_a_legal_origin() -> None:
+    with pytest.raises(ValueError, match="seed is required when dropout_p > 0, got seed=None"):
+        sigmoid_attention_shard(Q, K, V, sigmoid_bias=0.0, q_offset=0, dropout_p=0.1)
+    with pytest.raises(ValueError, match="origin must be four non-negative indices"):
+        sigmoid_attention_shard(Q, K, V, sigmoid_bias=0.0, q_offset=0, origin=(0, 0, 0, -1))
+
+
+def test_explain_names_the_choice_and_the_reasons() -> None:
+    chosen = explain(Q, K, V, causal=True, sigmoid="fast")
+    assert (chosen.backend, set(chosen.reasons)) == ("blocked", {"reference"})
+    assert str(chosen).splitlines() == [
+        "backend: blocked",
+        "formula: exact: torch.sigmoid in float32; sigmoid='fast' changes nothing here",
+        "not reference: O(seqlen_q * seqlen_k) memory: it runs only when asked for, backend='reference'",
+    ]
+    asked = explain(Q.double(), K.double(), V.double(), backend="reference")
+    assert (asked.backend, asked.formula) == ("reference", "exact: torch.sigmoid in float64")
+    assert asked.reasons == {"blocked": "backend='reference' was asked for"}
+
+
+def test_a_named_backend_that_cannot_says_why(monkeypatch) -> None:
+    from flashsigmoid.backends import blocked
+
+    monkeypatch.setattr(blocked, "unsupported", lambda problem: f"needs head_dim 64, got head_dim={problem.head_dim}")
+    message = "blocked: needs head_dim 64, got head_dim=8"
+    for backend in ("blocked", "auto"):
+        with pytest.raises(BackendUnsupported, match=message):
+            sigmoid_attention(Q, K, V, backend=backend)
+
+
+def samples():
+    """Arguments of flashsigmoid::fwd that reach each optional tensor and each scalar."""
+    q, k, v, _ = make_qkv(2, 5, 7, 4, 2, 8, 6)
+    bias, slopes, seed = torch.randn(2, 4, 5), torch.rand(4), torch.tensor([7])
+    leaf = [x.requires_grad_() for x in (q, k, v)]
+    tail = ((0, 0, 0, 0), "auto", "blocked")
+    yield (*leaf, None, None, None, -2.0, None, False, None, None, None, 0.0, *tail)
+    yield (*leaf, None, None, None, None, 0.3, True, None, None, None, 0.0, *tail)
+    yield (*leaf, bias.requires_grad_(), slopes.requires_grad_(), None, None, 0.3, True, 3, 1, 0, 0.0, *tail)
+    yield (
+        *leaf,
+        torch.zeros(4, requires_grad=True),
+        None,
+        seed,
+        None,
+        None,
+        False,
+        None,
+        None,
+        1,
+        0.5,
+        *tail,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+@pytest.mark.parametrize("index", range(4))
+def test_opcheck_forward(index) -> None:
+    torch.library.opcheck(torch.ops.flashsigmoid.fwd.default, list(samples())[index])
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_opcheck_backward(index) -> None:
+    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in list(samples())[index]]
+    torch.library.opcheck(torch.ops.flashsigmoid.bwd.default, (torch.randn(2, 5, 4, 6), *args))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("options", [{}, {"causal": True, "window_size": (3, None)}, {"dropout_p": 0.25}])
+def test_compiles_whole_forward_and_backward(dynamic, options) -> None:
+    def call(q, k, v, bias, slopes):
+        return sigmoid_attention(q * 2, k, v, sigmoid_bias=bias, alibi_slopes=slopes, **options).sin()
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for seqlen in (7, 9):
+        q, k, v, dout = make_qkv(2, 5, seqlen, 4, 2, 8)
+        leaves = [x.requires_grad_() for x in (q, k, v, torch.randn(4), torch.rand(4))]
+        results = []
+        for function in (call, compiled):
+            torch.manual_seed(1)
+            out = function(*leaves)
+            results.append((out, *torch.autograd.grad(out, leaves, dout)))
+        for eager, traced in zip(*results, strict=True):
+            torch.testing.assert_close(traced, eager)
+
+
+def test_compiles_with_the_default_bias_and_a_changing_length() -> None:
+    compiled = torch.compile(sigmoid_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for seqlen in (3, 5, 11):
+        q, k, v, _ = make_qkv(1, seqlen, seqlen, 2, 2, 8)
+        torch.testing.assert_close(compiled(q, k, v, causal=True), sigmoid_attention(q, k, v, causal=True))
+
+
+def test_double_backward_is_right_or_one_clear_error() -> None:
+    leaves = [x.clone().requires_grad_() for x in (Q, K, V)]
+    (dq,) = torch.autograd.grad(sigmoid_attention(*leaves).sum(), leaves[0], create_graph=True)
+    with pytest.raises(BackendUnsupported, match="double backward needs backend='reference'"):
+        dq.sum().backward()
+    (dq,) = torch.autograd.grad(sigmoid_attention(*leaves, backend="reference").sum(), leaves[0], create_graph=True)
+    dq.sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
+
+
+def test_only_wanted_gradients() -> None:
+    leaf = V.clone().requires_grad_()
+    sigmoid_attention(Q, K, leaf).sum().backward()
+    assert leaf.grad is not None
+    assert not sigmoid_attention(Q, K, V).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_autocast_runs_in_its_dtype(backend) -> None:
+    leaves = [x.clone().requires_grad_() for x in (Q, K, V)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = sigmoid_attention(leaves[0], leaves[1].bfloat16(), leaves[2], backend=backend)
+    assert out.dtype == torch.bfloat16
+    expected = sigmoid_attention(*(x.bfloat16() for x in leaves), backend=backend)
+    assert torch.equal(out, expected)
+    out.float().sum().backward()
+    assert leaves[0].grad is not None
+    assert leaves[0].grad.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sigmoid_attention(*(x.double() for x in leaves), backend=backend).dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+def test_activation_checkpointing_replays_dropout(backend) -> None:
+    def call(q, k, v):
+        return sigmoid_attention(q, k, v, dropout_p=0.5, backend=backend)
+
+    grads = []
+    for recompute in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (Q, K, V)]
+        torch.manual_seed(4)
+        out = checkpoint(call, *leaves, use_reentrant=False) if recompute else call(*leaves)
+        grads.append(torch.autograd.grad(out, leaves, DOUT))
+    for plain, replayed in zip(*grads, strict=True):
+        assert torch.equal(plain, replayed)
+
+
+def test_meta_tensors_give_the_shape() -> None:
+    out = sigmoid_attention(*(x.to("meta") for x in (Q, K, V[..., :6])))
+    assert (out.device.type, out.shape) == ("meta", (2, 5, 4, 6))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_threads_change_no_bit(causal) -> None:
+    q, k, v, dout = make_qkv(2, 600, 700, 4, 2, 16)
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = sigmoid_attention(*leaves, causal=causal)
+            results.append((out, *torch.autograd.grad(out, leaves, dout)))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(before)
+    for other in results[1:]:
+        for one, many in zip(results[0], other, strict=True):
+            assert torch.equal(one, many)
+
+
+def test_an_error_in_a_worker_reaches_the_caller(monkeypatch) -> None:
+    from flashsigmoid.backends import blocked
+
+    def broken(self, rows, cols):
+        raise MemoryError("no room for a tile")
+
+    monkeypatch.setattr(blocked._Tiles, "weights", broken)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError, match="no room for a tile"):
+            sigmoid_attention(Q, K, V)
+    finally:
+        torch.set_num_threads(before)
