@@ -1,4 +1,4 @@
-"""The commands of `flashsigmoid`: words from a terminal to calls of the rooms, imported when a command needs them.
+"""The commands of `flashsigmoid`: words from a terminal to calls of the rooms, imported when needed.
 
 No training, no measuring and no drawing happens here; exit codes and errors are __main__'s.
 """
@@ -38,7 +38,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Device = Annotated[str, typer.Option("--device", "--accelerator", help="auto, cpu, cuda or mps.")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"], typer.Option("--device", "--accelerator", help="Where to train.")
+]
 Fields = Annotated[
     list[str] | None,
     typer.Option(
@@ -76,12 +78,8 @@ def options(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the arms and the report.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of parameters and order of data, in both arms.")] = 0,
-    no_bias_arm: Annotated[
-        bool, typer.Option("--no-bias-arm", help="A third arm: sigmoid with b = 0.")
-    ] = False,
-    fresh: Annotated[
-        bool, typer.Option("--fresh/--resume", help="Train anew, or take what the folder holds.")
-    ] = False,
+    no_bias_arm: Annotated[bool, typer.Option("--no-bias-arm", help="A third arm: sigmoid with b = 0.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Train anew, or take what the folder holds.")] = False,
     device: Device = "cpu",
     assignments: Fields = None,
 ) -> None:
@@ -123,29 +121,19 @@ def demo(
     "flashsigmoid train demo --data my.txt --set model.dim=256 --set steps=2000"
 )
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="Name of a recipe, see --list.", show_default=False)
-    ] = None,
+    recipe: Annotated[str | None, typer.Argument(help="Name of a recipe, see --list.", show_default=False)] = None,
     attention: Annotated[str | None, typer.Option(help="sigmoid or softmax.")] = None,
-    sigmoid_bias: Annotated[
-        str | None, typer.Option(help="b of every attention; none: -log(context length).")
-    ] = None,
+    sigmoid_bias: Annotated[str | None, typer.Option(help="b of every attention; none: -log(context length).")] = None,
     steps: Annotated[str | None, typer.Option(help="Optimizer steps.")] = None,
     seed: Annotated[str | None, typer.Option(help="Of parameters, order of data and dropout.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="A text file, a folder of .txt, or hf:NAME[:CONFIG].")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="A text file, a folder of .txt, or hf:NAME[:CONFIG].")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bytes, or bpe: trained on the text.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     batch_size: Annotated[str | None, typer.Option(help="Sequences in a micro-batch.")] = None,
     lr: Annotated[str | None, typer.Option(help="Peak learning rate.")] = None,
     assignments: Fields = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the run.", show_default="runs/RECIPE/ATTENTION")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")
-    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/RECIPE/ATTENTION")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     device: Device = "auto",
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
 ) -> None:
@@ -177,7 +165,9 @@ def train(
     print(f"run: {folder}   next: flashsigmoid generate {folder}   flashsigmoid report {folder}")
 
 
-def _train(run: LanguageRun, folder: Path, *, resume: bool, device: str) -> dict[str, float]:
+def _train(
+    run: LanguageRun, folder: Path, *, resume: bool, device: Literal["auto", "cpu", "cuda", "mps"]
+) -> dict[str, float]:
     from .training.language import train
 
     with _progress() as show:
@@ -206,9 +196,7 @@ def _progress() -> Iterator[Show]:
         def show(progress: Progress) -> None:
             if progress.name not in tasks:
                 tasks[progress.name] = bar.add_task(progress.name, total=progress.steps, numbers="")
-            numbers = "  ".join(
-                f"{name} {value:.4g}" for name, value in progress.metrics.items() if "/" in name
-            )
+            numbers = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items() if "/" in name)
             bar.update(tasks[progress.name], completed=progress.step, numbers=numbers)
 
         yield show
@@ -236,9 +224,7 @@ def generate(
     ],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "\n",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to draw; an end of text stops earlier.")] = 500,
-    temperature: Annotated[
-        float, typer.Option(help="Divides the logits; 0 takes the most likely token.")
-    ] = 0.8,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the most likely token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k most likely tokens only.")] = None,
     top_p: Annotated[
         float | None, typer.Option(help="Draw among the fewest tokens of this probability together.")
@@ -291,14 +277,10 @@ def _continuation(
 
 @app.command(epilog="Example: flashsigmoid report runs/demo runs/demo-seed-1 --out report.html")
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Run folders, or folders of them; seeds of one arm are joined.")
-    ],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them; seeds of one arm are joined.")],
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="The page, or its folder.", show_default="report.html in the folder that holds all runs"
-        ),
+        typer.Option(help="The page, or its folder.", show_default="report.html in the folder that holds all runs"),
     ] = None,
 ) -> None:
     """Compare runs: one HTML page that opens offline, figures beside it, a table here."""
@@ -330,9 +312,7 @@ def explain(
     sigmoid_bias: Annotated[float | None, typer.Option(help="b; -log(keys) by default.")] = None,
     bias_per_head: Annotated[bool, typer.Option("--bias-per-head", help="b is a tensor (nheads,).")] = False,
     dropout_p: Annotated[float, typer.Option(help="Dropout of attention weights.")] = 0.0,
-    sigmoid: Annotated[
-        Literal["auto", "exact", "fast"], typer.Option(help="Formula of the sigmoid.")
-    ] = "auto",
+    sigmoid: Annotated[Literal["auto", "exact", "fast"], typer.Option(help="Formula of the sigmoid.")] = "auto",
     backend: Annotated[str, typer.Option(help="Ask for one by name.")] = "auto",
 ) -> None:
     """Which backend a call of sigmoid_attention takes, by which formula, and why not the others.
@@ -393,7 +373,7 @@ def override(run: Any, *texts: dict[str, str]) -> Any:
 
     Args:
         run: the dataclass; its parts may be dataclasses too.
-        texts: name to value. A name is a field, a part's field ("model.dim"), or its last word if it is the only one.
+        texts: name to value. A name is a field, a part's field ("model.dim"), or its last word if unique.
 
     Raises:
         ValueError: a name that is unknown, ambiguous, set twice or without effect; a value of another type.
@@ -438,9 +418,7 @@ def _replaced(part: Any, values: dict[str, Any]) -> Any:
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(part):
         inner = {
-            path.partition(".")[2]: value
-            for path, value in values.items()
-            if path.partition(".")[0] == field.name
+            path.partition(".")[2]: value for path, value in values.items() if path.partition(".")[0] == field.name
         }
         if inner:
             changes[field.name] = inner[""] if "" in inner else _replaced(getattr(part, field.name), inner)
@@ -449,7 +427,8 @@ def _replaced(part: Any, values: dict[str, Any]) -> Any:
 
 def _parse(name: str, text: str, hint: Any) -> Any:
     """A value of the type `hint` from text."""
-    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in sorted(kinds, key=lambda kind: kind is not types.NoneType):  # "none" is text too
         try:
             return _read(text, kind)
         except ValueError:

@@ -1,4 +1,4 @@
-"""What every test gets: one thread per xdist worker, a seed of its own, memory that is loud where unwritten."""
+"""What every test gets: one thread per xdist worker, a seed of its own, memory loud where unwritten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`import flashsigmoid` costs nothing: torch only, no GPU touched, nothing printed, no warning, in a fresh process."""
+"""`import flashsigmoid` costs nothing: torch only, no GPU touched, nothing printed, no warning."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command that sees neither the source tree nor pip's settings, and leaves no bytecode in what is linked."""
+    """Run a command that sees neither the source tree nor pip's settings and leaves no bytecode behind."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PIP_"))}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     return subprocess.run(
@@ -57,9 +57,9 @@ def closure(names: Iterable[str]) -> set[str]:
 def environment_with(wheel: Path, names: Iterable[str], folder: Path) -> Path:
     """The python of a new environment that holds a wheel, beside these distributions and what they need.
 
-    pip installs the wheel first, without dependencies, into an environment that holds nothing. The rest is linked
-    from the running environment afterwards, to be read: pip must never run where such links are, it would write
-    through them.
+    pip installs the wheel first, without dependencies, into an environment that holds nothing. The rest is
+    linked from the running environment afterwards, to be read: pip must never run where such links are: it
+    would write through them.
     """
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"

@@ -1,4 +1,4 @@
-"""The public names and signatures are those written down in public_api.txt: a change to them is seen in review.
+"""The public names and signatures are those written down in public_api.txt, so a change is seen in review.
 
 python tests/test_public_api.py        writes the file anew, after a change that is meant
 """

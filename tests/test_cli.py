@@ -1,0 +1,390 @@
+"""The command line: help, errors of one line, exit codes, and the whole way from training to report, tiny."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from flashsigmoid import __main__, __version__, cli
+from typer.testing import CliRunner
+
+COMMANDS = ("demo", "train", "generate", "report", "explain", "bench")
+TINY = (
+    *(
+        "--set",
+        "model.dim=16",
+        "--set",
+        "nlayers=1",
+        "--set",
+        "nheads=2",
+        "--set",
+        "seqlen=32",
+        "--set",
+        "batch=2",
+    ),
+    *("--set", "val_windows=2", "--set", "val_every=2", "--set", "save_every=2", "--set", "sample_tokens=8"),
+)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+Flashsigmoid = Callable[..., Outcome]
+
+
+@pytest.fixture
+def flashsigmoid(capfd, monkeypatch, tmp_path) -> Flashsigmoid:
+    """Runs the command in this process, in an empty folder, as its entry point does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*words: str | Path) -> Outcome:
+        capfd.readouterr()
+        try:
+            with pytest.raises(SystemExit) as left:
+                __main__.main([str(word) for word in words])
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out, err = capfd.readouterr()
+        return Outcome(left.value.code or 0, out, err)
+
+    return call
+
+
+def assert_one_error(outcome: Outcome, code: int, *words: str) -> None:
+    """One line on stderr that says what is wrong, nothing else, and the exit code."""
+    assert outcome.code == code, outcome
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert outcome.out == ""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_helps_with_an_example(command):
+    environment = {"COLUMNS": "200", "TERM": "dumb"}
+    result = CliRunner().invoke(cli.app, [command, "--help"], env=environment, prog_name="flashsigmoid")
+    assert result.exit_code == 0
+    assert f"Usage: flashsigmoid {command}" in result.output
+    assert re.search(rf"Examples?: flashsigmoid {command} ", result.output)
+
+
+def test_help_names_every_command(flashsigmoid):
+    for words in (["--help"], ["-h"]):
+        outcome = flashsigmoid(*words)
+        assert outcome.code == 0
+        for command in COMMANDS:
+            assert re.search(rf"\b{command}\b", outcome.out)
+
+
+def test_no_command_shows_the_help_as_a_usage_error(flashsigmoid):
+    outcome = flashsigmoid()
+    assert outcome.code == 2
+    assert "Usage" in outcome.out + outcome.err
+
+
+def test_version(flashsigmoid):
+    assert flashsigmoid("--version") == Outcome(0, f"flashsigmoid {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "complaint"),
+    [
+        (["explode"], 2, "explode"),
+        (["train", "demo", "--colour", "red"], 2, "--colour"),
+        (["report"], 2, "Missing argument"),
+        (["explain", "--dtype", "float8"], 2, "float8"),
+        (["train"], 1, "RECIPE must be one of demo"),
+        (["train", "dmeo"], 1, "got dmeo"),
+        (["train", "demo", "--steps", "many"], 1, "steps must be an integer, got 'many'"),
+        (["train", "demo", "--steps", "-1"], 1, "steps must be a positive integer, got -1"),
+        (
+            ["train", "demo", "--attention", "linear"],
+            1,
+            "model.attention must be sigmoid or softmax, got 'linear'",
+        ),
+        (["train", "demo", "--set", "model.dmi=8"], 1, "no field model.dmi; did you mean model.dim?"),
+        (["train", "demo", "--set", "nlayer=8"], 1, "did you mean model.nlayers?"),
+        (["train", "demo", "--set", "dim"], 1, "--set must be FIELD=VALUE, got dim"),
+        (["train", "demo", "--set", "dim=8", "--set", "model.dim=8"], 1, "model.dim must be set once"),
+        (["train", "demo", "--steps", "8", "--set", "steps=8"], 1, "steps must be set once"),
+        (
+            ["train", "demo", "--attention", "softmax", "--sigmoid-bias", "-3"],
+            1,
+            "sigmoid_bias has no effect",
+        ),
+        (["train", "demo", "--data", "nowhere.txt"], 1, "nowhere.txt"),
+        (["train", "demo", "--out", "."], 1, "must not hold a run"),
+        (["generate", "nowhere"], 1, "nowhere"),
+        (["report", "nowhere"], 1, "nowhere"),
+        (["explain", "--backend", "warp"], 1, "backend must be one of auto, "),
+        (
+            ["explain", "--nheads", "3", "--nheads-k", "2"],
+            1,
+            "nheads must be a positive multiple of nheads_k",
+        ),
+        (["explain", "--window", "3"], 1, "window must be"),
+        (["explain", "--window", "3,x"], 1, "window must be"),
+        (["explain", "--sigmoid-bias", "1", "--bias-per-head"], 1, "sigmoid_bias has no effect"),
+    ],
+)
+def test_an_error_is_one_line(flashsigmoid, tmp_path, words, code, complaint):
+    (tmp_path / "records.jsonl").touch()
+    assert_one_error(flashsigmoid(*words), code, complaint)
+
+
+def test_an_empty_text_is_one_line(flashsigmoid, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    assert_one_error(flashsigmoid("train", "demo", "--data", "empty.txt"), 1, "empty.txt")
+
+
+@pytest.mark.parametrize("words", [["--debug", "generate", "nowhere"], ["generate", "nowhere", "--debug"]])
+def test_debug_gives_the_traceback(flashsigmoid, words):
+    with pytest.raises(ValueError, match="nowhere"):
+        flashsigmoid(*words)
+
+
+def test_debug_in_a_process_prints_a_traceback(tmp_path):
+    done = run_python("-m", "flashsigmoid", "generate", "nowhere", "--debug", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback")
+
+
+@pytest.mark.parametrize(("module", "extra"), [("typer", "cli"), ("rich", "cli"), ("matplotlib", "report")])
+def test_a_missing_library_names_its_extra(flashsigmoid, monkeypatch, module, extra):
+    requirements = ['typer>=0.15; extra == "cli"', "rich; extra == 'cli'", 'matplotlib>=3; extra == "report"']
+    monkeypatch.setattr(__main__.importlib.metadata, "requires", lambda name: requirements)
+
+    def run(words: list[str]) -> int:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(__main__, "_run", run)
+    assert_one_error(flashsigmoid("demo"), 1, module, f'pip install "flashsigmoid[{extra}]"')
+
+
+def test_the_installed_metadata_know_the_extras():
+    assert __main__._extra_with("pytorch_lightning") in ("train", "all")
+    assert __main__._extra_with("no_such_module") == "all"
+
+
+def test_train_lists_its_recipes(flashsigmoid):
+    outcome = flashsigmoid("train", "--list")
+    assert outcome.code == 0
+    assert outcome.out.startswith("demo ")
+
+
+def test_explain_says_backend_formula_and_why_not_the_others(flashsigmoid):
+    outcome = flashsigmoid("explain", "--seqlen", "5", "--window", "3,none", "--alibi", "--bias-per-head", "--causal")
+    assert outcome.code == 0
+    assert outcome.out.startswith("backend: blocked\nformula: ")
+    assert "not reference: " in outcome.out
+
+
+def test_explain_of_an_absent_device_needs_no_device(flashsigmoid):
+    assert flashsigmoid("explain", "--device", "cuda").code == 0
+
+
+def test_train_resume_generate_report(flashsigmoid, tmp_path):
+    """The round trip: two arms, one of them in two parts, text from it, and a page."""
+    run = tmp_path / "runs/demo/sigmoid"
+    first = flashsigmoid("train", "demo", "--steps", "2", "--device", "cpu", *TINY)
+    assert first.code == 0, first.err
+    assert "val/loss" in first.out
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
+
+    assert_one_error(flashsigmoid("train", "demo", "--steps", "2", *TINY), 1, "must not hold a run")
+    again = flashsigmoid("train", "demo", "--steps", "2", "--device", "cpu", "--resume", *TINY)
+    assert again.code == 0, again.err
+    assert again.out == first.out
+
+    twin = flashsigmoid("train", "demo", "--attention", "softmax", "--steps", "2", "--device", "cpu", *TINY)
+    assert twin.code == 0, twin.err
+    assert (tmp_path / "runs/demo/softmax/records.jsonl").exists()
+
+    options = ("--max-new-tokens", "12", "--seed", "3")
+    text = flashsigmoid("generate", run, "--prompt", "To be", *options)
+    assert text.code == 0, text.err
+    assert text.out.startswith("To be")
+    assert text.out == flashsigmoid("generate", run / "checkpoints/step-00000002", "--prompt", "To be", *options).out
+    assert_one_error(flashsigmoid("generate", run, "--prompt", ""), 1, "prompt must have at least one character")
+    assert_one_error(flashsigmoid("generate", run, "--top-p", "2"), 1, "top_p must be in (0, 1], got 2.0")
+
+    page = flashsigmoid("report", "runs/demo")
+    assert page.code == 0, page.err
+    assert (tmp_path / "runs/demo/report.html").exists()
+    assert "report: " in page.out
+    assert "softmax" in page.out
+    assert flashsigmoid("report", "runs/demo", "--out", "other/page.html").code == 0
+    assert (tmp_path / "other/page.html").exists()
+
+
+def test_demo_trains_both_arms_and_takes_them_the_second_time(flashsigmoid, tmp_path):
+    words = ("demo", "--set", "steps=2", *TINY)
+    first = flashsigmoid(*words)
+    assert first.code == 0, first.err
+    assert (tmp_path / "runs/demo/report.html").exists()
+    assert "bigram model of the same text: " in first.out
+    weights = {path: path.read_bytes() for path in tmp_path.rglob("model.safetensors")}
+    assert len(weights) == 2
+
+    second = flashsigmoid(*words)
+    assert second.code == 0, second.err
+    assert second.out.count("trained already") == 2
+    assert "/2" not in second.err  # no step was trained
+    assert {path: path.read_bytes() for path in tmp_path.rglob("model.safetensors")} == weights
+    assert second.out.splitlines()[2:] == first.out.splitlines()
+
+    third = flashsigmoid(*words, "--no-bias-arm")
+    assert third.code == 0, third.err
+    assert third.out.count("trained already") == 2
+    assert (tmp_path / "runs/demo/sigmoid-no-bias/records.jsonl").exists()
+
+    other = flashsigmoid(*words, "--seed", "1")
+    assert other.code == 1
+    assert "seed must stay as the run began" in other.err
+    assert "--fresh trains anew" in other.err.splitlines()[-1]
+    fresh = flashsigmoid(*words, "--seed", "1", "--fresh")
+    assert fresh.code == 0, fresh.err
+    assert "trained already" not in fresh.out
+
+
+def test_fresh_removes_nothing_but_runs(flashsigmoid, tmp_path):
+    diary = tmp_path / "runs/demo/sigmoid/diary.txt"
+    diary.parent.mkdir(parents=True)
+    diary.write_text("mine")
+    outcome = flashsigmoid("demo", "--fresh", "--set", "steps=2", *TINY)
+    assert outcome.code == 0, outcome.err
+    assert diary.read_text() == "mine"
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+def run_python(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *words]
+    return subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_training_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, number, code):
+    words = ["train", "demo", "--steps", "100000", "--device", "cpu", *TINY, "--set", "save_every=100000"]
+    words[words.index("save_every=2")] = "log_every=5"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flashsigmoid", *words],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    records = tmp_path / "runs/demo/sigmoid/records.jsonl"
+    deadline = time.monotonic() + 100
+    while not (records.exists() and "train/loss" in records.read_text()) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    (checkpoint,) = (tmp_path / "runs/demo/sigmoid/checkpoints").iterdir()
+    last = err.splitlines()[-1]
+    assert checkpoint.name in last
+    assert "--resume" in last
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_any_work_leaves_quietly(tmp_path, number, code):
+    plant = f"__main__._run = lambda words: os.kill(os.getpid(), {int(number)})"
+    done = run_python(
+        "-c", f"import os; from flashsigmoid import __main__; {plant}; __main__.main([])", folder=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    dim: int = 4
+    bias: float | None = None
+    window: tuple[int | None, int | None] = (None, None)
+    betas: tuple[float, ...] = (0.9,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Other:
+    dim: int = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer:
+    model: Inner = dataclasses.field(default_factory=Inner)
+    other: Other = dataclasses.field(default_factory=Other)
+    steps: int = 1
+    name: str | None = None
+    kind: Literal["a", "b"] = "a"
+    fast: bool = False
+
+
+@pytest.fixture
+def outer(monkeypatch) -> Outer:
+    """A run whose types are looked up here."""
+    return Outer()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "read"),
+    [
+        ("steps", "7", lambda run: run.steps == 7),
+        ("model.dim", "7", lambda run: (run.model.dim, run.other.dim) == (7, 5)),
+        ("bias", "-3.5", lambda run: run.model.bias == -3.5),
+        ("bias", "none", lambda run: run.model.bias is None),
+        ("window", "3,none", lambda run: run.model.window == (3, None)),
+        ("window", "(3, 4)", lambda run: run.model.window == (3, 4)),
+        ("betas", "0.5,0.6,0.7", lambda run: run.model.betas == (0.5, 0.6, 0.7)),
+        ("name", "some text", lambda run: run.name == "some text"),
+        ("name", "none", lambda run: run.name is None),
+        ("kind", "b", lambda run: run.kind == "b"),
+        ("fast", "true", lambda run: run.fast is True),
+    ],
+)
+def test_a_field_is_read_from_text_by_its_type(outer, name, text, read):
+    changed = cli.override(outer, {name: text})
+    assert read(changed)
+    assert changed != outer or text == "none"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("dim", "7", "dim must name one field, got one of model.dim, other.dim"),
+        ("steps", "1.5", "steps must be an integer, got '1.5'"),
+        ("bias", "x", "model.bias must be a number or none, got 'x'"),
+        ("kind", "c", "kind must be a or b, got 'c'"),
+        ("fast", "yes", "fast must be true or false, got 'yes'"),
+        ("window", "1", "model.window must be an integer or none,an integer or none, got '1'"),
+        ("model", "1", "the run has no field model"),
+        ("xyz", "1", "it has model.dim, model.bias"),
+    ],
+)
+def test_a_bad_field_is_a_clear_error(outer, name, text, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        cli.override(outer, {name: text})
