@@ -211,9 +211,11 @@ def _remove_run(folder: Path) -> None:
 
 
 def _print_rows(rows: list[dict[str, str]]) -> None:
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*row.values())
+    """One column per arm: there are few of them and many numbers."""
+    label, *names = rows[0]
+    table = Table(label, *(row[label] for row in rows))
+    for name in names:
+        table.add_row(name, *(row[name] for row in rows))
     Console().print(table)
 
 
