@@ -191,9 +191,7 @@ class SoftmaxAttention(SigmoidAttention):
     Args, Raises: as `SigmoidAttention`; attention_fn defaults to `softmax_attention`.
     """
 
-    def __init__(
-        self, dim: int, nheads: int, *, attention_fn: AttentionFn | None = None, **options: Any
-    ) -> None:
+    def __init__(self, dim: int, nheads: int, *, attention_fn: AttentionFn | None = None, **options: Any) -> None:
         super().__init__(dim, nheads, attention_fn=attention_fn or softmax_attention, **options)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:

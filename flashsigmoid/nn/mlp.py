@@ -22,9 +22,7 @@ class SwiGLU(nn.Module):
     Source: arXiv:2002.05202, equation 6.
     """
 
-    def __init__(
-        self, dim: int, hidden: int | None = None, *, multiple_of: int = 64, bias: bool = False
-    ) -> None:
+    def __init__(self, dim: int, hidden: int | None = None, *, multiple_of: int = 64, bias: bool = False) -> None:
         super().__init__()
         if multiple_of <= 0:
             raise ValueError(f"multiple_of must be positive, got {multiple_of}")

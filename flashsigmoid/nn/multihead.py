@@ -103,8 +103,7 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         if embed_dim <= 0 or num_heads <= 0 or embed_dim % num_heads:
             raise ValueError(
-                "embed_dim must be a positive multiple of num_heads, "
-                f"got embed_dim={embed_dim}, num_heads={num_heads}"
+                f"embed_dim must be a positive multiple of num_heads, got embed_dim={embed_dim}, num_heads={num_heads}"
             )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
@@ -332,10 +331,8 @@ class MultiheadAttention(nn.Module):
         if attn_mask is not None:
             if attn_mask.dim() == 3:
                 attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
-            if attn_mask.dtype == torch.bool:
-                mask = mask.masked_fill(attn_mask, -torch.inf)
-            else:
-                mask = mask + attn_mask
+            forbids = attn_mask.dtype == torch.bool
+            mask = mask.masked_fill(attn_mask, -torch.inf) if forbids else mask + attn_mask
         if keep is not None:
             mask = mask.masked_fill(~keep[:, None, None, :], -torch.inf)
         return F.pad(mask, (self._in_front, 0))

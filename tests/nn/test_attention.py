@@ -52,18 +52,14 @@ def turned(x, base):
     """RoPE by complex numbers: token t turns (x_i, x_{i + d/2}) by t * base ** (-2 i / d)."""
     half = x.shape[-1] // 2
     pairs = torch.complex(x[..., :half], x[..., half:])
-    angle = torch.arange(x.shape[1])[:, None] * torch.tensor(
-        [base ** (-i / half) for i in range(half)], dtype=x.dtype
-    )
+    angle = torch.arange(x.shape[1])[:, None] * torch.tensor([base ** (-i / half) for i in range(half)], dtype=x.dtype)
     pairs = pairs * torch.polar(torch.ones_like(angle), angle)[:, None]
     return torch.cat((pairs.real, pairs.imag), -1)
 
 
 def visible(i, j, causal=False, window_size=(None, None)):
     left, right = window_size
-    return not (
-        (causal and j > i) or (left is not None and j < i - left) or (right is not None and j > i + right)
-    )
+    return not ((causal and j > i) or (left is not None and j < i - left) or (right is not None and j > i + right))
 
 
 def written_out(module, x, options, weights_of_scores):
@@ -151,9 +147,7 @@ def test_softmax_attention_is_its_formula(options, seqlen):
     actual = outputs_and_gradients(module, module, x)
     expected = outputs_and_gradients(module, lambda x: written_out(module, x, options, softmax_weights), x)
     # a shift of the scores does not reach the output of a softmax
-    assert (
-        actual.keys() == expected.keys() == {"out", "dx", *dict(module.named_parameters())} - {"sigmoid_bias"}
-    )
+    assert actual.keys() == expected.keys() == {"out", "dx", *dict(module.named_parameters())} - {"sigmoid_bias"}
     for name in expected:
         assert_close(actual[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
@@ -193,9 +187,7 @@ def test_a_padded_sequence_is_that_sequence_alone(cls, position):
 def test_a_sequence_without_keys_gives_zeros_and_no_nan(cls):
     module = make(cls)
     key_mask = torch.tensor([[True, True, False], [False, False, False]])
-    result = outputs_and_gradients(
-        module, lambda x: module(x, key_mask), torch.randn(2, 3, DIM, dtype=torch.float64)
-    )
+    result = outputs_and_gradients(module, lambda x: module(x, key_mask), torch.randn(2, 3, DIM, dtype=torch.float64))
     assert all(x.isfinite().all() for x in result.values())
     assert (result["out"][1] == 0).all()
     assert (result["dx"][1] == 0).all()
@@ -205,9 +197,7 @@ def test_a_sequence_without_keys_gives_zeros_and_no_nan(cls):
 def test_a_fixed_bias_is_not_changed_by_a_key_mask():
     module = make(SigmoidAttention, sigmoid_bias=-2.0)
     seen = []
-    module.attention_fn = lambda q, k, v, **kw: (
-        seen.append(kw["sigmoid_bias"]) or sigmoid_attention(q, k, v, **kw)
-    )
+    module.attention_fn = lambda q, k, v, **kw: seen.append(kw["sigmoid_bias"]) or sigmoid_attention(q, k, v, **kw)
     module(torch.randn(2, 5, DIM, dtype=torch.float64), torch.ones(2, 5, dtype=torch.bool))
     assert seen == [-2.0]
 
@@ -237,8 +227,10 @@ def test_attention_fn_gets_the_agreed_arguments(cls):
     assert (seen["sigmoid_bias"], seen["scale"], seen["causal"]) == (-1.0, 6**-0.5, True)
     assert (seen["window_size"], seen["dropout_p"]) == ((2, None), 0.25)
     assert torch.equal(seen["alibi_slopes"], alibi_slopes(NHEADS))
-    module.eval()(torch.randn(3, 5, DIM))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module.eval()(torch.randn(3, 5, DIM))
     assert seen["dropout_p"] == 0.0
+    assert seen["q"].dtype == seen["k"].dtype == seen["v"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("cls", [SigmoidAttention, SoftmaxAttention])
@@ -361,9 +353,7 @@ def softmax_written_out(q, k, v, keep, slopes):
 @pytest.mark.parametrize("nheads_k", [4, 2])
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_softmax_attention_sees_what_sigmoid_attention_sees(
-    seqlens, causal, window_size, nheads_k, alibi, masked
-):
+def test_softmax_attention_sees_what_sigmoid_attention_sees(seqlens, causal, window_size, nheads_k, alibi, masked):
     seqlen_q, seqlen_k = seqlens
     q, k, v = (
         torch.randn(2, seqlen, heads, dim, dtype=torch.float64, requires_grad=True)
@@ -407,9 +397,7 @@ def test_softmax_attention_sees_what_sigmoid_attention_sees(
 def test_no_mask_tensor_where_torch_has_a_fast_kernel(monkeypatch, causal, seqlen_q, options, plain):
     calls = []
     sdpa = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda *a, **kw: calls.append(kw) or sdpa(*a, **kw)
-    )
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: calls.append(kw) or sdpa(*a, **kw))
     q, kv = torch.randn(1, seqlen_q, 2, 8), torch.randn(1, 6, 2, 8)
     softmax_attention(q, kv, kv, causal=causal, **options)
     assert [call.get("attn_mask") is None for call in calls] == [plain]

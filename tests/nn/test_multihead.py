@@ -413,9 +413,7 @@ def test_the_sentinel_fires_on_torchs_own_attention(monkeypatch):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("masked", ["", "padding", "causal", "padding and causal"])
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_encoder_layer_agrees_and_never_takes_the_fast_path(
-    monkeypatch, norm_first, masked, training, grad_mode
-):
+def test_encoder_layer_agrees_and_never_takes_the_fast_path(monkeypatch, norm_first, masked, training, grad_mode):
     sentinel(monkeypatch)
     oracle, ours = (stack.layers[0] for stack in stacks(True, norm_first, 1))
     x = torch.randn(3, 7, DIM, dtype=torch.float64)
@@ -438,17 +436,13 @@ def test_encoder_layer_agrees_and_never_takes_the_fast_path(
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    "masked", ["", "left aligned", "scattered", "causal", "padding and causal", "one empty"]
-)
+@pytest.mark.parametrize("masked", ["", "left aligned", "scattered", "causal", "padding and causal", "one empty"])
 @pytest.mark.parametrize("before", [True, False], ids=["replaced before stacking", "replaced after stacking"])
 def test_encoder_agrees_and_never_takes_the_fast_path(monkeypatch, before, masked, training, grad_mode):
     sentinel(monkeypatch)
     nested = []
     pack = torch._nested_tensor_from_mask
-    monkeypatch.setattr(
-        torch, "_nested_tensor_from_mask", lambda *a, **kw: nested.append(1) or pack(*a, **kw)
-    )
+    monkeypatch.setattr(torch, "_nested_tensor_from_mask", lambda *a, **kw: nested.append(1) or pack(*a, **kw))
     oracle, ours = stacks(before, norm_first=False)
     x = torch.randn(3, 7, DIM, dtype=torch.float64)
     call = {}
@@ -486,9 +480,7 @@ def test_decoder_layer_agrees(monkeypatch, norm_first, causal, training):
     modules = []
     for attention in pair(batch_first=True):
         torch.manual_seed(7)
-        modules.append(
-            layer(attention, torch.nn.TransformerDecoderLayer, norm_first=norm_first).train(training)
-        )
+        modules.append(layer(attention, torch.nn.TransformerDecoderLayer, norm_first=norm_first).train(training))
     tgt, memory = (torch.randn(3, n, DIM, dtype=torch.float64) for n in (5, 7))
     call = {"memory_key_padding_mask": padding(), "tgt_key_padding_mask": padding()[:, :5]}
     if causal:
@@ -525,9 +517,7 @@ def test_compiles_whole(need_weights, mask):
     expected = ours(x, x, x, **call)
     actual = torch.compile(ours, fullgraph=True, backend="aot_eager")(x, x, x, **call)
     assert_close(actual, expected)
-    gradients = [
-        torch.autograd.grad(out[0].square().sum(), (x, *ours.parameters())) for out in (expected, actual)
-    ]
+    gradients = [torch.autograd.grad(out[0].square().sum(), (x, *ours.parameters())) for out in (expected, actual)]
     for e, a in zip(*gradients, strict=True):
         assert_close(a, e)
 
@@ -546,6 +536,18 @@ def test_bf16_autocast(need_weights):
         assert (weights.float() - expected_weights).norm() < 4 * 2**-8 * expected_weights.norm()
     out.float().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+
+
+def test_scores_are_not_rounded_under_autocast():
+    """Scores of 10 rounded to bfloat16 would be off by 1 % of a weight; a rounded output is off by 0.2 %."""
+    ours = MultiheadAttention(64, 1, batch_first=True, sigmoid_bias=-20.0)
+    x = torch.randn(2, 65, 64)
+    with torch.no_grad():
+        ours.in_proj_weight[:128] *= 3.0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused, _ = ours(x, x, x, need_weights=False)
+        reference, _ = ours(x, x, x, need_weights=True)
+    assert (fused - reference).norm() < 2**-8 * fused.norm()
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

@@ -66,9 +66,7 @@ def test_rotary_needs_an_even_head_dim(head_dim):
 
 @pytest.mark.parametrize("nheads", [1, 2, 8, 16])
 def test_alibi_slopes_are_geometric(nheads):
-    assert_close(
-        alibi_slopes(nheads), torch.tensor([2.0 ** (-8.0 * h / nheads) for h in range(1, nheads + 1)])
-    )
+    assert_close(alibi_slopes(nheads), torch.tensor([2.0 ** (-8.0 * h / nheads) for h in range(1, nheads + 1)]))
 
 
 @pytest.mark.parametrize(("nheads", "power"), [(3, 2), (6, 4), (12, 8), (15, 8)])
