@@ -1,5 +1,6 @@
 # make demo: train a sigmoid and a softmax transformer on real text, write a report.   make test: lint, types, tests.
 # Needs Python 3.11 or later. PYTHON=python3.12 picks one, and gets an environment of its own (.venv-python3.12).
+# ARGS are the demo's: make demo ARGS="--fresh --no-bias-arm".
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out file,$(origin PYTHON)),-$(lastword $(notdir $(PYTHON))))
 PY := $(VENV)/bin/python
@@ -11,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
-	$(PY) -m flashsigmoid demo
+	$(PY) -m flashsigmoid demo $(ARGS)
 
 # the last line is pytest's own, with its own time
 test: lint

@@ -92,6 +92,8 @@ def demo(
     from .training.checkpoint import checkpoints
 
     run = override(language.demo(), {"seed": str(seed)}, _assignments(assignments))
+    if run.model.attention != "sigmoid":
+        raise ValueError(f"model.attention has no effect: the demo trains both arms, got {run.model.attention}")
     arms = {"sigmoid": run, "softmax": run.with_attention("softmax")}
     if no_bias_arm:
         arms[NO_BIAS] = override(run, {"model.sigmoid_bias": "0"})
@@ -112,7 +114,8 @@ def demo(
     folders = [out / name for name in arms]
     page = write_report(folders, out)
     _print_rows(summary_rows(folders))
-    print(f"bigram model of the same text: {results['sigmoid']['baseline/bigram']:.3f} nats per byte")
+    if "baseline/bigram" in results["sigmoid"]:
+        print(f"bigram model of the same text: {results['sigmoid']['baseline/bigram']:.3f} nats per byte")
     print(f"report: {page}")
 
 
@@ -352,9 +355,17 @@ def explain(
     print(backends.explain(problem, backend))
 
 
-@app.command(epilog="Example: flashsigmoid bench --list; flashsigmoid bench d64_n2048 --out runs/bench.jsonl")
-def bench() -> None:
-    """Time named problems beside torch's softmax attention."""
+@app.command(epilog="Example: flashsigmoid bench d64_n2048 --passes fwd --out runs/bench.jsonl")
+def bench(
+    problems: Annotated[
+        list[str] | None, typer.Argument(help="Names of problems; all of them by default.", show_default=False)
+    ] = None,
+    passes: Annotated[list[str] | None, typer.Option(help="fwd, fwd+bwd; may be repeated; both by default.")] = None,
+    dtype: Annotated[Literal["float16", "bfloat16", "float32"], typer.Option(help="Of q, k, v.")] = "float32",
+    rounds: Annotated[int | None, typer.Option(help="Rounds of interleaved timings.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Records file to write.")] = None,
+) -> None:
+    """Time sigmoid attention beside torch's softmax attention, on named problems."""
 
 
 def _assignments(texts: list[str] | None) -> dict[str, str]:

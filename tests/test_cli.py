@@ -133,6 +133,7 @@ def test_version(flashsigmoid):
         ),
         (["train", "demo", "--data", "nowhere.txt"], 1, "nowhere.txt"),
         (["train", "demo", "--out", "."], 1, "must not hold a run"),
+        (["demo", "--set", "attention=softmax"], 1, "the demo trains both arms"),
         (["generate", "nowhere"], 1, "nowhere"),
         (["report", "nowhere"], 1, "nowhere"),
         (["explain", "--backend", "warp"], 1, "backend must be one of auto, "),
@@ -266,6 +267,14 @@ def test_demo_trains_both_arms_and_takes_them_the_second_time(flashsigmoid, tmp_
     assert "trained already" not in fresh.out
 
 
+def test_a_terminal_gets_a_bar(flashsigmoid, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    outcome = flashsigmoid("train", "demo", "--steps", "2", "--device", "cpu", *TINY)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"demo sigmoid.*━.*2/2.*val/loss", re.sub(r"\x1b\[[\d;?]*\w", "", outcome.err))
+
+
 def test_fresh_removes_nothing_but_runs(flashsigmoid, tmp_path):
     diary = tmp_path / "runs/demo/sigmoid/diary.txt"
     diary.parent.mkdir(parents=True)
@@ -287,8 +296,8 @@ def run_python(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_training_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, number, code):
-    words = ["train", "demo", "--steps", "100000", "--device", "cpu", *TINY, "--set", "save_every=100000"]
-    words[words.index("save_every=2")] = "log_every=5"
+    never = ["save_every=100000" if word == "save_every=2" else word for word in TINY]
+    words = ["train", "demo", "--steps", "100000", "--device", "cpu", *never, "--set", "log_every=5"]
     process = subprocess.Popen(
         [sys.executable, "-m", "flashsigmoid", *words],
         cwd=tmp_path,
