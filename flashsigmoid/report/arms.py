@@ -108,8 +108,7 @@ class Run:
     def bytes_per_token(self) -> float:
         """The ratio of the validation losses per token and per byte, 1 if only one of them is used."""
         per_byte, per_token = (
-            {r.step: value_of(r) for r in self.series(name) if math.isfinite(value_of(r))}
-            for name in VAL_LOSSES
+            {r.step: value_of(r) for r in self.series(name) if math.isfinite(value_of(r))} for name in VAL_LOSSES
         )
         both = per_byte.keys() & per_token.keys()
         if not both:

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .arms import Arm, Point
@@ -24,6 +25,7 @@ DARK = ("#5bb8f0", "#ff8d4d", "#35c79b", "#e79cc5", "#edc04d", "#c9c9c9")
 
 _INK = "#010203"  # stands for the page's text colour; no other thing is drawn in it
 _PANEL_INCHES = (4.9, 3.3)  # small, so that letters stay legible at the width of a phone
+_LAYOUT = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.07)
 _SMOOTHED_POINTS = 300  # of a training curve
 _STYLE: dict[Any, Any] = {
     "axes.edgecolor": _INK,
@@ -86,12 +88,11 @@ class Drawing:
     def _figure(self, panels: Sequence[Panel]) -> Figure:
         with matplotlib.rc_context(_STYLE):
             width, height = _PANEL_INCHES
-            figure = Figure(figsize=(width * len(panels), height), layout="constrained")
+            figure = Figure(figsize=(width * len(panels), height), layout=_LAYOUT)
             for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
                 axes.set_title(panel.title)
                 panel.draw(axes)
                 axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-                axes.set_xlim(left=0)
         return figure
 
 
@@ -117,13 +118,20 @@ def loss_drawings(arms: Sequence[Arm]) -> list[Drawing]:
         caption += f" Training loss is divided by the bytes per token: {'; '.join(sorted(rates))}."
     if any(len(arm.runs) > 1 for arm in arms):
         caption += " Lines are means over seeds, bands go from the least to the largest."
+    if any(_last_before_break(arm) for arm in arms):
+        caption += " A cross: the loss is not finite from here on."
 
     def panels(by_time: bool) -> tuple[Panel, ...]:
         return (Panel("", lambda axes: _draw_losses(axes, arms, by_time)),)
 
     return [
         Drawing("loss-step", "Loss against step", caption, panels(by_time=False) if points else ()),
-        Drawing("loss-time", "Loss against time", caption, panels(by_time=True) if is_timed else ()),
+        Drawing(
+            "loss-time",
+            "Loss against time",
+            "The same losses against the time of training.",
+            panels(by_time=True) if is_timed else (),
+        ),
     ]
 
 
@@ -137,7 +145,7 @@ def layer_drawing(arms: Sequence[Arm], statistic: str, title: str, caption: str)
     def panel(arm: Arm) -> Panel:
         def draw(axes: Axes) -> None:
             _draw_layers(axes, arm, statistic)
-            axes.set_ylabel(title)
+            axes.set_xlim(0, max(p.step for p in points) or 1)
             if least > 0 and most / least > 20:
                 axes.set_yscale("log")
                 axes.set_ylim(least / 1.4, most * 1.4)
@@ -178,12 +186,10 @@ def _draw_losses(axes: Axes, arms: Sequence[Arm], by_time: bool) -> None:
         train, val, own = smooth(arm.train_losses), arm.losses, colour(arm)
         axes.plot(x(train), [p.mean for p in train], color=own, linewidth=0.9, alpha=0.55)
         if len(arm.runs) > 1:
-            axes.fill_between(
-                x(val), [p.low for p in val], [p.high for p in val], color=own, alpha=0.18, linewidth=0
-            )
-        axes.plot(
-            x(val), [p.mean for p in val], color=own, linewidth=2.2, marker=_marker(val), label=arm.label
-        )
+            axes.fill_between(x(val), [p.low for p in val], [p.high for p in val], color=own, alpha=0.18, linewidth=0)
+        axes.plot(x(val), [p.mean for p in val], color=own, linewidth=2.2, marker=_marker(val), label=arm.label)
+        broken = _last_before_break(arm)
+        axes.plot(x(broken), [p.mean for p in broken], "X", color=own, markersize=9, markeredgecolor="none")
     for bigram in _baselines(arms):
         axes.axhline(bigram, color=_INK, linewidth=1.2, linestyle=(0, (5, 3)))
         axes.annotate(
@@ -196,6 +202,7 @@ def _draw_losses(axes: Axes, arms: Sequence[Arm], by_time: bool) -> None:
         )
     axes.set_xlabel(f"training time, {time_unit}" if by_time else "step")
     axes.set_ylabel(f"loss, {loss_unit(arms)}")
+    axes.set_xlim(left=0)
     limits = _loss_limits(arms)
     if limits is not None:
         axes.set_ylim(*limits)
@@ -227,13 +234,22 @@ def _draw_layers(axes: Axes, arm: Arm, statistic: str) -> None:
             steps,
             [p.mean for p in points],
             color=colour(arm),
-            alpha=0.3 + 0.7 * weight,
+            alpha=0.4 + 0.6 * weight,
             linewidth=1.0 + 1.2 * weight,
             marker=_marker(points),
             label=f"layer {name.rpartition('_')[2]}" if depth in (0, len(names) - 1) else None,
         )
     axes.set_xlabel("step")
     axes.legend(loc="best", handlelength=1.4)
+
+
+def _last_before_break(arm: Arm) -> list[Point]:
+    """The last point whose loss is finite, if points follow whose loss is not; at most one."""
+    for points in (arm.losses, arm.train_losses):
+        finite = [point for point in points if math.isfinite(point.mean)]
+        if finite and not math.isfinite(points[-1].mean):
+            return finite[-1:]
+    return []
 
 
 def _marker(points: Sequence[Point]) -> str | None:

@@ -52,7 +52,7 @@ def write_report(runs: Iterable[str | Path], out: str | Path) -> Path:
     """Compare runs on one page.
 
     Runs that differ in nothing but the seed are one arm. The page is one file that opens offline: style and
-    figures are within. The figures are also written as PNG, to the folder <name of the page>-figures beside it.
+    figures are within. The figures are also written as PNG, to the folder <name of the page>-figures beside.
     Each file appears complete or not at all.
 
     Args:
@@ -135,7 +135,7 @@ def _cards(arms: Sequence[Arm]) -> str:
             "below bigram": below_text(arm),
             "first |A V|": norm_text(arm),
             "steps": steps_text(arm),
-            "seeds": seeds_text(arm),
+            "seed" if len(arm.runs) == 1 else "seeds": seeds_text(arm),
             "time": time_text(arm.time_s),
         }
         rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
@@ -278,12 +278,8 @@ def _style() -> str:
     )
 
 
-_LIGHT = (
-    "--page:#fafaf9;--card:#fff;--ink:#1b1f24;--soft:#5a636e;--line:#e1e4e8;--mark:#fff0bd;--warn:#b86e00;"
-)
-_DARK = (
-    "--page:#14171b;--card:#1c2026;--ink:#e6e8eb;--soft:#a0a9b5;--line:#333a43;--mark:#4b3f12;--warn:#f0b54a;"
-)
+_LIGHT = "--page:#fafaf9;--card:#fff;--ink:#1b1f24;--soft:#5a636e;--line:#e1e4e8;--mark:#fff0bd;--warn:#b86e00;"
+_DARK = "--page:#14171b;--card:#1c2026;--ink:#e6e8eb;--soft:#a0a9b5;--line:#333a43;--mark:#4b3f12;--warn:#f0b54a;"
 _CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font-size:16px;line-height:1.55}
@@ -310,11 +306,12 @@ dl{display:grid;grid-template-columns:auto 1fr;gap:.15rem 1rem;margin:.9rem 0 0;
 dt{color:var(--soft)}
 dd{margin:0;text-align:right;font-variant-numeric:tabular-nums}
 figcaption{color:var(--soft);font-size:.88rem;max-width:95ch;margin-top:.4rem}
-.panel{max-width:46rem}
+.panel{max-width:34rem}
 svg{display:block;width:100%;height:auto}
 .missing{color:var(--soft);font-style:italic;margin:.2rem 0}
 pre,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:.82rem}
-pre{margin:.6rem 0 0;line-height:1.5;white-space:pre-wrap;overflow-wrap:anywhere;max-height:30rem;overflow:auto}
+pre{margin:.6rem 0 0;line-height:1.5;max-height:30rem;overflow:auto}
+pre{white-space:pre-wrap;overflow-wrap:anywhere}
 .scroll{overflow-x:auto;margin-bottom:1rem}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:.45rem .8rem;border-bottom:1px solid var(--line);vertical-align:top}

@@ -58,9 +58,7 @@ def statement(arms: Sequence[Arm]) -> list[str]:
     sentences += _against_bigram(arms)
     norms = [f"{norm_text(arm)} for {quoted(arm)}" for arm in arms if first_norm(arm) is not None]
     if norms:
-        sentences.append(
-            f"When first measured, the largest attention norm |A V| of a layer was {_join(norms)}."
-        )
+        sentences.append(f"When first measured, the largest attention norm |A V| of a layer was {_join(norms)}.")
     return [sentence[0].upper() + sentence[1:] for sentence in sentences]
 
 
@@ -74,9 +72,7 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
             if broke is not None:
                 found.append(f"{who}: {broke.name} became {broke.value} at step {broke.step:,}.")
             if run.is_unfinished:
-                found.append(
-                    f"{who} is unfinished: {run.steps:,} of {run.planned_steps:,} steps are recorded."
-                )
+                found.append(f"{who} is unfinished: {run.steps:,} of {run.planned_steps:,} steps are recorded.")
             if run.final is None:
                 found.append(f"{who} has no validation loss on record.")
             elif run.bigram is None:
@@ -85,13 +81,9 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
         found.append("Some losses are per byte and some per token.")
     baselines = {round(run.bigram, 6) for arm in arms for run in arm.runs if run.bigram is not None}
     if len(baselines) > 1:
-        found.append(
-            f"The runs have different bigram baselines: {_join([loss_text(b) for b in sorted(baselines)])}."
-        )
+        found.append(f"The runs have different bigram baselines: {_join([loss_text(b) for b in sorted(baselines)])}.")
     if len(arms) > 1 and len({seeds_text(arm) for arm in arms}) > 1:
-        found.append(
-            f"The arms have different seeds: {_join([f'{quoted(a)} {seeds_text(a)}' for a in arms])}."
-        )
+        found.append(f"The arms have different seeds: {_join([f'{quoted(a)} {seeds_text(a)}' for a in arms])}.")
     base = base_of(arms)
     found += [
         f"No difference between {quoted(arm)} and {quoted(base)} is given: they cannot be compared yet."
@@ -114,7 +106,8 @@ def quoted(arm: Arm) -> str:
 
 
 def run_name(arm: Arm, run: Run) -> str:
-    return quoted(arm) if len(arm.runs) == 1 else f"{quoted(arm)}, seed {show(run.seed)},"
+    """The arm, and the seed if it has several."""
+    return quoted(arm) if len(arm.runs) == 1 else f"{quoted(arm)} of seed {show(run.seed)}"
 
 
 def loss_unit(arms: Sequence[Arm]) -> str:
@@ -198,14 +191,12 @@ def _compared(arms: Sequence[Arm]) -> str:
     of_recipe = f" of the recipe {_join(list(recipes))}" if recipes else ""
     steps = _join(list(dict.fromkeys(steps_text(arm) for arm in arms)))
     seeds = dict.fromkeys(seeds_text(arm) for arm in arms)
-    trained = f"{steps} steps" + (
-        f", with {_plural('seed', arms[0])} {next(iter(seeds))}" if len(seeds) == 1 else ""
-    )
+    trained = f"{steps} steps" + (f", with {_plural('seed', arms[0])} {next(iter(seeds))}" if len(seeds) == 1 else "")
     if len(arms) == 1:
         return f"{_count(len(arms[0].runs), 'run')}{of_recipe}: {quoted(arms[0])}, {trained}."
     fields = differing([arm.settings for arm in arms])
     return (
-        f"{len(arms)} arms{of_recipe}, {_join([quoted(arm) for arm in arms])}, differ in "
+        f"{_count(len(arms), 'arm')}{of_recipe}, {_join([quoted(arm) for arm in arms])}, differ in "
         f"{_count(len(fields), 'setting')}, {_join(fields)}. They were trained for {trained}."
     )
 
@@ -218,9 +209,7 @@ def _ended(arms: Sequence[Arm]) -> list[str]:
             sentences.append(f"{quoted(arm)} has no validation loss on record.")
         elif not arm.finals.values:
             best = loss_text(min(arm.bests.values)) if arm.bests.values else "none finite"
-            sentences.append(
-                f"{quoted(arm)} ended without a finite validation loss (best on the way: {best})."
-            )
+            sentences.append(f"{quoted(arm)} ended without a finite validation loss (best on the way: {best}).")
         elif all(run.is_unfinished for run in arm.runs):
             loss = loss_text(arm.finals.mean)
             sentences.append(f"{quoted(arm)} is unfinished and stands at a validation loss of {loss}.")
@@ -258,12 +247,10 @@ def _difference(arm: Arm, base: Arm) -> str:
 
 def _against_bigram(arms: Sequence[Arm]) -> list[str]:
     """Whether the last losses are below the baseline: one sentence if all are, else one each."""
-    known = [
-        (arm, arm.below_bigram, arm.bigrams.mean) for arm in arms if arm.below_bigram and arm.bigrams.values
-    ]
-    if len(known) > 1 and len(known) == len(arms) and all(below == (of, of) for _, (below, of), _ in known):
+    known = [(arm, arm.below_bigram, arm.bigrams.mean) for arm in arms if arm.below_bigram and arm.bigrams.values]
+    if len(known) > 1 and len(known) == len(arms) and all(below == of for _, (below, of), _ in known):
         bigrams = _join(sorted({loss_text(bigram) for _, _, bigram in known}))
-        who = "Both arms" if len(known) == 2 else f"All {len(known)} arms"
+        who = "Both arms" if len(known) == 2 else f"All {_count(len(known), 'arm')}"
         return [f"{who} are below the {bigrams} of a bigram model of the same text."]
     return [
         f"{quoted(arm)} {_where(below, of)} the {loss_text(bigram)} of a bigram model of the same text."
@@ -284,7 +271,8 @@ def _is_open(arm: Arm, base: Arm) -> bool:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{'one' if number == 1 else number} {noun}{'' if number == 1 else 's'}"
+    words = dict(enumerate(("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")))
+    return f"{words.get(number, number)} {noun}{'' if number == 1 else 's'}"
 
 
 def _plural(noun: str, arm: Arm) -> str:

@@ -1,0 +1,96 @@
+"""Runs that never ran: records with the shape of real ones, computed by formula, for the tests of report/."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashsigmoid.record import RecordWriter
+
+BIGRAM = 2.48
+SAMPLE = """ROMEO:
+Ay, marry, sir: the king shall have my heart,
+And I will stand upon the sound of death
+To see the world that I have done to thee.
+
+<GLOUCESTER> & Lady:
+What say you, "lords"? The duke's of York is come.
+"""
+
+
+def make_run(
+    folder: Path,
+    *,
+    attention: str = "sigmoid",
+    seed: int = 0,
+    final: float = 1.85,
+    steps: int = 600,
+    stop: int | None = None,
+    nlayers: int = 4,
+    broken_at: int | None = None,
+    without: tuple[str, ...] = (),
+    sample: str = SAMPLE,
+    first_norm: float = 0.3,
+    bytes_per_token: float = 1.0,
+    time_scale: float = 0.2,
+    **settings: Any,
+) -> Path:
+    """A run directory. The validation loss falls from 5.55 to exactly `final` at the last step."""
+    noise = random.Random(f"{attention}{seed}{final}")
+    fields = {
+        "recipe": "demo",
+        "attention": attention,
+        "sigmoid_bias": None,
+        "seed": seed,
+        "position": "alibi",
+        "norm": "hybrid",
+        "seqlen": 256,
+        "nlayers": nlayers,
+        "dim": 192,
+        "steps": steps,
+        "lr": 0.002,
+        "betas": (0.9, 0.95),
+        **settings,
+    }
+
+    def loss(step: int) -> float:
+        fall = (math.exp(-6.0 * (step / steps) ** 0.55) - math.exp(-6.0)) / (1 - math.exp(-6.0))
+        return math.nan if broken_at is not None and step >= broken_at else final + (5.55 - final) * fall
+
+    with RecordWriter(folder / "records.jsonl", fields, command="flashsigmoid demo --seeds 3") as writer:
+
+        def write(name: str, value: float | None = None, **fields: Any) -> None:
+            if not any(name.startswith(prefix) for prefix in without):
+                writer.write(name, value, **fields)
+
+        write("baseline/bigram", BIGRAM, unit="nats_per_byte")
+        for step in range(0, (steps if stop is None else stop) + 1, 5):
+            when = {"step": step, "time_s": time_scale * step}
+            train = loss(step) - 0.05 + noise.gauss(0, 0.05)
+            write("train/loss", train * bytes_per_token, unit="nats_per_token", **when)
+            if step % 50 == 0:
+                write("val/loss", loss(step) * bytes_per_token, unit="nats_per_token", **when)
+                write("val/loss_bytes", loss(step), unit="nats_per_byte", **when)
+                progress = 1 - math.exp(-4 * step / steps)
+                for layer in range(nlayers):
+                    norm = first_norm * (1 + 0.2 * layer) * (1 - progress) + (1.2 + layer) * progress
+                    mass = 1.0 if attention == "softmax" else first_norm * 3 * (1 - progress) + progress * (0.5 + layer)
+                    sink = 0.02 + (0.25 if attention == "softmax" else 0.01) * progress * layer / nlayers
+                    write(f"attn_norm/layer_{layer}", norm * noise.gauss(1, 0.02), **when)
+                    write(f"row_mass/layer_{layer}", mass, **when)
+                    write(f"sink/layer_{layer}", sink, **when)
+        write("sample", artifact="sample.txt", step=steps if stop is None else stop)
+    if "sample" not in without:
+        (folder / "sample.txt").write_text(sample, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Path]:
+    """run(name, **options of make_run) makes tmp_path/runs/name."""
+    return lambda name, **options: make_run(tmp_path / "runs" / name, **options)
