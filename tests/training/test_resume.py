@@ -1,0 +1,145 @@
+"""A run that is stopped and resumed is the run that was not, to the last bit; and what may not be resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+from training.tiny import differences, remains, tiny_run, write_text
+
+from flashsigmoid.record import read_records
+from flashsigmoid.training.callbacks import Interrupted, Progress
+from flashsigmoid.training.checkpoint import checkpoints
+from flashsigmoid.training.language import train
+
+
+def quiet(progress: Progress) -> None:
+    """Show nothing."""
+
+
+def signal_at(step: int, signum: int, times: int = 1):
+    """A `show` that sends this process a signal when the loss of a step is recorded."""
+
+    def show(progress: Progress) -> None:
+        if progress.step == step and not progress.validated:
+            for _ in range(times):
+                os.kill(os.getpid(), signum)
+
+    return show
+
+
+@pytest.mark.parametrize(
+    ("signum", "step", "code"),
+    [
+        (signal.SIGINT, 3, 130),  # between two checkpoints
+        (signal.SIGTERM, 4, 143),  # where a checkpoint is due anyway
+        (signal.SIGINT, 6, 130),  # before a validation
+        (signal.SIGTERM, 11, 143),  # before the last step
+    ],
+)
+def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, capsys, signum, step, code):
+    run = tiny_run(write_text(tmp_path / "text.txt"))
+    whole = train(run, tmp_path / "whole", show=quiet)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted) as stop:
+        train(run, tmp_path / "halves", show=signal_at(step, signum))
+    assert (stop.value.code, stop.value.step) == (code, step)
+    assert stop.value.checkpoint == checkpoints(tmp_path / "halves")[-1]
+    assert "--resume" in capsys.readouterr().err
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+    halves = train(run, tmp_path / "halves", resume=True, show=quiet)
+    assert halves == whole
+    assert differences(remains(run, tmp_path / "whole"), remains(run, tmp_path / "halves")) == []
+
+    def numbers(name):
+        records = read_records(tmp_path / name / "records.jsonl").records
+        return [(r.name, r.step, r.value) for r in records if r.name != "tokens_per_s"]
+
+    assert numbers("halves") == numbers("whole")
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    run = tiny_run(write_text(tmp_path / "text.txt"))
+    with pytest.raises(SystemExit) as stop:
+        train(run, tmp_path / "run", show=signal_at(3, signal.SIGINT, times=2))
+    assert (type(stop.value), stop.value.code) == (SystemExit, 130)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000002"]
+
+
+def test_a_difference_is_seen(tmp_path):
+    """The comparison above can fail: another seed changes weights, optimizer state and the batches to come."""
+    run = tiny_run(write_text(tmp_path / "text.txt"), steps=6)
+    other = replace(run, seed=1)
+    train(run, tmp_path / "a", show=quiet)
+    train(other, tmp_path / "b", show=quiet)
+    found = differences(remains(run, tmp_path / "a"), remains(other, tmp_path / "b"))
+    for part in ("/weights/embedding.weight", "/trainer/optimizer_states", "/trainer/flashsigmoid/rng", "/next batches/9"):
+        assert any(where.startswith(part) for where in found), part
+
+
+def test_time_goes_on_where_it_stood(tmp_path):
+    run = tiny_run(write_text(tmp_path / "text.txt"))
+    with pytest.raises(Interrupted):
+        train(run, tmp_path / "run", show=signal_at(6, signal.SIGINT))
+    train(run, tmp_path / "run", resume=True, show=quiet)
+    times = [r.time_s for r in read_records(tmp_path / "run/records.jsonl").records if r.name == "train/loss"]
+    assert times == sorted(times)
+    assert times[0] > 0.0
+
+
+def test_a_finished_run_is_returned_as_it_is(tmp_path):
+    run = tiny_run(write_text(tmp_path / "text.txt"), steps=6)
+    first = train(run, tmp_path / "run", show=quiet)
+    saved = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert train(run, tmp_path / "run", resume=True, show=quiet) == first
+    assert saved == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    run = tiny_run(write_text(tmp_path / "text.txt"), steps=6)
+    train(run, tmp_path / "run", show=quiet)
+    with pytest.raises(ValueError, match="out_dir must not hold a run unless it is resumed"):
+        train(run, tmp_path / "run", show=quiet)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda run: replace(run, model=replace(run.model, dropout_p=0.1)), "model.dropout_p"),
+        (lambda run: run.with_attention("softmax"), "model.attention"),
+        (lambda run: replace(run, optim=replace(run.optim, lr=1e-3)), "optim.lr"),
+        (lambda run: replace(run, steps=18), "run.steps"),
+        (lambda run: replace(run, batch=4), "run.batch"),
+        (lambda run: replace(run, seed=1), "run.seed"),
+        (lambda run: replace(run, data=replace(run.data, tokenizer="bpe")), "data.tokenizer"),
+        (lambda run: replace(run, data=replace(run.data, source=None)), "data must be the same tokens"),
+    ],
+)
+def test_a_changed_description_is_one_error_that_names_the_field(tmp_path, change, field):
+    run = tiny_run(write_text(tmp_path / "text.txt"), steps=6)
+    train(run, tmp_path / "run", show=quiet)
+    with pytest.raises(ValueError, match=field):
+        train(change(run), tmp_path / "run", resume=True, show=quiet)
+
+
+def test_what_does_not_matter_may_change(tmp_path):
+    run = tiny_run(write_text(tmp_path / "text.txt"))
+    with pytest.raises(Interrupted):
+        train(run, tmp_path / "run", show=signal_at(3, signal.SIGINT))
+    moved = (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
+    run = replace(run, data=replace(run.data, source=str(moved)), keep_last=5, save_every=4)
+    train(run, tmp_path / "run", resume=True, show=quiet)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step-{step:08d}" for step in (2, 3, 4, 8, 12)]
+
+
+def test_resuming_where_nothing_was_saved_begins(tmp_path):
+    run = tiny_run(write_text(tmp_path / "text.txt"), steps=6)
+    half = tmp_path / "run/checkpoints/step-00000002.tmp"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    train(run, tmp_path / "run", resume=True, show=quiet)
+    assert not half.exists()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000006"]
