@@ -229,6 +229,7 @@ class MultiheadAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> Explanation:
         """Which backend `forward` would take for these arguments and why, as `flashsigmoid.explain`.

@@ -403,3 +403,12 @@ def test_no_mask_tensor_where_torch_has_a_fast_kernel(monkeypatch, causal, seqle
     assert [call.get("attn_mask") is None for call in calls] == [plain]
     if plain:
         assert calls[0]["is_causal"] is causal
+
+
+def test_a_row_that_sees_nothing_is_zero_whatever_torchs_kernel_leaves_there(monkeypatch):
+    """cuDNN's leaves something else than zero."""
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **kw: torch.ones(*q.shape[:3], v.shape[3]))
+    q, kv = torch.randn(1, 5, 2, 8), torch.randn(1, 2, 2, 8)
+    out = softmax_attention(q, kv, kv, causal=True)
+    assert (out[:, :3] == 0).all()
+    assert (out[:, 3:] == 1).all()

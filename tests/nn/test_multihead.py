@@ -119,6 +119,7 @@ def test_signatures_are_torchs():
     for ours, theirs in (
         (MultiheadAttention.__init__, torch.nn.MultiheadAttention.__init__),
         (MultiheadAttention.forward, torch.nn.MultiheadAttention.forward),
+        (MultiheadAttention.explain, torch.nn.MultiheadAttention.forward),
     ):
         ours, theirs = (list(inspect.signature(f).parameters.values()) for f in (ours, theirs))
         shared, extra = ours[: len(theirs)], ours[len(theirs) :]
