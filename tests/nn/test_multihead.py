@@ -506,8 +506,9 @@ def test_nested_inputs_other_than_torchs_own_are_one_clear_error():
 # ---- life with torch ----
 
 
-@pytest.mark.parametrize("mask", [None, torch.bool, torch.float32])
-@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize(
+    ("need_weights", "mask"), [(False, None), (False, torch.bool), (False, torch.float32), (True, torch.float32)]
+)
 def test_compiles_whole(need_weights, mask):
     torch.compiler.reset()
     ours = MultiheadAttention(DIM, HEADS, batch_first=True, add_bias_kv=True)
