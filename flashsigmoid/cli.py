@@ -6,18 +6,16 @@ No training, no measuring and no drawing happens here; exit codes and errors are
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import shutil
 import sys
-import types
-import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
@@ -88,6 +86,7 @@ def demo(
     A few minutes on two CPU cores. A second time it takes what is trained, and goes on where it was stopped.
     """
     from .recipes import language
+    from .recipes.fields import override
     from .report import summary_rows, write_report
     from .training.checkpoint import checkpoints
 
@@ -141,6 +140,7 @@ def train(
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
 ) -> None:
     """Train a model by a recipe. Ctrl-C saves a checkpoint, --resume goes on from it."""
+    from .recipes.fields import override
     from .recipes.language import RECIPES
 
     if list_recipes:
@@ -161,7 +161,9 @@ def train(
         "optim.lr": lr,
     }
     given = {name: text for name, text in flags.items() if text is not None}
-    run: LanguageRun = override(RECIPES[recipe](), given, _assignments(assignments))
+    run = override(RECIPES[recipe](), given, _assignments(assignments))
+    if sigmoid_bias is not None and run.model.attention != "sigmoid":
+        raise ValueError(f"sigmoid_bias has no effect with attention={run.model.attention}, got {sigmoid_bias}")
     folder = out or Path("runs") / recipe / run.model.attention
     results = _train(run, folder, resume=resume, device=device)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
@@ -327,6 +329,7 @@ def explain(
     import torch
 
     from . import backends, functional
+    from .recipes.fields import parse
 
     if bias_per_head and sigmoid_bias is not None:
         raise ValueError("sigmoid_bias has no effect with --bias-per-head")
@@ -345,7 +348,7 @@ def explain(
         meta(batch, keys, heads_k, head_dim_v or head_dim),
         sigmoid_bias=meta(nheads) if bias_per_head else sigmoid_bias,
         causal=causal,
-        window_size=_parse("window", window, tuple[int | None, int | None]) if window else (None, None),
+        window_size=parse("window", window, tuple[int | None, int | None]) if window else (None, None),
         alibi_slopes=meta(nheads) if alibi else None,
         dropout_p=dropout_p,
         sigmoid=sigmoid,
@@ -355,17 +358,50 @@ def explain(
     print(backends.explain(problem, backend))
 
 
-@app.command(epilog="Example: flashsigmoid bench d64_n2048 --passes fwd --out runs/bench.jsonl")
+@app.command(epilog="Example: flashsigmoid bench cpu-2k-d64 --work forward --out runs/bench/records.jsonl")
 def bench(
     problems: Annotated[
-        list[str] | None, typer.Argument(help="Names of problems; all of them by default.", show_default=False)
+        list[str] | None, typer.Argument(help="Names, see --list; all of them by default.", show_default=False)
     ] = None,
-    passes: Annotated[list[str] | None, typer.Option(help="fwd, fwd+bwd; may be repeated; both by default.")] = None,
+    work: Annotated[
+        Literal["forward", "both"] | None, typer.Option(help="forward, or both: with backward; each by default.")
+    ] = None,
     dtype: Annotated[Literal["float16", "bfloat16", "float32"], typer.Option(help="Of q, k, v.")] = "float32",
-    rounds: Annotated[int | None, typer.Option(help="Rounds of interleaved timings.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Records file to write.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in which every candidate is timed once.")] = 15,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="Records file to write too.", show_default=False)] = None,
+    list_problems: Annotated[bool, typer.Option("--list", help="List the problems.")] = False,
 ) -> None:
-    """Time sigmoid attention beside torch's softmax attention, on named problems."""
+    """Time sigmoid attention beside torch's softmax attention and the bare products. It must be right to be timed."""
+    import torch
+
+    from .bench.problems import PROBLEMS
+    from .bench.run import WORKS, run
+
+    if list_problems:
+        for shape in PROBLEMS.values():
+            print(shape)
+        return
+    records = run(
+        problems or list(PROBLEMS),
+        works=[work] if work else WORKS,
+        dtype=getattr(torch, dtype),
+        rounds=rounds,
+        device=device,
+        out=out,
+    )
+    rows: dict[tuple[str, ...], dict[str, float]] = {}
+    for record in records:
+        if "work" in record.tags and record.value is not None:
+            key = tuple(str(record.tags[name]) for name in ("problem", "work", "peer"))
+            rows.setdefault(key, {})[record.name] = record.value
+    table = Table(box=SIMPLE)
+    for title in ("problem", "work", "candidate", "ms", "p10", "p90", "TFLOP/s", "over SDPA"):
+        table.add_column(title, no_wrap=True)
+    for key, row in rows.items():
+        names = ("time_ms", "time_p10_ms", "time_p90_ms", "speed_tflops", "speedup_over_sdpa")
+        table.add_row(*key, *(f"{row[name]:.3g}" if name in row else "" for name in names))
+    Console().print(table)
 
 
 def _assignments(texts: list[str] | None) -> dict[str, str]:
@@ -379,99 +415,3 @@ def _assignments(texts: list[str] | None) -> dict[str, str]:
             raise ValueError(f"{name} must be set once, got it twice")
         found[name] = value
     return found
-
-
-def override(run: Any, *texts: dict[str, str]) -> Any:
-    """A frozen dataclass with fields replaced by values read from text, all at once.
-
-    Args:
-        run: the dataclass; its parts may be dataclasses too.
-        texts: name to value. A name is a field, a part's field ("model.dim"), or its last word if unique.
-
-    Raises:
-        ValueError: a name that is unknown, ambiguous, set twice or without effect; a value of another type.
-    """
-    fields = dict(_fields(run))
-    values: dict[str, Any] = {}
-    for name, text in (pair for each in texts for pair in each.items()):
-        path = _field_named(name, list(fields))
-        if path in values:
-            raise ValueError(f"{path} must be set once, got it twice")
-        values[path] = _parse(path, text, fields[path])
-    changed = _replaced(run, values)
-    if "model.sigmoid_bias" in values and changed.model.attention != "sigmoid":
-        raise ValueError(f"model.sigmoid_bias has no effect with attention={changed.model.attention}")
-    return changed
-
-
-def _fields(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, type) of every field that is not a dataclass itself."""
-    hints = typing.get_type_hints(type(part))
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _fields(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, hints[field.name]
-
-
-def _field_named(name: str, paths: list[str]) -> str:
-    found = [name] if name in paths else [path for path in paths if path.rpartition(".")[2] == name]
-    if not found:
-        words = {path.rpartition(".")[2]: path for path in paths} | {path: path for path in paths}
-        near = difflib.get_close_matches(name, words, n=1)
-        hint = f"; did you mean {words[near[0]]}?" if near else f"; it has {', '.join(paths)}"
-        raise ValueError(f"the run has no field {name}{hint}")
-    if len(found) > 1:
-        raise ValueError(f"{name} must name one field, got one of {', '.join(found)}")
-    return found[0]
-
-
-def _replaced(part: Any, values: dict[str, Any]) -> Any:
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(part):
-        inner = {
-            path.partition(".")[2]: value for path, value in values.items() if path.partition(".")[0] == field.name
-        }
-        if inner:
-            changes[field.name] = inner[""] if "" in inner else _replaced(getattr(part, field.name), inner)
-    return dataclasses.replace(part, **changes)
-
-
-def _parse(name: str, text: str, hint: Any) -> Any:
-    """A value of the type `hint` from text."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for kind in sorted(kinds, key=lambda kind: kind is not types.NoneType):  # "none" is text too
-        try:
-            return _read(text, kind)
-        except ValueError:
-            continue
-    raise ValueError(f"{name} must be {_words(hint)}, got {text!r}")
-
-
-def _read(text: str, kind: Any) -> Any:
-    arguments = typing.get_args(kind)
-    if kind is types.NoneType and text.lower() == "none":
-        return None
-    if kind is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    if kind in (int, float, str, Path):
-        return kind(text)
-    if typing.get_origin(kind) is Literal and text in arguments:
-        return text
-    if typing.get_origin(kind) is tuple:
-        pieces = text.strip("()").split(",")
-        hints = arguments[:1] * len(pieces) if arguments[-1] is Ellipsis else arguments
-        return tuple(_parse("", piece.strip(), hint) for piece, hint in zip(pieces, hints, strict=True))
-    raise ValueError
-
-
-def _words(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_words(kind) for kind in typing.get_args(hint))
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return ",".join(_words(kind) for kind in typing.get_args(hint))
-    names = {int: "an integer", float: "a number", bool: "true or false", types.NoneType: "none", str: "text"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import pytest
-from flashsigmoid import __main__, __version__, cli
 from typer.testing import CliRunner
+
+from flashsigmoid import __main__, __version__, cli
+from flashsigmoid.record import read_records
 
 COMMANDS = ("demo", "train", "generate", "report", "explain", "bench")
 TINY = (
@@ -63,7 +64,7 @@ def flashsigmoid(capfd, monkeypatch, tmp_path) -> Flashsigmoid:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         out, err = capfd.readouterr()
-        return Outcome(left.value.code or 0, out, err)
+        return Outcome(int(left.value.code or 0), out, err)
 
     return call
 
@@ -184,6 +185,17 @@ def test_a_missing_library_names_its_extra(flashsigmoid, monkeypatch, module, ex
 def test_the_installed_metadata_know_the_extras():
     assert __main__._extra_with("pytorch_lightning") in ("train", "all")
     assert __main__._extra_with("no_such_module") == "all"
+
+
+def test_bench_times_and_records_a_problem(flashsigmoid, tmp_path):
+    listed = flashsigmoid("bench", "--list")
+    assert listed.code == 0
+    assert "cpu-512-d64" in listed.out
+    outcome = flashsigmoid("bench", "cpu-512-d64", "--work", "forward", "--rounds", "2", "--out", "bench.jsonl")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"cpu-512-d64.*forward.*blocked", outcome.out)
+    assert len(read_records(tmp_path / "bench.jsonl").records) > 5
+    assert_one_error(flashsigmoid("bench", "warp"), 1, "problem must be one of cpu-512-d64")
 
 
 def test_train_lists_its_recipes(flashsigmoid):
@@ -328,72 +340,3 @@ def test_a_signal_before_any_work_leaves_quietly(tmp_path, number, code):
         "-c", f"import os; from flashsigmoid import __main__; {plant}; __main__.main([])", folder=tmp_path
     )
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inner:
-    dim: int = 4
-    bias: float | None = None
-    window: tuple[int | None, int | None] = (None, None)
-    betas: tuple[float, ...] = (0.9,)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Other:
-    dim: int = 5
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outer:
-    model: Inner = dataclasses.field(default_factory=Inner)
-    other: Other = dataclasses.field(default_factory=Other)
-    steps: int = 1
-    name: str | None = None
-    kind: Literal["a", "b"] = "a"
-    fast: bool = False
-
-
-@pytest.fixture
-def outer(monkeypatch) -> Outer:
-    """A run whose types are looked up here."""
-    return Outer()
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "read"),
-    [
-        ("steps", "7", lambda run: run.steps == 7),
-        ("model.dim", "7", lambda run: (run.model.dim, run.other.dim) == (7, 5)),
-        ("bias", "-3.5", lambda run: run.model.bias == -3.5),
-        ("bias", "none", lambda run: run.model.bias is None),
-        ("window", "3,none", lambda run: run.model.window == (3, None)),
-        ("window", "(3, 4)", lambda run: run.model.window == (3, 4)),
-        ("betas", "0.5,0.6,0.7", lambda run: run.model.betas == (0.5, 0.6, 0.7)),
-        ("name", "some text", lambda run: run.name == "some text"),
-        ("name", "none", lambda run: run.name is None),
-        ("kind", "b", lambda run: run.kind == "b"),
-        ("fast", "true", lambda run: run.fast is True),
-    ],
-)
-def test_a_field_is_read_from_text_by_its_type(outer, name, text, read):
-    changed = cli.override(outer, {name: text})
-    assert read(changed)
-    assert changed != outer or text == "none"
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "complaint"),
-    [
-        ("dim", "7", "dim must name one field, got one of model.dim, other.dim"),
-        ("steps", "1.5", "steps must be an integer, got '1.5'"),
-        ("bias", "x", "model.bias must be a number or none, got 'x'"),
-        ("kind", "c", "kind must be a or b, got 'c'"),
-        ("fast", "yes", "fast must be true or false, got 'yes'"),
-        ("window", "1", "model.window must be an integer or none,an integer or none, got '1'"),
-        ("model", "1", "the run has no field model"),
-        ("xyz", "1", "it has model.dim, model.bias"),
-    ],
-)
-def test_a_bad_field_is_a_clear_error(outer, name, text, complaint):
-    with pytest.raises(ValueError, match=re.escape(complaint)):
-        cli.override(outer, {name: text})
