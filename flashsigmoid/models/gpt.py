@@ -83,6 +83,12 @@ class GPTConfig:
         """Key and value heads."""
         return self.nheads if self.nheads_k is None else self.nheads_k
 
+    @property
+    def hidden(self) -> int:
+        """Hidden channels of the MLP."""
+        default = -(-8 * self.dim // (3 * 64)) * 64 if self.mlp == "swiglu" else 4 * self.dim
+        return default if self.mlp_dim is None else self.mlp_dim
+
 
 class GPT(nn.Module):
     """A causal transformer over tokens: logits = W_head norm(blocks(W_embed[tokens])), float (batch, seqlen, vocab_size).
@@ -125,11 +131,7 @@ class GPT(nn.Module):
                 **injected,
             )
             swiglu = config.mlp == "swiglu"
-            mlp = (
-                SwiGLU(config.dim, config.mlp_dim)
-                if swiglu
-                else MLP(config.dim, config.mlp_dim, bias=False)
-            )
+            mlp = SwiGLU(config.dim, config.hidden) if swiglu else MLP(config.dim, config.hidden, bias=False)
             return Block(attention, mlp, config.dim, norm=config.norm, layer_scale=config.layer_scale)
 
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
@@ -221,13 +223,15 @@ def memory_estimate(
     """Bytes of training on one device with AdamW and an attention that keeps nothing of O(seqlen^2).
 
         weights, gradients = 4 P each       optimizer = 8 P        P parameters, all kept in float32
-        activations = batch * seqlen * (nlayers * layer + 4 (2 dim) + (4 + s) vocab_size) + (2 P if s < 4)
-        layer = 4 * wide + s * narrow       s = bytes of `dtype`
-        wide   = 2 dim + q + k (+ 2 dim hybrid) (+ 2 dim LayerScale)    inputs of the norms, float32 under autocast
-        narrow = 2 dim + 2 q + k + 2 v (+ 2 q gate) + m mlp_dim         what the products keep; m = 4 swiglu, 2 gelu
+        activations = batch * seqlen * (nlayers * layer + 4 (2 dim) + s dim + 4 vocab_size) + (2 P if s < 4)
+        layer = 4 (2 normed) + s (x dim + q + k + v + q + (3 q gate) + m mlp_dim)       s = bytes of `dtype`
+        normed = 2 dim (+ 2 dim hybrid) + (q + k QK-norm) (+ dim LayerScale)
 
-    with q = dim, k = v = dim * nheads_k / nheads channels. Under autocast (s = 2) 2 P are the cast copies of the
-    weights. The allocator's overhead, temporaries and a compiler's savings are not in it.
+    with q = dim, k = v = dim * nheads_k / nheads channels and m = 4 for SwiGLU, 2 for GELU. In order: a norm's input
+    and its normalised input, in float32; x inputs of the projections, x = 2 in float32, and under autocast (s = 2), which
+    casts for each product anew, one for each of q, k, v, gate and of the MLP's; q, k, v and A v; the gate's; the MLP's.
+    2 P are autocast's copies of the weights. The allocator's overhead, the logits' gradient (4 vocab_size a token) and
+    other temporaries are not in it, nor is what a compiler saves.
 
     Args:
         config: the model.
@@ -240,16 +244,14 @@ def memory_estimate(
     """
     if batch < 1:
         raise ValueError(f"batch must be positive, got {batch}")
-    with torch.device("meta"):
-        model = GPT(config)
-    p = sum(parameter.numel() for parameter in model.parameters())
+    p = parameter_count(config)
     s, d, q, k = dtype.itemsize, config.dim, config.dim, config.dim * config.kv_heads // config.nheads
-    (mlp_dim,) = {b.mlp.down_proj.in_features for b in model.blocks}  # pyright: ignore[reportAttributeAccessIssue]
-    wide = 2 * d + (q + k if config.qk_norm else 0)
-    wide += (2 * d if config.norm == "hybrid" else 0) + (2 * d if config.layer_scale is not None else 0)
-    narrow = 2 * d + 2 * q + k + k + k + (2 * q if config.gate else 0)
-    narrow += (4 if config.mlp == "swiglu" else 2) * mlp_dim
-    layer = 4 * wide + s * narrow
+    swiglu = config.mlp == "swiglu"
+    normed = 2 * d + (q + k if config.qk_norm else 0)
+    normed += (2 * d if config.norm == "hybrid" else 0) + (d if config.layer_scale is not None else 0)
+    inputs = 2 if s == 4 else 3 + config.gate + 1 + swiglu
+    narrow = inputs * d + 2 * q + 2 * k + (3 * q if config.gate else 0) + (4 if swiglu else 2) * config.hidden
+    layer = 4 * 2 * normed + s * narrow
     blocks = config.nlayers * 4 * d + layer if checkpointed else config.nlayers * layer
-    activations = batch * config.seqlen * (blocks + 4 * 2 * d + (4 + s) * config.vocab_size)
+    activations = batch * config.seqlen * (blocks + (8 + s) * d + 4 * config.vocab_size)
     return MemoryEstimate(4 * p, 4 * p, 8 * p, activations + (2 * p if s < 4 else 0))

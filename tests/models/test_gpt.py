@@ -21,6 +21,11 @@ from flashsigmoid.models.gpt import (
 )
 from flashsigmoid.nn import SigmoidAttention
 
+# torch lists its factories when a device context is first used; conftest.py replaces torch.empty in every test, so let
+# that be now: a list with the replacement would build the 7B model on the CPU
+with torch.device("meta"):
+    torch.empty(0)
+
 SMALL = GPTConfig(vocab_size=61, seqlen=24, nlayers=2, dim=32, nheads=4)
 VARIANTS = {
     "plain": SMALL,
@@ -74,7 +79,8 @@ def test_the_bias_is_the_training_contexts_whatever_the_input():
         assert [layer.sigmoid_bias for layer in layers] == [bias, bias]
     # so a prefix alone has the logits it has inside the whole
     model, tokens = GPT(SMALL).double().eval(), torch.randint(61, (1, 24))
-    torch.testing.assert_close(model(tokens[:, :9]), model(tokens)[:, :9])
+    alone, inside = model(tokens[:, :9]), model(tokens)[:, :9]
+    assert (alone - inside).norm() < 1e-13 * inside.norm()
 
 
 def test_the_first_loss_is_nearly_uniform():
@@ -159,7 +165,7 @@ def test_the_named_sizes_have_the_size_they_are_named_after():
 @variants
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_estimate_is_what_autograd_keeps(config, dtype):
-    """Distinct storages that the forward of a training step saves, parameters aside, within 12 % of the estimate."""
+    """Distinct storages that the forward of a training step saves, parameters aside, within 3 % of the estimate."""
     config = replace(config, dim=64, seqlen=64, vocab_size=300)
     model, tokens = GPT(config, attention_fn=lean_attention), torch.randint(300, (4, 65))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -180,7 +186,7 @@ def test_memory_estimate_is_what_autograd_keeps(config, dtype):
         logits = model(tokens[:, :-1])
         torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
     estimate = memory_estimate(config, 4, dtype=dtype)
-    assert abs(sum(kept.values()) / estimate.activations_bytes - 1.0) < 0.12
+    assert abs(sum(kept.values()) / estimate.activations_bytes - 1.0) < 0.03
     p = parameter_count(config)
     assert (estimate.weights_bytes, estimate.gradients_bytes, estimate.optimizer_bytes) == (4 * p, 4 * p, 8 * p)
     assert estimate.total_bytes == 16 * p + estimate.activations_bytes
