@@ -271,9 +271,7 @@ def test_record_needs_the_standard_library_only() -> None:
         name.partition(".")[0]
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in (
-            [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
-        )
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
     }
     assert names <= set(sys.stdlib_module_names)
     assert stand_alone(SOURCE, "record.provenance('x')['hardware']['gpu']") is None
