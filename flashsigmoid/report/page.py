@@ -299,7 +299,7 @@ figure{margin:0 0 1rem}
 .pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 .panels{grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:.5rem}
 .cards{margin-top:1.75rem}
-.cards article{border-top:5px solid}
+.cards article{border-top:5px solid;max-width:38rem}
 .value{font-size:2.3rem;font-weight:650;line-height:1.1;margin:.2rem 0 0;font-variant-numeric:tabular-nums}
 .unit{margin:0;color:var(--soft);font-size:.88rem}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.15rem 1rem;margin:.9rem 0 0;font-size:.92rem}
