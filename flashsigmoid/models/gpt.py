@@ -224,12 +224,12 @@ def memory_estimate(
 
         weights, gradients = 4 P each       optimizer = 8 P        P parameters, all kept in float32
         activations = batch * seqlen * (nlayers * layer + 4 (2 dim) + s dim + 4 vocab_size) + (2 P if s < 4)
-        layer = 4 (2 normed) + s (x dim + q + k + v + q + (3 q gate) + m mlp_dim)       s = bytes of `dtype`
-        normed = 2 dim (+ 2 dim hybrid) + (q + k QK-norm) (+ dim LayerScale)
+        layer = 4 (2 normed) + s (x dim + q + k + v + q (+ 3 q gate) + m hidden)       s = bytes of `dtype`
+        normed = 2 dim (+ 2 dim hybrid) (+ q + k QK-norm)
 
     with q = dim, k = v = dim * nheads_k / nheads channels and m = 4 for SwiGLU, 2 for GELU. In order: a norm's input
     and its normalised input, in float32; x inputs of the projections, x = 2 in float32, and under autocast (s = 2), which
-    casts for each product anew, one for each of q, k, v, gate and of the MLP's; q, k, v and A v; the gate's; the MLP's.
+    casts for each product anew, one for each of q, k, v, gate and of the MLP's, and 2 of LayerScale; q, k, v and A v; the gate's; the MLP's.
     2 P are autocast's copies of the weights. The allocator's overhead, the logits' gradient (4 vocab_size a token) and
     other temporaries are not in it, nor is what a compiler saves.
 
@@ -248,8 +248,8 @@ def memory_estimate(
     s, d, q, k = dtype.itemsize, config.dim, config.dim, config.dim * config.kv_heads // config.nheads
     swiglu = config.mlp == "swiglu"
     normed = 2 * d + (q + k if config.qk_norm else 0)
-    normed += (2 * d if config.norm == "hybrid" else 0) + (d if config.layer_scale is not None else 0)
-    inputs = 2 if s == 4 else 3 + config.gate + 1 + swiglu
+    normed += 2 * d if config.norm == "hybrid" else 0
+    inputs = (2 if s == 4 else 3 + config.gate + 1 + swiglu) + (0 if config.layer_scale is None else 2)
     narrow = inputs * d + 2 * q + 2 * k + (3 * q if config.gate else 0) + (4 if swiglu else 2) * config.hidden
     layer = 4 * 2 * normed + s * narrow
     blocks = config.nlayers * 4 * d + layer if checkpointed else config.nlayers * layer

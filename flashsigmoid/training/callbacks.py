@@ -168,8 +168,8 @@ class Interrupted(SystemExit):
 class Saver(pl.Callback):
     """Saves a checkpoint when one is due, and when SIGINT or SIGTERM asks to stop; then raises `Interrupted`.
 
-    A step is finished when its validation is, so a checkpoint never stands between the two. A second signal acts as
-    if nobody listened.
+    A step is finished when its validation is, so a checkpoint never stands between the two. A second signal
+    ends the process at once, with the same exit code and without a checkpoint.
 
     Args:
         run_dir: of the run.
@@ -178,28 +178,28 @@ class Saver(pl.Callback):
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._received: int | None = None
-        self._handlers: dict[int, Any] = {}
+        self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
         """Take the two signals; they can be taken in the main thread only."""
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self._handlers.setdefault(signum, signal.getsignal(signum))
+                self._before.setdefault(signum, signal.getsignal(signum))
                 signal.signal(signum, self._receive)
 
     def close(self) -> None:
-        """Give the signals back."""
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+        """Give the signals back to who had them; Lightning, too, may have put ours back meanwhile."""
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
     def _receive(self, signum: int, frame: Any) -> None:
+        if self._received is not None:
+            raise SystemExit(128 + signum)
         self._received = signum
-        self.close()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning has just put its own SIGTERM handler in place, which would stop inside a step."""
-        if self._received is None:
-            self.listen()
+        self.listen()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -24,7 +24,7 @@ class PackedStream:
     beforehand if their order matters.
 
     Args:
-        dataset: a datasets.IterableDataset with state_dict and load_state_dict.
+        dataset: a datasets.IterableDataset that nobody has read from.
         column: of the text.
         tokenizer: documents to tokens.
         seqlen: tokens of input per window.
@@ -32,7 +32,6 @@ class PackedStream:
 
     def __init__(self, dataset: Any, column: str, tokenizer: Tokenizer, seqlen: int) -> None:
         self.dataset, self.column, self.tokenizer, self.seqlen = dataset, column, tokenizer, seqlen
-        self._beginning = copy.deepcopy(dataset.state_dict())
 
     def batches(self, batch: int, position: dict[str, Any] | None = None) -> Iterator[Batch]:
         """Batches of `batch` windows from a position on; None is the beginning.
@@ -40,9 +39,12 @@ class PackedStream:
         Raises:
             ValueError: a whole pass over the data gives no text.
         """
+        # a data set knows how far it has been read: one of its own for every reader
+        dataset = copy.deepcopy(self.dataset)
         carry = np.empty(0, np.int64) if position is None else position["carry"].numpy()
-        self.dataset.load_state_dict(copy.deepcopy(self._beginning if position is None else position["dataset"]))
-        documents, need, empty = iter(self.dataset), batch * self.seqlen + 1, position is None
+        if position is not None:
+            dataset.load_state_dict(copy.deepcopy(position["dataset"]))
+        documents, need, empty = iter(dataset), batch * self.seqlen + 1, position is None
         while True:
             parts, have = [carry], len(carry)
             while have < need:
@@ -50,8 +52,8 @@ class PackedStream:
                 if row is None:
                     if empty:
                         raise ValueError(f"data must contain text in the column {self.column}, got none")
-                    self.dataset.load_state_dict(copy.deepcopy(self._beginning))
-                    documents, empty = iter(self.dataset), True
+                    dataset = copy.deepcopy(self.dataset)
+                    documents, empty = iter(dataset), True
                 elif row[self.column]:
                     parts.append(tokenize([row[self.column].encode()], self.tokenizer).astype(np.int64))
                     have, empty = have + len(parts[-1]), False
@@ -60,7 +62,7 @@ class PackedStream:
             windows = np.stack([tokens[row * self.seqlen :][: self.seqlen + 1] for row in range(batch)])
             position = {
                 "carry": torch.from_numpy(carry.copy()),
-                "dataset": copy.deepcopy(self.dataset.state_dict()),
+                "dataset": copy.deepcopy(dataset.state_dict()),
             }
             yield Batch(torch.from_numpy(windows), position)
 
@@ -93,7 +95,7 @@ def load_stream(
     if "train" not in splits:
         raise ValueError(f"data must have a split train, got {sorted(splits)} in hf:{name}")
     train = splits["train"]
-    row = next(iter(train), {})
+    row = next(iter(copy.deepcopy(train)), {})
     if not isinstance(row.get(config.text_column), str):
         raise ValueError(
             f"text_column must name a column of text, got {config.text_column!r} in hf:{name} with columns {sorted(row)}"
@@ -109,8 +111,8 @@ def load_stream(
         if tokenizer is None and config.tokenizer == "bytes":
             tokenizer = ByteTokenizer()
         elif tokenizer is None:
-            tokenizer = train_bpe(texts(islice(train, 10_000)), vocab_size)
-        val_tokens = tokenize(texts(islice(held_out, config.val_documents)), tokenizer)
+            tokenizer = train_bpe(texts(islice(copy.deepcopy(train), 10_000)), vocab_size)
+        val_tokens = tokenize(texts(islice(copy.deepcopy(held_out), config.val_documents)), tokenizer)
         windows = fixed_windows(val_tokens, seqlen, config.val_windows)
     except ValueError as error:
         raise ValueError(f"{error}, in hf:{name}") from error
