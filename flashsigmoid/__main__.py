@@ -85,18 +85,20 @@ def _print_error(error: Exception) -> None:
 
 
 def _extra_with(module: str) -> str:
-    """The first extra of flashsigmoid that installs a module, "all" if none says so."""
+    """The smallest extra of flashsigmoid that installs a module, "all" if none says so."""
     try:
         requirements = importlib.metadata.requires("flashsigmoid") or []
     except importlib.metadata.PackageNotFoundError:
         requirements = []
     wanted = module.partition(".")[0].replace("_", "-").lower()
+    extras: dict[str, list[str]] = {}
     for requirement in requirements:
         name = re.match(r"[\w.-]+", requirement)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
-        if name and extra and name[0].replace("_", "-").lower() == wanted:
-            return extra[1]
-    return "all"
+        if name and extra:
+            extras.setdefault(extra[1], []).append(name[0].replace("_", "-").lower())
+    having = [extra for extra, names in extras.items() if wanted in names]
+    return min(having, key=lambda extra: len(extras[extra]), default="all")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def demo(
     _print_rows(summary_rows(folders))
     if "baseline/bigram" in results["sigmoid"]:
         print(f"bigram model of the same text: {results['sigmoid']['baseline/bigram']:.3f} nats per byte")
-    print(f"report: {page}")
+    print(f"report: {page.absolute()}")
 
 
 @app.command(
@@ -295,7 +295,7 @@ def report(
 
     page = write_report(runs, out or Path(os.path.commonpath([run.absolute() for run in runs])))
     _print_rows(summary_rows(runs))
-    print(f"report: {page}")
+    print(f"report: {page.absolute()}")
 
 
 @app.command(epilog="Example: flashsigmoid explain --seqlen 4096 --head-dim 128 --causal --dtype float32")

@@ -66,9 +66,7 @@ GUESTS = {
 TYPING_ONLY = {"jaxtyping"}  # under `if TYPE_CHECKING:`, anywhere
 
 
-def imports(
-    tree: ast.Module, module: tuple[str, ...], is_package: bool
-) -> Iterator[tuple[int, tuple[str, ...], bool]]:
+def imports(tree: ast.Module, module: tuple[str, ...], is_package: bool) -> Iterator[tuple[int, tuple[str, ...], bool]]:
     """(line, absolute name, for typing only) of every import, constant import_module() calls too."""
     here = module if is_package else module[:-1]
     typing_only = {
@@ -128,9 +126,7 @@ def violations(package: Path) -> list[str]:
                     elif FLOOR_OF[target] > FLOOR_OF[room]:
                         found.append(f"{where}: {room} imports {target}, upwards")
                     elif target not in ONLY.get(room, {target}):
-                        found.append(
-                            f"{where}: {room} imports {target}, it may import only {sorted(ONLY[room])}"
-                        )
+                        found.append(f"{where}: {room} imports {target}, it may import only {sorted(ONLY[room])}")
             elif name[0] in GUESTS:
                 if not any(place == Path(home) or Path(home) in place.parents for home in GUESTS[name[0]]):
                     found.append(f"{where}: {name[0]} is a guest of {sorted(GUESTS[name[0]])}")
@@ -149,9 +145,7 @@ def test_imports_go_down_and_guests_stay_in_their_rooms():
 def test_every_room_of_the_package_is_seen():
     """The check above reads the files it should: the op, its backends, this very table's rooms."""
     rooms = {
-        path.stem if path.is_file() else path.name
-        for path in PACKAGE.iterdir()
-        if not path.name.startswith("__py")
+        path.stem if path.is_file() else path.name for path in PACKAGE.iterdir() if not path.name.startswith("__py")
     }
     assert {"backends", "functional", "nn", "training", "report", "cli", "__main__"} <= rooms
 

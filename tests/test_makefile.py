@@ -74,9 +74,7 @@ def test_each_target_installs_its_extras_and_runs(copy, target):
     assert plan.returncode == 0, plan.stderr
     extras = {"demo": "train,report", "docs": "docs"}.get(target, "test")
     assert f'.venv/bin/python -m pip install -e ".[{extras}]"' in plan.stdout
-    last = {"demo": "flashsigmoid demo", "lint": "pyright", "docs": "mkdocs build --strict"}.get(
-        target, "pytest"
-    )
+    last = {"demo": "flashsigmoid demo", "lint": "pyright", "docs": "mkdocs build --strict"}.get(target, "pytest")
     assert f"-m {last}" in plan.stdout.splitlines()[-1]
 
 

@@ -27,11 +27,7 @@ def public_names(module: types.ModuleType) -> list[str]:
         if isinstance(value, types.ModuleType):
             return f"{module.__name__}.{name}" in MODULES
         home = getattr(value, "__module__", module.__name__)
-        return (
-            home.partition(".")[0] == "flashsigmoid"
-            if hasattr(module, "__path__")
-            else home == module.__name__
-        )
+        return home.partition(".")[0] == "flashsigmoid" if hasattr(module, "__path__") else home == module.__name__
 
     return sorted(name for name, value in vars(module).items() if is_public(name, value))
 
