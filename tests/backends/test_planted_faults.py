@@ -1,0 +1,132 @@
+"""The error budget catches faults: each is planted into each backend at n = 4096 and b = -log n, where outputs are small.
+
+`python -m pytest tests/backends/test_planted_faults.py -s` prints the table of fault x tensor; with `-m long` it covers
+bfloat16 too and writes benchmarks/results/planted-faults.jsonl.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashsigmoid import backends
+from flashsigmoid.backends import Problem
+from flashsigmoid.record import RecordWriter
+from flashsigmoid.testing import Options, compute, errors_over_budget, make_qkv, oracle, witness
+
+SEQLEN, DROPPED = 4096, 16
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "planted-faults.jsonl"
+
+
+def drop_last_keys(problem: Problem, call: Callable, *tensors: Tensor | None):
+    """The tail of the keys is never read, and its gradients are never written."""
+    *dout, q, k, v, bias, slopes, seed = tensors
+    results = call(
+        replace(problem, seqlen_k=SEQLEN - DROPPED), *dout, q, k[:, :-DROPPED], v[:, :-DROPPED], bias, slopes, seed
+    )
+    if not dout:
+        return results
+    dq, dk, dv, *rest = results
+    return dq, *(F.pad(x, (0, 0, 0, 0, 0, DROPPED)) for x in (dk, dv)), *rest
+
+
+def zeros(problem: Problem, call: Callable, *tensors: Tensor | None):
+    """Nothing is computed."""
+    results = call(problem, *tensors)
+    return results * 0.0 if isinstance(results, Tensor) else tuple(x if x is None else x * 0.0 for x in results)
+
+
+def scaled_bias(problem: Problem, call: Callable, *tensors: Tensor | None):
+    *front, bias, slopes, seed = tensors
+    return call(problem, *front, bias * 1.02, slopes, seed)
+
+
+FAULTS: dict[str, Callable] = {
+    "mask off by one": lambda problem, call, *tensors: call(replace(problem, causal=False, window_right=1), *tensors),
+    "last 16 keys dropped": drop_last_keys,
+    "scale off by 1 %": lambda problem, call, *tensors: call(replace(problem, scale=problem.scale * 1.01), *tensors),
+    "bias off by 2 %": scaled_bias,
+    "zeros": zeros,
+}
+
+
+def table(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
+    """{fault: {tensor: times over budget}}, the row "none" first."""
+    tensors = make_qkv(1, SEQLEN, SEQLEN, 1, 1, 64, dtype=dtype)
+    module = backends.load(backend)
+    rows: dict[str, dict[str, float]] = {}
+    for causal in (False, True):
+        options = Options(
+            causal=causal, sigmoid_bias=torch.full((1,), -math.log(SEQLEN)), alibi_slopes=torch.tensor([2e-3])
+        )
+        expected, seen = oracle(*tensors, **options), witness(*tensors, draws=2, **options)
+
+        def over_budget(options=options, expected=expected, seen=seen) -> dict[str, float]:
+            actual = compute(*tensors, backend=backend, **options)
+            return {name: max(errors_over_budget(x, expected[name], seen[name])) for name, x in actual.items()}
+
+        rows["none, causal" if causal else "none"] = over_budget()
+        for name, fault in FAULTS.items():
+            if causal != (name == "mask off by one"):
+                continue
+            with monkeypatch.context() as patch:
+                for method in {"forward", "backward"} & set(dir(module)):
+                    call = getattr(module, method)
+                    planted = lambda problem, *args, fault=fault, call=call: fault(problem, call, *args)  # noqa: E731
+                    patch.setattr(module, method, planted)
+                rows[name] = over_budget()
+    return rows
+
+
+def show(backend: str, dtype: torch.dtype, rows: dict[str, dict[str, float]]) -> None:
+    print(f"\n{backend}, {dtype}, n = {SEQLEN}, b = -log n: error over budget, caught above 1")
+    print(f"{'':22}" + "".join(f"{tensor:>10}" for tensor in rows["none"]))
+    for fault, row in rows.items():
+        print(f"{fault:22}" + "".join(f"{value:10.3g}" for value in row.values()))
+
+
+def assert_every_fault_is_caught(rows: dict[str, dict[str, float]]) -> None:
+    assert set(rows) == {"none", "none, causal", *FAULTS}
+    for fault, row in rows.items():
+        assert row.keys() == {"out", "dq", "dk", "dv", "db", "dslopes"}
+        for tensor, value in row.items():
+            if fault.startswith("none"):
+                assert value <= 1.0, f"{tensor} is outside the budget without a fault: {value:.3g}"
+            else:
+                assert value > 1.0, f"{fault}: not caught in {tensor}: {value:.3g}"
+
+
+@pytest.mark.parametrize("backend", backends.AUTO)
+def test_every_fault_is_caught_in_every_tensor(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = table(backend, torch.float32, monkeypatch)
+    show(backend, torch.float32, rows)
+    assert_every_fault_is_caught(rows)
+
+
+@pytest.mark.long
+def test_table_of_every_backend_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = "python -m pytest tests/backends/test_planted_faults.py -m long"
+    with RecordWriter(RECORD, settings={"seqlen": SEQLEN, "head_dim": 64, "bias": "-log n"}, command=command) as writer:
+        for backend in backends.NAMES:
+            for dtype in (torch.float32, torch.bfloat16):
+                rows = table(backend, dtype, monkeypatch)
+                show(backend, dtype, rows)
+                for fault, row in rows.items():
+                    for tensor, value in row.items():
+                        writer.write(
+                            "error_over_budget",
+                            value,
+                            unit="times",
+                            backend=backend,
+                            dtype=str(dtype).removeprefix("torch."),
+                            fault=fault,
+                            tensor=tensor,
+                        )
+                assert_every_fault_is_caught(rows)
