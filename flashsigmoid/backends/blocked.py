@@ -115,8 +115,13 @@ def backward(
             size = block.stop - block.start
             dk_block = call.scratch("dk", tiles.heads, size, problem.head_dim).zero_()
             dv_block = call.scratch("dv", tiles.heads, size, problem.head_dim_v).zero_()
-            for rows, cols in (tile for rows in call.row_blocks for tile in call.tiles(rows, block)):
-                q_tile, dout_tile, k_tile, v_tile = tiles.q[:, rows], dout_heads[:, rows], tiles.k[:, cols], tiles.v[:, cols]
+            for rows, cols in (tile for row_block in call.row_blocks for tile in call.tiles(row_block, block)):
+                q_tile, dout_tile, k_tile, v_tile = (
+                    tiles.q[:, rows],
+                    dout_heads[:, rows],
+                    tiles.k[:, cols],
+                    tiles.v[:, cols],
+                )
                 at = _within(cols, block)
                 a = tiles.weights(rows, cols)
                 da = torch.bmm(dout_tile, v_tile.transpose(1, 2), out=call.scratch("da", *a.shape))
@@ -174,7 +179,7 @@ class _Call:
         ]
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised memory of this thread, the same at every call with this name: fresh pages cost a sixth at n = 512."""
+        """Uninitialised memory of this thread, the same at every call with this name: fresh pages cost time."""
         size = math.prod(shape)
         memory = getattr(self._memory, name, None)
         if memory is None or memory.numel() < size:

@@ -85,7 +85,7 @@ def make_problem(
     origin: tuple[int, int, int, int],
     sigmoid: str,
 ) -> Problem:
-    """Fill in the defaults that come from sizes: scale = head_dim ** -0.5, b = -log(seqlen_k), bottom-right q_offset."""
+    """Fill in what sizes decide by default: scale = head_dim ** -0.5, b = -log(seqlen_k), bottom-right q_offset."""
     batch, seqlen_q, nheads, head_dim = q.shape
     seqlen_k, nheads_k, head_dim_v = v.shape[1:]
     if sigmoid_bias is None and bias is None:

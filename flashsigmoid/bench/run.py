@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..record import Record, RecordWriter
+from ..record import Record, RecordWriter, Scalar
 from ..testing import Options, errors_over_budget, make_qkv, oracle, witness
 from .peers import PRODUCTS, SOFTMAX, peers
 from .problems import PROBLEMS, Shape
@@ -55,7 +55,7 @@ def run(
             for record in measure(PROBLEMS[name], list(works), names, dtype, rounds, device, progress):
                 records.append(record)
                 if writer is not None:
-                    writer.write(record.name, record.value, unit=record.unit, **record.tags)
+                    writer.write(record.name, record.value, unit=record.unit, **record.tags)  # pyright: ignore[reportArgumentType]
     finally:
         if writer is not None:
             writer.close()
@@ -87,7 +87,7 @@ def measure(
         functions = {name: (lambda function=function: step(function)) for name, function in attention.items()}
         times = interleaved(functions, rounds=rounds, device=device, progress=progress)
         for name, taken in times.items():
-            tags = {"problem": shape.name, "work": work, "peer": name}
+            tags: dict[str, Scalar] = {"problem": shape.name, "work": work, "peer": name}
             yield Record(name="time_ms", value=taken.median_ms, unit="ms", tags=tags)
             yield Record(name="time_p10_ms", value=taken.quantile_ms(0.1), unit="ms", tags=tags)
             yield Record(name="time_p90_ms", value=taken.quantile_ms(0.9), unit="ms", tags=tags)
@@ -95,7 +95,9 @@ def measure(
             flop = shape.flop(work) * (2.0 if name == PRODUCTS and shape.causal else 1.0)
             yield Record(name="speed_tflops", value=flop / taken.median_ms / 1e9, unit="TFLOP/s", tags=tags)
             if SOFTMAX in times:
-                yield Record(name="speedup_over_sdpa", value=taken.speedup_over(times[SOFTMAX]), unit="times", tags=tags)
+                yield Record(
+                    name="speedup_over_sdpa", value=taken.speedup_over(times[SOFTMAX]), unit="times", tags=tags
+                )
 
 
 def gate(shape: Shape, attention: dict, dtype: torch.dtype, device: str) -> dict[str, float]:

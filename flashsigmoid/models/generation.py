@@ -38,7 +38,7 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-) -> Iterator[Int[Tensor, "batch"]]:
+) -> Iterator[Int[Tensor, " batch"]]:
     """Draw the next token from softmax(logits / temperature), append it, again: yields (batch,) tokens as they come.
 
     The model sees the last config.seqlen tokens. Its sigmoid bias stays the constant of its training, however short the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,9 @@ class GPTConfig:
 
 
 class GPT(nn.Module):
-    """A causal transformer over tokens: logits = W_head norm(blocks(W_embed[tokens])), float (batch, seqlen, vocab_size).
+    """A causal transformer over tokens.
+
+        logits = W_head norm(blocks(W_embed[tokens]))       (batch, seqlen, vocab_size)
 
     Embedding and head are separate matrices: tied, a fresh model would predict the token it has just read.
     Start: embeddings N(0, 0.02^2), small beside what the first blocks add, so that they are soon overwritten by it;
@@ -114,7 +116,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         attention_class = SigmoidAttention if config.attention == "sigmoid" else SoftmaxAttention
-        injected = {} if attention_fn is None else {"attention_fn": attention_fn}
+        injected: dict[str, Any] = {} if attention_fn is None else {"attention_fn": attention_fn}
 
         def block() -> Block:
             attention = attention_class(
@@ -182,7 +184,7 @@ def gpt_40m() -> GPTConfig:
 
 
 def gpt_85m() -> GPTConfig:
-    """The paper's 85M (without embeddings): 12 layers of 768, context 2048, ALiBi, QK-norm. Source: arXiv:2409.04431."""
+    """The paper's 85M (embeddings apart): 12 layers of 768, context 2048, ALiBi, QK-norm. Source: arXiv:2409.04431."""
     return GPTConfig(vocab_size=32_768, seqlen=2048, nlayers=12, dim=768, nheads=12)
 
 
@@ -227,11 +229,11 @@ def memory_estimate(
         layer = 4 (2 normed) + s (x dim + q + k + v + q (+ 3 q gate) + m hidden)       s = bytes of `dtype`
         normed = 2 dim (+ 2 dim hybrid) (+ q + k QK-norm)
 
-    with q = dim, k = v = dim * nheads_k / nheads channels and m = 4 for SwiGLU, 2 for GELU. In order: a norm's input
-    and its normalised input, in float32; x inputs of the projections, x = 2 in float32, and under autocast (s = 2), which
-    casts for each product anew, one for each of q, k, v, gate and of the MLP's, and 2 of LayerScale; q, k, v and A v; the gate's; the MLP's.
-    2 P are autocast's copies of the weights. The allocator's overhead, the logits' gradient (4 vocab_size a token) and
-    other temporaries are not in it, nor is what a compiler saves.
+    with q = dim, k = v = dim * nheads_k / nheads channels and m = 4 for SwiGLU, 2 for GELU. What they are: a norm's
+    input and its normalised input, in float32; x inputs of the projections, 2 in float32, but under autocast (s = 2),
+    which casts anew for each product, one for each of q, k, v, gate and of the MLP's (and 2 of LayerScale); q, k, v and
+    A v; the gate's and the MLP's own. 2 P are autocast's copies of the weights. The allocator's overhead, the gradient
+    of the logits and other temporaries are not in it, nor is what a compiler saves.
 
     Args:
         config: the model.

@@ -192,7 +192,7 @@ def _draw_losses(axes: Axes, arms: Sequence[Arm], by_time: bool) -> None:
         axes.plot(x(broken), [p.mean for p in broken], "X", color=own, markersize=9, markeredgecolor="none")
     for bigram in _baselines(arms):
         axes.axhline(bigram, color=_INK, linewidth=1.2, linestyle=(0, (5, 3)))
-        axes.annotate(
+        label = axes.annotate(
             f"bigram {loss_text(bigram)}",
             (1.0, bigram),
             xycoords=("axes fraction", "data"),
@@ -200,6 +200,7 @@ def _draw_losses(axes: Axes, arms: Sequence[Arm], by_time: bool) -> None:
             textcoords="offset points",
             ha="right",
         )
+        label.set_in_layout(False)  # it may lie above or below what is shown
     axes.set_xlabel(f"training time, {time_unit}" if by_time else "step")
     axes.set_ylabel(f"loss, {loss_unit(arms)}")
     axes.set_xlim(left=0)

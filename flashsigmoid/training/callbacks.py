@@ -1,18 +1,20 @@
-"""What happens around the steps: records, checkpoints, signals, a line of progress. The training itself is language.py's."""
+"""What happens around the steps: records, checkpoints, signals, a line of progress. The steps are language.py's."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-import torch
 
 from ..diagnostics.probes import probe_attention
 from ..models.generation import generate
@@ -132,9 +134,7 @@ class Recorder(pl.Callback):
         """Training goes on."""
         _language(pl_module).clock.start()
 
-    def _write(
-        self, trainer: pl.Trainer, name: str, value: float, unit: str, step: int, time_s: float
-    ) -> None:
+    def _write(self, trainer: pl.Trainer, name: str, value: float, unit: str, step: int, time_s: float) -> None:
         self.writer.write(name, value, unit=unit, step=step, time_s=time_s)
         if trainer.logger is not None:
             trainer.logger.log_metrics({name: value}, step=step)
@@ -206,7 +206,7 @@ class Saver(pl.Callback):
     ) -> None:
         """A step without validation has ended."""
         run = _language(pl_module).run
-        if (batch_idx + 1) % run.accumulate == 0 and trainer.global_step % run.val_every:
+        if (batch_idx + 1) % run.accumulate == 0 and trainer.global_step % run.val_interval:
             self._step_end(trainer, _language(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -227,3 +227,21 @@ class Saver(pl.Callback):
 def _language(module: pl.LightningModule) -> LanguageModule:
     """The module as what it is."""
     return module  # pyright: ignore[reportReturnType]
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Without Lightning's announcements, and without two warnings of its own making.
+
+    One says that a GPU stays unused although the CPU was asked for, one that Lightning still uses torch's LeafSpec.
+    """
+    logger = logging.getLogger("pytorch_lightning")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="GPU available but not used")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle  # for the name of the error that torch.load raises
 import random
 import re
 import shutil
@@ -72,7 +73,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
         model = GPT(GPTConfig(**load_config(path)["model"]))
         model.load_state_dict(load_file(path / WEIGHTS))
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"a checkpoint must hold a GPT and its weights, got {path}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"a checkpoint must hold a GPT and its weights, got {path}: {reason}") from error
     return model.to(device).eval(), load_tokenizer(path / TOKENIZER)
 
 
@@ -128,9 +130,7 @@ class DirectoryCheckpoint(CheckpointIO):
         os.rename(draft, path)
         _flush(path.parent)
 
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """What `save_checkpoint` was given, on the CPU.
 
         Raises:
@@ -140,8 +140,9 @@ class DirectoryCheckpoint(CheckpointIO):
         try:
             state = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
             weights = load_file(path / WEIGHTS)
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(f"a checkpoint must be whole, got {path}: {error}") from error
+        except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+            reason = (str(error) or "it ends too early").partition("\n")[0]
+            raise ValueError(f"a checkpoint must be whole and plain, got {path}: {reason}") from error
         return {**state, "state_dict": {_PREFIX + key: value for key, value in weights.items()}}
 
     def remove_checkpoint(self, path: Any) -> None:

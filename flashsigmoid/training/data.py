@@ -1,4 +1,4 @@
-"""Text files to packed windows of tokens, in an order that is a pure function. Streams of `datasets` are stream.py's."""
+"""Text files to packed windows of tokens, in an order that is a pure function. Streams are stream.py's."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ class PackedText:
 
     def __init__(self, tokens: np.ndarray, seqlen: int, seed: int) -> None:
         if len(tokens) < 2 * seqlen:
-            raise ValueError(
-                f"training text must have at least 2 * seqlen = {2 * seqlen} tokens, got {len(tokens)}"
-            )
+            raise ValueError(f"training text must have at least 2 * seqlen = {2 * seqlen} tokens, got {len(tokens)}")
         self.tokens, self.seqlen, self.seed = tokens, seqlen, seed
         self.windows = (len(tokens) - seqlen) // seqlen
 
@@ -245,7 +243,7 @@ def load_text(
         windows = fixed_windows(val_tokens, seqlen, config.val_windows)
     except ValueError as error:
         raise ValueError(f"{error}, in {path}") from error
-    digest = hashlib.sha256(np.ascontiguousarray(train_tokens))
-    digest.update(np.ascontiguousarray(val_tokens))
+    digest = hashlib.sha256(train_tokens.data)
+    digest.update(val_tokens.data)
     bigram = bigram_loss(train_tokens, windows.numpy(), tokenizer.byte_lengths())
     return LanguageData(tokenizer, source, windows, digest.hexdigest(), bigram)

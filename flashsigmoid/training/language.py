@@ -1,15 +1,12 @@
-"""Training a language model on Lightning: the LightningModule and `train`. Run descriptions are in run.py and recipes/."""
+"""Training a language model on Lightning: the LightningModule and `train`. Descriptions of runs are run.py's."""
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 import random
 import shutil
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +14,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.plugins.environments import LightningEnvironment  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..models.gpt import GPT
 from ..record import RECORDS_NAME, RecordWriter, read_records
-from .callbacks import Interrupted, Recorder, Saver, Show, Stopwatch, show_line
+from .callbacks import Interrupted, Recorder, Saver, Show, Stopwatch, quiet_lightning, show_line
 from .checkpoint import (
     FOLDER,
     TOKENIZER,
@@ -70,13 +67,13 @@ class LanguageModule(pl.LightningModule):
         logits = self.model(tokens[:, :-1]).float()
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
-    def train_dataloader(self) -> Batches:
-        """Training batches, from wherever the data stands."""
-        return Batches(self)
+    def train_dataloader(self) -> Feed:
+        """Training batches without an end; where they begin is read when they do, after a checkpoint is restored."""
+        return Feed(lambda: self.data.train.batches(self.run.batch, self.position))
 
-    def val_dataloader(self) -> Windows:
+    def val_dataloader(self) -> Feed:
         """The validation windows."""
-        return Windows(self.data.val_windows, self.run.batch)
+        return Feed(lambda: (Batch(part, {}) for part in self.data.val_windows.split(self.run.batch)))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Lightning's hook: only the tokens move."""
@@ -127,8 +124,8 @@ class LanguageModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back; the random states wait until nothing else draws before the first batch."""
-        self._resumed = checkpoint["flashsigmoid"]
-        self.position = self._resumed["position"]
+        ours: dict[str, Any] = checkpoint["flashsigmoid"]
+        self._resumed, self.position = ours, ours["position"]
 
     def on_train_start(self) -> None:
         """Random states and time go on where they stood."""
@@ -137,27 +134,18 @@ class LanguageModule(pl.LightningModule):
         self.clock.start(0.0 if self._resumed is None else self._resumed["time_s"])
 
 
-class Batches:
-    """Training batches without an end, as Lightning wants them: iterable; where they begin is read when they do."""
+class Feed:
+    """Batches as Lightning wants them: what can be iterated again and again.
 
-    def __init__(self, module: LanguageModule) -> None:
-        self.module = module
+    Args:
+        begin: called for the batches of one iteration.
+    """
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self.module.data.train.batches(self.module.run.batch, self.module.position)
-
-
-class Windows:
-    """Validation windows in batches."""
-
-    def __init__(self, windows: Tensor, batch: int) -> None:
-        self.parts = windows.split(batch)
-
-    def __len__(self) -> int:
-        return len(self.parts)
+    def __init__(self, begin: Callable[[], Iterator[Batch]]) -> None:
+        self.begin = begin
 
     def __iter__(self) -> Iterator[Batch]:
-        return (Batch(part, {}) for part in self.parts)
+        return self.begin()
 
 
 def train(
@@ -206,7 +194,9 @@ def train(
     if step < run.steps:
         _fit(run, data, config, out_dir, start, step, device, show, command)
     final = ("val/loss", "val/loss_bytes", "baseline/bigram")
-    return {r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in final and r.value is not None}
+    return {
+        r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in final and r.value is not None
+    }
 
 
 def load_data(run: LanguageRun, tokenizer: Tokenizer | None = None) -> LanguageData:
@@ -222,7 +212,7 @@ def load_data(run: LanguageRun, tokenizer: Tokenizer | None = None) -> LanguageD
         data = load_text(run.data, seed=run.seed, **sizes)
     if data.tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(
-            f"model.vocab_size must be at least the {data.tokenizer.vocab_size} of the tokenizer, got {run.model.vocab_size}"
+            f"model.vocab_size must be at least the tokenizer's {data.tokenizer.vocab_size}, got {run.model.vocab_size}"
         )
     return data
 
@@ -249,20 +239,20 @@ def _fit(
     saver = Saver(out_dir)
     with (
         RecordWriter(out_dir / RECORDS_NAME, run.settings(), command, None if start is None else step) as writer,
-        _quiet(),
+        quiet_lightning(),
     ):
         trainer = pl.Trainer(
             default_root_dir=out_dir,
             accelerator={"cuda": "gpu"}.get(device, device),
             devices=1,
-            precision={"fp32": "32-true", "bf16": "bf16-mixed"}[run.precision],
+            precision="bf16-mixed" if run.precision == "bf16" else "32-true",
             logger=_tensorboard(out_dir, step),
             callbacks=[Recorder(writer, data, show), saver],
             max_epochs=-1,
             max_steps=run.steps,
             accumulate_grad_batches=run.accumulate,
             check_val_every_n_epoch=None,
-            val_check_interval=run.val_every * run.accumulate,
+            val_check_interval=run.val_interval * run.accumulate,
             # Lightning's check before training, over all windows, is the validation of step 0
             num_sanity_val_steps=-1 if start is None else 0,
             enable_checkpointing=False,
@@ -290,21 +280,3 @@ def _tensorboard(out_dir: Path, step: int) -> TensorBoardLogger | Literal[False]
     if importlib.util.find_spec("tensorboard") is None:
         return False
     return TensorBoardLogger(out_dir, name="tb", version="", purge_step=step + 1 if step else None)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's announcements, and without two warnings of its own making.
-
-    One says that a GPU stays unused although the CPU was asked for, one that Lightning still uses torch's LeafSpec.
-    """
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="GPU available but not used")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
-            yield
-    finally:
-        logger.setLevel(level)

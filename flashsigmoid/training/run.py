@@ -37,7 +37,7 @@ class LanguageRun:
     model: GPTConfig
     optim: OptimConfig
     data: DataConfig = field(default_factory=DataConfig)
-    steps: int  # optimizer steps, a multiple of val_every
+    steps: int  # optimizer steps, at most val_every or a multiple of it
     batch: int  # windows of model.seqlen tokens in a micro-batch
     accumulate: int = 1  # micro-batches in an optimizer step
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: parameters in fp32, products in bf16 under autocast
@@ -53,8 +53,8 @@ class LanguageRun:
             number = getattr(self, name)
             if type(number) is not int or number < 1:
                 raise ValueError(f"{name} must be a positive integer, got {number!r}")
-        if self.steps % self.val_every:
-            raise ValueError(f"steps must be a multiple of val_every={self.val_every}, got {self.steps}")
+        if self.steps % self.val_interval:
+            raise ValueError(f"steps must be at most val_every={self.val_every} or a multiple of it, got {self.steps}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
         if self.sample_tokens < 0:
@@ -62,12 +62,17 @@ class LanguageRun:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
 
+    @property
+    def val_interval(self) -> int:
+        """Steps between validations: val_every, or all steps if they are fewer."""
+        return min(self.val_every, self.steps)
+
     def with_attention(self, attention: Literal["sigmoid", "softmax"]) -> LanguageRun:
         """The same run with this attention: a pair differs in nothing else."""
         return replace(self, model=replace(self.model, attention=attention))
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """The description in plain containers: {"model": ..., "optim": ..., "data": ..., "run": ...}, as in config.json."""
+        """The description in plain containers, as in config.json: {"model", "optim", "data", "run"}."""
         fields = asdict(self)
         sections = {name: fields.pop(name) for name in ("model", "optim", "data")}
         return json.loads(json.dumps({**sections, "run": fields}))

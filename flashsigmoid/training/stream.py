@@ -84,12 +84,13 @@ def load_stream(
     Raises:
         ValueError: `datasets` cannot open it, has no such column, or finds too little text. Names the data set.
     """
-    import datasets
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     name, _, subset = (config.source or "").removeprefix(PREFIX).partition(":")
     try:
-        splits = datasets.load_dataset(name, subset or None, streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        splits = load_dataset(name, subset or None, streaming=True)
+    except (OSError, ValueError, DatasetsError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"data must be a text data set that can be opened, got hf:{name}: {reason}") from error
     if "train" not in splits:
@@ -98,7 +99,7 @@ def load_stream(
     row = next(iter(copy.deepcopy(train)), {})
     if not isinstance(row.get(config.text_column), str):
         raise ValueError(
-            f"text_column must name a column of text, got {config.text_column!r} in hf:{name} with columns {sorted(row)}"
+            f"text_column must name a column of text, got {config.text_column!r}, in hf:{name} with {sorted(row)}"
         )
     held_out = next((splits[key] for key in ("validation", "test") if key in splits), None)
     if held_out is None:

@@ -1,4 +1,4 @@
-"""Text to tokens and back: bytes, or a byte-level BPE trained on the spot. No files but tokenizer.json are read here."""
+"""Text to tokens and back: bytes, or a byte-level BPE trained on the spot. Only tokenizer.json is read here."""
 
 from __future__ import annotations
 
@@ -93,8 +93,10 @@ class BPETokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text each token stands for, (vocab_size,) int64; 0 for the end of text."""
         # byte-level BPE spells each byte as one character
-        pieces = (self._tokenizer.id_to_token(token) for token in range(self.vocab_size))
-        return np.array([0 if piece == END_OF_TEXT else len(piece) for piece in pieces], dtype=np.int64)
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for piece, token in self._tokenizer.get_vocab().items():
+            lengths[token] = 0 if token == self.eot else len(piece)
+        return lengths
 
     def to_json(self) -> str:
         """What `load_tokenizer`, and the library `tokenizers` itself, reads."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from flashsigmoid.training.baseline import bigram_loss
 from flashsigmoid.training.data import DataConfig, load_text
-
 
 ALPHA = 10.0
 
@@ -19,10 +19,14 @@ def test_it_is_its_definition():
     draw = np.random.default_rng(0)
     # token 6 is never trained on
     train, windows, lengths = draw.integers(0, 6, 200), draw.integers(0, 7, (5, 9)), np.array([1, 2, 3, 1, 1, 1, 0])
-    ones, twos, after = Counter(train.tolist()), Counter(zip(train[:-1].tolist(), train[1:].tolist(), strict=True)), Counter(train[:-1].tolist())
+    ones, twos, after = (
+        Counter(train.tolist()),
+        Counter(zip(train[:-1].tolist(), train[1:].tolist(), strict=True)),
+        Counter(train[:-1].tolist()),
+    )
     nats = 0.0
     for window in windows.tolist():
-        for a, b in zip(window[:-1], window[1:], strict=True):
+        for a, b in pairwise(window):
             unigram = (ones[b] + 1) / (200 + 7)
             nats -= math.log((twos[a, b] + ALPHA * unigram) / (after[a] + ALPHA))
     bigram = bigram_loss(train, windows, lengths)
@@ -41,4 +45,3 @@ def test_of_the_embedded_text():
     data = load_text(DataConfig(), vocab_size=257, seqlen=128, seed=0)
     assert 2.4 < data.bigram.nats_per_byte < 2.52
     assert data.bigram.nats_per_byte == data.bigram.nats_per_token
-

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from training.tiny import tiny_model, tiny_run, write_text
 
 from flashsigmoid.samples import tinyshakespeare
 from flashsigmoid.training.data import (
@@ -22,7 +23,6 @@ from flashsigmoid.training.data import (
 )
 from flashsigmoid.training.language import load_data
 from flashsigmoid.training.tokenizer import ByteTokenizer
-from training.tiny import tiny_model, tiny_run, write_text
 
 
 def load(path, **changes):
@@ -58,7 +58,9 @@ def test_every_token_is_a_target_once_an_epoch():
     assert (np.diff(targets) == 1).all()
     assert len(targets) == 61 * 16
     # the next epoch cuts elsewhere and shuffles anew
-    assert {s.tobytes() for s in map(source.sample, range(61))} != {s.tobytes() for s in map(source.sample, range(61, 122))}
+    assert {s.tobytes() for s in map(source.sample, range(61))} != {
+        s.tobytes() for s in map(source.sample, range(61, 122))
+    }
 
 
 def test_batches_go_on_from_any_position():
@@ -148,7 +150,7 @@ def test_bytes_take_any_bytes(tmp_path):
 
 def test_a_vocabulary_too_small_for_the_tokenizer(tmp_path):
     run = tiny_run(write_text(tmp_path / "text.txt"), model=tiny_model(vocab_size=256))
-    with pytest.raises(ValueError, match=r"model.vocab_size must be at least the 257 of the tokenizer, got 256"):
+    with pytest.raises(ValueError, match=r"model\.vocab_size must be at least the tokenizer's 257, got 256"):
         load_data(run)
 
 
@@ -162,6 +164,6 @@ def test_bad_configs(field, value):
 
 
 def test_reading_data_needs_neither_lightning_nor_datasets(tmp_path):
-    code = "import sys, flashsigmoid.training.data; print([m for m in ('pytorch_lightning', 'datasets') if m in sys.modules])"
+    code = "import sys, flashsigmoid.training.data; print({'pytorch_lightning', 'datasets'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    assert done.stdout == "set()\n"

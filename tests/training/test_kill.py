@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
+from training.tiny import differences, remains, tiny_run, write_text
 
 from flashsigmoid.record import RecordWriter
 from flashsigmoid.training import checkpoint
 from flashsigmoid.training.language import load_data, train
 from flashsigmoid.training.run import LanguageRun
-from training.tiny import differences, remains, tiny_run, write_text
 
 TESTS = Path(__file__).parents[1]
 SAVING = "saving"  # a file beside the run: there while a checkpoint is being written

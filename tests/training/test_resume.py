@@ -76,7 +76,12 @@ def test_a_difference_is_seen(tmp_path):
     train(run, tmp_path / "a", show=quiet)
     train(other, tmp_path / "b", show=quiet)
     found = differences(remains(run, tmp_path / "a"), remains(other, tmp_path / "b"))
-    for part in ("/weights/embedding.weight", "/trainer/optimizer_states", "/trainer/flashsigmoid/rng", "/next batches/9"):
+    for part in (
+        "/weights/embedding.weight",
+        "/trainer/optimizer_states",
+        "/trainer/flashsigmoid/rng",
+        "/next batches/9",
+    ):
         assert any(where.startswith(part) for where in found), part
 
 

@@ -1,4 +1,4 @@
-"""Streams of Hugging Face `datasets`, here local files: packing, positions, validation, errors. Nothing is downloaded."""
+"""Streams of Hugging Face `datasets`, here local files: packing, positions, validation, errors. No downloads."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from itertools import islice
 
 import pytest
 import torch
+from training.test_resume import quiet, signal_at
+from training.tiny import differences, remains, tiny_run
 
 from flashsigmoid.training.callbacks import Interrupted
 from flashsigmoid.training.data import DataConfig
 from flashsigmoid.training.language import train
 from flashsigmoid.training.stream import load_stream
-from training.test_resume import quiet, signal_at
-from training.tiny import differences, remains, tiny_run
 
 datasets = pytest.importorskip("datasets", reason="the extra `datasets` is not installed")
 
@@ -100,8 +100,8 @@ def test_a_training_on_a_stream_resumes_with_the_same_bits(folder, tmp_path):
     ("changes", "message"),
     [
         ({"source": "hf:/nowhere/at/all"}, "data must be a text data set that can be opened, got hf:/nowhere/at/all: "),
-        ({"text_column": "id"}, r"text_column must name a column of text, got 'id' in hf:.* columns \['id', 'text'\]"),
-        ({"text_column": "body"}, "text_column must name a column of text, got 'body' in "),
+        ({"text_column": "id"}, r"text_column must name a column of text, got 'id', in hf:.* with \['id', 'text'\]"),
+        ({"text_column": "body"}, "text_column must name a column of text, got 'body', in "),
         ({"val_documents": 60 * 2}, "training|tokens|text"),
     ],
 )

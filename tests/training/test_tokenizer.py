@@ -59,7 +59,7 @@ def test_a_small_text_gives_a_small_vocabulary():
 def test_errors(tmp_path):
     with pytest.raises(ValueError, match="vocab_size of a byte-level BPE must be at least 257, got 256"):
         train_bpe([b"text"], 256)
-    with pytest.raises(ValueError, match="must be UTF-8 .* got byte 0x80 at offset 2"):
+    with pytest.raises(ValueError, match=r"must be UTF-8 .* got byte 0x80 at offset 2"):
         train_bpe([b"ab\x80"], 300)
     with pytest.raises(ValueError, match=r"a tokenizer must have the token <\|endoftext\|>"):
         BPETokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()))

@@ -42,7 +42,9 @@ def tiny_run(source: Path | str | None, **changes: Any) -> LanguageRun:
 
 def write_text(path: Path, nbytes: int = 1000) -> Path:
     """A text of `nbytes` at `path`: a few dozen windows of 16, so that epochs are short."""
-    path.write_bytes((b"To be, or not to be, that is the question:\nWhether 'tis nobler in the mind " * nbytes)[:nbytes])
+    path.write_bytes(
+        (b"To be, or not to be, that is the question:\nWhether 'tis nobler in the mind " * nbytes)[:nbytes]
+    )
     return path
 
 

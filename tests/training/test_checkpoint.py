@@ -1,0 +1,175 @@
+"""Checkpoint directories: all or nothing, no pickle, and what loading damaged ones says."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from training.test_resume import quiet
+from training.tiny import tiny_run, write_text
+
+from flashsigmoid.models.generation import generate
+from flashsigmoid.training import checkpoint
+from flashsigmoid.training.checkpoint import (
+    DirectoryCheckpoint,
+    checkpoint_path,
+    checkpoints,
+    clean,
+    find_checkpoint,
+    keep_last,
+    load_model,
+    rng_state,
+    set_rng_state,
+)
+from flashsigmoid.training.language import train
+from flashsigmoid.training.tokenizer import ByteTokenizer
+
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "trainer.pt"]
+
+
+def save(run_dir, step):
+    state = {"state_dict": {"model.weight": torch.full((2,), float(step))}, "global_step": step}
+    plugin = DirectoryCheckpoint({"model": {}}, ByteTokenizer())
+    plugin.save_checkpoint(state, checkpoint_path(run_dir, step))
+    return plugin
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run = tiny_run(write_text(folder / "text.txt"), steps=6)
+    train(run, folder / "run", show=quiet)
+    return run, folder / "run"
+
+
+def test_a_directory_of_four_files_and_back(tmp_path):
+    plugin = save(tmp_path, 3)
+    path = tmp_path / "checkpoints/step-00000003"
+    assert sorted(file.name for file in path.iterdir()) == FILES
+    state = plugin.load_checkpoint(path)
+    assert state["global_step"] == 3
+    assert torch.equal(state["state_dict"]["model.weight"], torch.full((2,), 3.0))
+
+
+@pytest.mark.parametrize("stage", range(6))
+def test_a_crash_at_any_flush_leaves_the_older_checkpoint_the_newest(tmp_path, monkeypatch, stage):
+    """Four files, then their directory, are flushed before the rename, the parent after it: only then it is there."""
+    save(tmp_path, 1)
+    flushed = []
+
+    def crash(path):
+        flushed.append(path.name)
+        if len(flushed) > stage:
+            raise InterruptedError(path)
+
+    monkeypatch.setattr(checkpoint, "_flush", crash)
+    with pytest.raises(InterruptedError):
+        save(tmp_path, 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"][: 1 + (stage == 5)]
+    assert flushed == [*FILES, "step-00000002.tmp", "checkpoints"][: stage + 1]
+    clean(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    if stage < 5:
+        save(tmp_path, 2)
+    assert find_checkpoint(tmp_path).name == "step-00000002"
+
+
+def test_incomplete_and_foreign_directories_are_no_checkpoints(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "checkpoints/step-00000002/tokenizer.json").unlink()
+    (tmp_path / "checkpoints/step-00000003").mkdir()
+    (tmp_path / "checkpoints/notes").mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001"]
+    assert checkpoints(tmp_path / "nowhere") == []
+    with pytest.raises(ValueError, match="a checkpoint, or a run with one, must be at the path, got "):
+        find_checkpoint(tmp_path / "nowhere")
+
+
+def test_keep_last(tmp_path):
+    for step in (1, 20, 3, 100_000_000):
+        save(tmp_path, step)
+    keep_last(tmp_path, 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000020", "step-100000000"]
+
+
+def test_a_pickle_is_refused(tmp_path):
+    """A trainer.pt that would run code when unpickled does not."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    plugin = save(tmp_path, 1)
+    path = checkpoint_path(tmp_path, 1)
+    for write in (lambda: torch.save({"x": Evil()}, path / "trainer.pt"), lambda: dump(path / "trainer.pt", Evil())):
+        write()
+        with pytest.raises(ValueError, match="a checkpoint must be whole and plain, got "):
+            plugin.load_checkpoint(path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def dump(path, thing):
+    path.write_bytes(pickle.dumps(thing, protocol=2))
+
+
+@pytest.mark.parametrize("name", ["trainer.pt", "model.safetensors"])
+@pytest.mark.parametrize("size", [0, 1, 0.5])
+def test_a_truncated_file_is_named(tmp_path, name, size):
+    plugin = save(tmp_path, 1)
+    path = checkpoint_path(tmp_path, 1)
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[: int(size * len(content)) if size == 0.5 else size])
+    with pytest.raises(ValueError, match=f"a checkpoint must be whole and plain, got {path}"):
+        plugin.load_checkpoint(path)
+
+
+def test_load_model(trained):
+    run, run_dir = trained
+    model, tokenizer = load_model(run_dir)
+    assert not model.training
+    assert model.config == run.model
+    weights = load_file(find_checkpoint(run_dir) / "model.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+    prompt = torch.from_numpy(tokenizer.encode(b"To be"))[None]
+    assert len(tokenizer.decode(generate(model, prompt, 5, seed=0)[0].tolist()).encode()) >= 5
+    same, _ = load_model(find_checkpoint(run_dir))
+    assert torch.equal(same(prompt), model(prompt))
+
+
+def test_a_model_that_is_no_gpt_is_named(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"a checkpoint must hold a GPT and its weights, got .*step-00000001"):
+        load_model(tmp_path)
+
+
+def test_config_json_describes_the_run(trained):
+    run, run_dir = trained
+    config = json.loads((find_checkpoint(run_dir) / "config.json").read_text())
+    fingerprint = config.pop("fingerprint")
+    assert config == run.sections()
+    assert len(fingerprint) == 64
+
+
+def test_random_states_go_on_where_they_stood():
+    random.random(), np.random.normal(), torch.rand(3)
+    state = rng_state()
+    torch.save(state, file := io.BytesIO())
+    file.seek(0)
+
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.normal(), torch.rand(2).tolist()
+
+    first = draw()
+    assert draw() != first
+    set_rng_state(torch.load(file, weights_only=True))
+    assert draw() == first
