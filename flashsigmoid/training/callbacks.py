@@ -78,7 +78,7 @@ class Recorder(pl.Callback):
 
     Args:
         writer: of the run's records.jsonl.
-        data: for the sample and the probes, which read the first validation window(s).
+        data: for the sample and the probes, which read the first validation windows, at most a micro-batch.
         show: told about every record.
     """
 
@@ -121,7 +121,10 @@ class Recorder(pl.Callback):
         self._write(trainer, "val/loss_bytes", per_byte, "nats_per_byte", step, now_s)
         if self.data.bigram is not None and step == 0:
             self.writer.write("baseline/bigram", self.data.bigram.nats_per_byte, unit="nats_per_byte", step=0)
-        tokens = self.data.val_windows[: module.run.batch, :-1].to(pl_module.device)
+        model = module.run.model
+        # the explicit weights of a layer take at most 1 GiB, unless one window needs more
+        windows = max(1, min(module.run.batch, 2**28 // (model.nheads * model.seqlen**2)))
+        tokens = self.data.val_windows[:windows, :-1].to(pl_module.device)
         for i, probe in enumerate(probe_attention(module.model, tokens)):
             self._write(trainer, f"attn_norm/layer_{i}", probe.attention_norm, "", step, now_s)
             self._write(trainer, f"row_mass/layer_{i}", probe.row_mass, "", step, now_s)

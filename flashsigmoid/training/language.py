@@ -206,10 +206,8 @@ def load_data(run: LanguageRun, tokenizer: Tokenizer | None = None) -> LanguageD
         FileNotFoundError, ValueError: as `load_text` and `load_stream`; the tokenizer has more tokens than the model.
     """
     sizes = {"vocab_size": run.model.vocab_size, "seqlen": run.model.seqlen, "tokenizer": tokenizer}
-    if (run.data.source or "").startswith(PREFIX):
-        data = load_stream(run.data, **sizes)
-    else:
-        data = load_text(run.data, seed=run.seed, **sizes)
+    streamed = (run.data.source or "").startswith(PREFIX)
+    data = load_stream(run.data, **sizes) if streamed else load_text(run.data, seed=run.seed, **sizes)
     if data.tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(
             f"model.vocab_size must be at least the tokenizer's {data.tokenizer.vocab_size}, got {run.model.vocab_size}"

@@ -150,6 +150,16 @@ def test_the_line(capsys):
     assert capsys.readouterr().err == "demo sigmoid  50/100  val/loss 2.123  30 s left\n"
 
 
+def test_the_line_on_a_terminal_is_rewritten(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    for step in (50, 100):
+        show_line(Progress("demo", step, 100, 30.0, {"train/loss": 2.0}, validated=False))
+    erase = "\r\033[K"
+    assert capsys.readouterr().err == (
+        f"{erase}demo  50/100  train/loss 2  30 s left{erase}demo  100/100  train/loss 2  0 s left\n"
+    )
+
+
 def test_the_stopwatch_stands_still_when_stopped(monkeypatch):
     now = [10.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
