@@ -230,7 +230,9 @@ class _Tiles:
             bias = self.call.constant
         else:
             bias = (self.bias if self.bias.shape[1] == 1 else self.bias[:, rows])[..., None]
-        torch.baddbmm(bias, q, k.transpose(1, 2), alpha=problem.scale, out=s)
+        torch.bmm(q, k.transpose(1, 2), out=s)
+        # b after the product: a fused beta * C starts the sum at b and rounds each term at b's magnitude
+        torch.add(bias, s, alpha=problem.scale, out=s)
         if self.slopes is not None:
             s.addcmul_(self.slopes[:, None, None], self.call.distance(rows, cols), value=-1.0)
         a = s.sigmoid_()
