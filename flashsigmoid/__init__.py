@@ -1,5 +1,7 @@
 """Sigmoid attention for PyTorch: out = sigmoid(q k^T / sqrt(d) + b) v with b = -log n (arXiv:2409.04431)."""
 
+from . import nn as nn
+from . import testing as testing
 from .backends.problem import BackendUnsupported as BackendUnsupported
 from .functional import explain as explain
 from .functional import sigmoid_attention as sigmoid_attention

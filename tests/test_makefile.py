@@ -46,13 +46,17 @@ esac
     return script
 
 
+def outside_make() -> dict[str, str]:
+    """The environment without what a `make test` around this test passes on."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "PYTHON"))}
+
+
 def make(folder: Path, *words: str, python: str | Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "PYTHON"))}
     chosen = [f"PYTHON={python}"] if python else []
     return subprocess.run(
         ["make", *chosen, *words],
         cwd=folder,
-        env=environment,
+        env=outside_make(),
         capture_output=True,
         text=True,
         timeout=60,
@@ -153,8 +157,7 @@ def test_ci_ends_with_the_line_of_pytest(copy, tmp_path, fake_python):
     """.ci/run, called from anywhere, is `make test`, and nothing is printed after pytest."""
     binaries = tmp_path / "bin"
     (binaries / "python3").symlink_to(fake_python)
-    environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    environment.pop("PYTHON", None)
+    environment = outside_make() | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(
         [copy / ".ci/run"],
         cwd=tmp_path,
