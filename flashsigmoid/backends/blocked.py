@@ -1,6 +1,7 @@
 """Sigmoid attention in blocks of plain PyTorch: O(seqlen) memory, forward and backward, on any device torch has.
 
 A tile of scores is two matrix products and a sigmoid, and tiles add: no row statistics, no rescaling, nothing saved.
+Each operation takes the same tile of several heads at once, so that every core has a whole tile of its own to work on.
 Scores and accumulators are float32 (float64 for float64 inputs): rounded to bfloat16 a score near -8 is off by several
 percent of its weight.
 """
@@ -8,7 +9,6 @@ percent of its weight.
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .philox import keep_mask
 from .problem import Problem, bias_rows
-from .workers import parallel
 
 NAME = "blocked"
+
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -35,17 +36,17 @@ def formula(problem: Problem) -> str:
 
 @dataclass(frozen=True)
 class Slab:
-    """The (batch, head) range that one work item computes: one head on a CPU core, many at once elsewhere."""
+    """The heads that one operation takes at once: some heads of one sequence, or all heads of some sequences."""
 
     batch: slice
     heads: slice
 
     def of(self, x: Tensor) -> Tensor:
-        """(batch, seqlen, nheads, dim) -> (heads of the slab, seqlen, dim)."""
+        """(batch, seqlen, nheads, dim) -> (heads of the slab, seqlen, dim): a view of one sequence, a copy of several."""
         return x[self.batch, :, self.heads].transpose(1, 2).flatten(0, 1)
 
     def rows(self, x: Tensor | None) -> Tensor | None:
-        """(batch, nheads, ...) -> (heads of the slab, ...)."""
+        """(batch, nheads, ...) -> (heads of the slab, ...), a view where x is contiguous."""
         return None if x is None else x[self.batch, self.heads].flatten(0, 1)
 
     def put(self, dest: Tensor, rows: slice, x: Tensor) -> None:
@@ -66,21 +67,16 @@ def forward(
     """O = sum over key blocks of sigmoid(scale Q K^T + b) V."""
     call = _Call(problem, q, k, v, bias, slopes, seed)
     out = q.new_empty(problem.batch, problem.seqlen_q, problem.nheads, problem.head_dim_v)
-
-    def item(work: tuple[Slab, slice]) -> None:
-        slab, rows = work
+    for slab in call.slabs:
         tiles = _Tiles(call, slab)
-        acc = call.scratch("acc", tiles.heads, rows.stop - rows.start, problem.head_dim_v).zero_()
-        for cols in call.key_blocks:
-            for tile_rows, tile_cols in call.tiles(rows, cols):
-                a = tiles.weights(tile_rows, tile_cols)
+        for block in call.row_blocks:
+            acc = call.scratch("acc", tiles.heads, block.stop - block.start, problem.head_dim_v).zero_()
+            for rows, cols in (tile for key_block in call.key_blocks for tile in call.tiles(block, key_block)):
+                a = tiles.weights(rows, cols)
                 if seed is not None:
-                    a *= tiles.keep(tile_rows, tile_cols)
-                acc[:, _within(tile_rows, rows)].baddbmm_(a, tiles.v[:, tile_cols])
-        slab.put(out, rows, acc)
-
-    # a causal row block costs more the later it stands: the longest first, so that no core waits at the end
-    parallel(item, [(slab, rows) for rows in reversed(call.row_blocks) for slab in call.slabs])
+                    a *= tiles.keep(rows, cols)
+                call.accumulate(acc, rows, block, a, _part(tiles.v, cols))
+            slab.put(out, block, acc)
     return out
 
 
@@ -97,7 +93,7 @@ def backward(
     """dV = A^T dO, dS = (dO V^T) A (1 - A), dQ = scale dS K, dK = scale dS^T Q; row sums of dS; -sum(dS |p - j|)."""
     call = _Call(problem, q, k, v, bias, slopes, seed)
     dout = dout.to(problem.compute_dtype)
-    # a key head's gradient is the sum over its query heads, each of which is one work item
+    # a key head's gradient is the sum over its query heads, each of which is computed on its own
     dq, dk, dv = (x.new_empty(*x.shape[:2], problem.nheads, x.shape[3]) for x in (call.q, call.k, call.v))
     if problem.group == 1:
         dk, dv = dk.to(q.dtype), dv.to(q.dtype)
@@ -105,44 +101,38 @@ def backward(
     heads = (problem.batch, problem.nheads)
     row_sums = None if bias is None else call.q.new_zeros(*heads, problem.seqlen_q)
     dslopes = None if slopes is None else call.q.new_zeros(heads)
-
-    def item(slab: Slab) -> None:
+    for slab in call.slabs:
         tiles = _Tiles(call, slab)
         dout_heads = slab.of(dout)
         row_sums_heads, dslopes_heads = slab.rows(row_sums), slab.rows(dslopes)
-        dq_heads = torch.zeros_like(tiles.q, memory_format=torch.contiguous_format)
-        for block in call.key_blocks:
-            size = block.stop - block.start
+        dq_blocks = [tiles.q.new_zeros(tiles.heads, x.stop - x.start, problem.head_dim) for x in call.row_blocks]
+        for key_block in call.key_blocks:
+            size = key_block.stop - key_block.start
             dk_block = call.scratch("dk", tiles.heads, size, problem.head_dim).zero_()
             dv_block = call.scratch("dv", tiles.heads, size, problem.head_dim_v).zero_()
-            for rows, cols in (tile for row_block in call.row_blocks for tile in call.tiles(row_block, block)):
-                q_tile, dout_tile, k_tile, v_tile = (
-                    tiles.q[:, rows],
-                    dout_heads[:, rows],
-                    tiles.k[:, cols],
-                    tiles.v[:, cols],
-                )
-                at = _within(cols, block)
-                a = tiles.weights(rows, cols)
-                da = torch.bmm(dout_tile, v_tile.transpose(1, 2), out=call.scratch("da", *a.shape))
-                if seed is None:
-                    dv_block[:, at].baddbmm_(a.transpose(1, 2), dout_tile)
-                else:
-                    keep = tiles.keep(rows, cols)
-                    dv_block[:, at].baddbmm_((a * keep).transpose(1, 2), dout_tile)
-                    da *= keep
-                ds = torch.ops.aten.sigmoid_backward.grad_input(da, a, grad_input=da)  # da * a * (1 - a)
-                dq_heads[:, rows].baddbmm_(ds, k_tile, alpha=problem.scale)
-                dk_block[:, at].baddbmm_(ds.transpose(1, 2), q_tile, alpha=problem.scale)
-                if row_sums_heads is not None:
-                    row_sums_heads[:, rows] += ds.sum(-1)
-                if dslopes_heads is not None:
-                    dslopes_heads -= torch.mul(ds, call.distance(rows, cols), out=a).sum((1, 2))
-            slab.put(dk, block, dk_block)
-            slab.put(dv, block, dv_block)
-        slab.put(dq, slice(0, problem.seqlen_q), dq_heads)
-
-    parallel(item, call.slabs)
+            for row_block, dq_block in zip(call.row_blocks, dq_blocks, strict=True):
+                for rows, cols in call.tiles(row_block, key_block):
+                    q_tile, dout_tile = _part(tiles.q, rows), _part(dout_heads, rows)
+                    k_tile, v_tile = _part(tiles.k, cols), _part(tiles.v, cols)
+                    a = tiles.weights(rows, cols)
+                    da = torch.bmm(dout_tile, v_tile.mT, out=call.scratch("da", *a.shape))
+                    if seed is None:
+                        call.accumulate(dv_block, cols, key_block, a.mT, dout_tile)
+                    else:
+                        keep = tiles.keep(rows, cols)
+                        call.accumulate(dv_block, cols, key_block, (a * keep).mT, dout_tile)
+                        da *= keep
+                    ds = _sigmoid_backward(da, a, grad_input=da)  # da * a * (1 - a)
+                    call.accumulate(dq_block, rows, row_block, ds, k_tile, problem.scale)
+                    call.accumulate(dk_block, cols, key_block, ds.mT, q_tile, problem.scale)
+                    if row_sums_heads is not None:
+                        row_sums_heads[:, rows] += ds.sum(-1)
+                    if dslopes_heads is not None:
+                        dslopes_heads -= torch.mul(ds, call.distance(rows, cols), out=a).sum((1, 2))
+            slab.put(dk, key_block, dk_block)
+            slab.put(dv, key_block, dv_block)
+        for row_block, dq_block in zip(call.row_blocks, dq_blocks, strict=True):
+            slab.put(dq, row_block, dq_block)
     if problem.group > 1:
         dk, dv = (x.unflatten(2, (problem.nheads_k, problem.group)).sum(3).to(q.dtype) for x in (dk, dv))
     return dq, dk, dv, row_sums, dslopes
@@ -155,6 +145,7 @@ class _Call:
         dtype = problem.compute_dtype
         heads = (problem.batch, problem.nheads)
         self.problem: Problem = problem
+        self.band = problem.band
         self.seed: Tensor | None = seed
         self.q, self.k, self.v = (x.to(dtype) for x in (q, k, v))
         if problem.group > 1:
@@ -165,27 +156,29 @@ class _Call:
         self.bias = None if bias is None else bias_rows(bias.to(dtype), *heads)
         self.slopes = None if slopes is None else slopes.to(dtype).expand(heads)
         self.constant = self.q.new_tensor([problem.sigmoid_bias or 0.0])  # b where it is a number
-        self._memory = threading.local()
+        self._memory: dict[str, Tensor] = {}
 
-        block = _block(problem)
-        self.row_blocks = _ranges(0, problem.seqlen_q, block)
-        self.key_blocks = _ranges(0, problem.seqlen_k, block)
-        self.block = block
-        per_slab = 1 if problem.device == "cpu" else problem.nheads
-        self.slabs = [
-            Slab(slice(b, b + 1), slice(h, h + per_slab))
-            for b in range(problem.batch)
-            for h in range(0, problem.nheads, per_slab)
-        ]
+        rows, keys = _tile(problem)
+        self.row_blocks = _ranges(0, problem.seqlen_q, rows)
+        self.key_blocks = _ranges(0, problem.seqlen_k, keys)
+        self.slabs = _slabs(problem, min(rows, problem.seqlen_q) * min(keys, problem.seqlen_k))
 
     def scratch(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised memory of this thread, the same at every call with this name: fresh pages cost time."""
+        """Uninitialised memory, the same at every call with this name: fresh pages cost time."""
         size = math.prod(shape)
-        memory = getattr(self._memory, name, None)
+        memory = self._memory.get(name)
         if memory is None or memory.numel() < size:
-            memory = torch.empty(size, dtype=self.problem.compute_dtype, device=self.q.device)
-            setattr(self._memory, name, memory)
+            memory = self._memory[name] = torch.empty(size, dtype=self.problem.compute_dtype, device=self.q.device)
         return memory[:size].view(shape)
+
+    def accumulate(self, dest: Tensor, part: slice, whole: slice, x: Tensor, y: Tensor, alpha: float = 1.0) -> None:
+        """dest += alpha * x y, where dest holds the rows `whole` and the product has its rows `part`."""
+        if part == whole:
+            dest.baddbmm_(x, y, alpha=alpha)
+        else:
+            # a slice of dest is not contiguous, which baddbmm_ would take head by head
+            product = torch.bmm(x, y, out=self.scratch("product", x.shape[0], x.shape[1], y.shape[2]))
+            _part(dest, _within(part, whole)).add_(product, alpha=alpha)
 
     def tiles(self, rows: slice, cols: slice) -> list[tuple[slice, slice]]:
         """The parts of a tile that are worth computing.
@@ -193,7 +186,7 @@ class _Call:
         All of it where every row sees every key; else strips of a few rows with the keys that any of them sees, so that
         half of a causal diagonal is not computed to be masked.
         """
-        left, right = self.problem.band
+        left, right = self.band
         first, last = rows.start + self.problem.q_offset, rows.stop - 1 + self.problem.q_offset  # p_i
         if (left is None or cols.start >= last - left) and (right is None or cols.stop - 1 <= first + right):
             return [(rows, cols)]
@@ -224,19 +217,19 @@ class _Tiles:
 
     def weights(self, rows: slice, cols: slice) -> Tensor:
         """A of a tile, before dropout: (heads, rows, cols)."""
-        problem, q, k = self.call.problem, self.q[:, rows], self.k[:, cols]
-        s = self.call.scratch("a", self.heads, q.shape[1], k.shape[1])
+        problem = self.call.problem
+        s = self.call.scratch("a", self.heads, rows.stop - rows.start, cols.stop - cols.start)
         if self.bias is None:
             bias = self.call.constant
         else:
             bias = (self.bias if self.bias.shape[1] == 1 else self.bias[:, rows])[..., None]
-        torch.bmm(q, k.transpose(1, 2), out=s)
+        torch.bmm(_part(self.q, rows), _part(self.k, cols).mT, out=s)
         # b after the product: a fused beta * C starts the sum at b and rounds each term at b's magnitude
         torch.add(bias, s, alpha=problem.scale, out=s)
         if self.slopes is not None:
             s.addcmul_(self.slopes[:, None, None], self.call.distance(rows, cols), value=-1.0)
         a = s.sigmoid_()
-        left, right = problem.band
+        left, right = self.call.band
         p, j = rows.start + problem.q_offset, cols.start
         # row r and column c of the tile: j + c <= p + r + right, j + c >= p + r - left
         if right is not None and cols.stop - 1 > p + right:
@@ -258,14 +251,33 @@ class _Tiles:
         return kept.to(problem.compute_dtype).mul_(1.0 / (1.0 - problem.dropout_p))
 
 
-def _block(problem: Problem) -> int:
-    """Side of a tile: its scores, 1 MB in float32, stay in a core's cache."""
-    return 512
+def _tile(problem: Problem) -> tuple[int, int]:
+    """(queries, keys) of a tile: 256 keys leave a head's half megabyte of scores in its core's cache (docs/log.md)."""
+    return 512, 256
 
 
 def _strip(problem: Problem) -> int:
     """Rows of a strip where a tile is partly masked: fewer waste less work, more make better matrix products."""
     return 128
+
+
+def _scores(problem: Problem) -> int:
+    """How many scores one operation takes: 2 MB of them for every core, elsewhere 256 MB in all."""
+    return torch.get_num_threads() * 2**19 if problem.device == "cpu" else 2**26
+
+
+def _slabs(problem: Problem, tile: int) -> list[Slab]:
+    """The heads divided so that a tile of `tile` scores of every head of a slab makes `_scores` of them, at most."""
+    heads = max(1, _scores(problem) // tile)
+    if heads < problem.nheads:
+        parts = _ranges(0, problem.nheads, heads)
+        return [Slab(slice(b, b + 1), part) for b in range(problem.batch) for part in parts]
+    return [Slab(part, slice(0, problem.nheads)) for part in _ranges(0, problem.batch, heads // problem.nheads)]
+
+
+def _part(x: Tensor, rows: slice) -> Tensor:
+    """x[:, rows], in half the time."""
+    return x.narrow(1, rows.start, rows.stop - rows.start)
 
 
 def _within(part: slice, whole: slice) -> slice:

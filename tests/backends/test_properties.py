@@ -188,7 +188,7 @@ def test_dropout_bits_are_the_same_in_every_tile_size(backend, monkeypatch) -> N
     }
     expected = sigmoid_attention_shard(q, k, v, **call | {"backend": "reference"})
     for block in (3, 17, 64):
-        monkeypatch.setattr(blocked, "_block", lambda problem, block=block: block)
+        monkeypatch.setattr(blocked, "_tile", lambda problem, block=block: (block, block + 2))
         torch.testing.assert_close(sigmoid_attention_shard(q, k, v, **call), expected)
 
 
