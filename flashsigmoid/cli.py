@@ -390,18 +390,24 @@ def bench(
         device=device,
         out=out,
     )
-    rows: dict[tuple[str, ...], dict[str, float]] = {}
+    rows: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for record in records:
         if "work" in record.tags and record.value is not None:
-            key = tuple(str(record.tags[name]) for name in ("problem", "work", "peer"))
-            rows.setdefault(key, {})[record.name] = record.value
-    table = Table(box=SIMPLE)
-    for title in ("problem", "work", "candidate", "ms", "p10", "p90", "TFLOP/s", "over SDPA"):
-        table.add_column(title, no_wrap=True)
+            problem, kind, peer = (str(record.tags[name]) for name in ("problem", "work", "peer"))
+            rows.setdefault((problem, kind), {}).setdefault(peer, {})[record.name] = record.value
+    table = Table("problem", "work", box=SIMPLE, caption="ms, median; in brackets the speed over softmax sdpa")
+    peers = list(dict.fromkeys(peer for row in rows.values() for peer in row))
+    for peer in peers:
+        table.add_column(peer, no_wrap=True, justify="right")
     for key, row in rows.items():
-        names = ("time_ms", "time_p10_ms", "time_p90_ms", "speed_tflops", "speedup_over_sdpa")
-        table.add_row(*key, *(f"{row[name]:.3g}" if name in row else "" for name in names))
+        table.add_row(*key, *(_speed(row.get(peer, {})) for peer in peers))
     Console().print(table)
+
+
+def _speed(row: dict[str, float]) -> str:
+    """As "14.2 (1.04)"."""
+    over = row.get("speedup_over_sdpa")
+    return f"{row['time_ms']:.3g}" + ("" if over is None else f" ({over:.2f})") if row else ""
 
 
 def _assignments(texts: list[str] | None) -> dict[str, str]:
