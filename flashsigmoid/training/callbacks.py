@@ -50,7 +50,7 @@ class Stopwatch:
 class Progress:
     """Where a training stands: given to the function that shows it, at every record and validation."""
 
-    name: str  # recipe and attention
+    name: str  # recipe and attention, and b where it is not the recipe's
     step: int
     steps: int
     time_s: float  # of training, validation not counted
@@ -146,7 +146,8 @@ class Recorder(pl.Callback):
 
     def _tell(self, trainer: pl.Trainer, module: LanguageModule, *, validated: bool) -> None:
         run = module.run
-        name = f"{run.name} {run.model.attention}"
+        own_bias = run.model.attention == "sigmoid" and run.model.sigmoid_bias is not None
+        name = f"{run.name} {run.model.attention}" + (f" b={run.model.sigmoid_bias:g}" if own_bias else "")
         now_s = module.clock.read()
         self.show(Progress(name, trainer.global_step, run.steps, now_s, dict(self.latest), validated))
 
