@@ -114,7 +114,8 @@ def demo(
     page = write_report(folders, out)
     _print_rows(summary_rows(folders))
     if "baseline/bigram" in results["sigmoid"]:
-        print(f"bigram model of the same text: {results['sigmoid']['baseline/bigram']:.3f} nats per byte")
+        bigram, floor = (results["sigmoid"][f"baseline/{name}"] for name in ("bigram", "bigram_floor"))
+        print(f"nats per byte of a bigram model of the same text: {bigram:.3f}, of the best there can be: {floor:.3f}")
     print(f"report: {page.absolute()}")
 
 

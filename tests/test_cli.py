@@ -195,7 +195,7 @@ def test_bench_times_and_records_a_problem(flashsigmoid, tmp_path):
     assert "cpu-512-d64" in listed.out
     outcome = flashsigmoid("bench", "cpu-512-d64", "--work", "forward", "--rounds", "2", "--out", "bench.jsonl")
     assert outcome.code == 0, outcome.err
-    assert re.search(r"cpu-512-d64.*forward.*blocked", outcome.out)
+    assert re.search(r"cpu-512-d64 +forward +[\d.]+ \(\d\.\d\d\)", outcome.out)
     assert len(read_records(tmp_path / "bench.jsonl").records) > 5
     assert_one_error(flashsigmoid("bench", "warp"), 1, "problem must be one of cpu-512-d64")
 

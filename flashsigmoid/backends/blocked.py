@@ -155,7 +155,7 @@ class _Call:
         # (batch, nheads, seqlen_q or 1), (batch, nheads)
         self.bias = None if bias is None else bias_rows(bias.to(dtype), *heads)
         self.slopes = None if slopes is None else slopes.to(dtype).expand(heads)
-        self.constant = self.q.new_tensor([problem.sigmoid_bias or 0.0])  # b where it is a number
+        self.constant = self.q.new_full((1,), problem.sigmoid_bias or 0.0)  # b where it is a number
         self._memory: dict[str, Tensor] = {}
 
         rows, keys = _tile(problem)

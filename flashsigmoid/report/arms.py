@@ -17,6 +17,7 @@ STEPS = "steps"  # the setting that says how long a run is meant to be
 TRAIN_LOSS = "train/loss"
 VAL_LOSSES = ("val/loss_bytes", "val/loss")  # per byte first: tokens of two tokenizers do not compare
 BIGRAM = "baseline/bigram"
+FLOOR = "baseline/bigram_floor"  # no function of the previous token alone is below it
 SAMPLE = "sample"
 
 
@@ -97,11 +98,10 @@ class Run:
         finite = [record for record in self.losses if math.isfinite(value_of(record))]
         return min(finite, key=value_of, default=None)
 
-    @property
-    def bigram(self) -> float | None:
-        """The bigram baseline that has the unit of the validation loss."""
+    def baseline(self, name: str = BIGRAM) -> float | None:
+        """The baseline of that name that has the unit of the validation loss."""
         units = {record.unit for record in self.losses}
-        found = [r.value for r in self.file.records if r.name == BIGRAM and r.unit in units]
+        found = [r.value for r in self.file.records if r.name == name and r.unit in units]
         return found[-1] if found else None
 
     @property
@@ -186,16 +186,18 @@ class Arm:
         """The least validation losses of the runs."""
         return Spread(tuple(value_of(run.best) for run in self.runs if run.best is not None))
 
-    @property
-    def bigrams(self) -> Spread:
-        """The bigram baselines of the runs."""
-        return Spread(tuple(run.bigram for run in self.runs if run.bigram is not None))
+    def baselines(self, name: str = BIGRAM) -> Spread:
+        """The baselines of the runs."""
+        return Spread(tuple(value for run in self.runs if (value := run.baseline(name)) is not None))
 
-    @property
-    def below_bigram(self) -> tuple[int, int] | None:
+    def below(self, name: str = BIGRAM) -> tuple[int, int] | None:
         """(runs whose final loss is below their baseline, runs that recorded both); None if no run did."""
-        both = [(r.final, r.bigram) for r in self.runs if r.final is not None and r.bigram is not None]
-        return (sum(value_of(final) < bigram for final, bigram in both), len(both)) if both else None
+        both = [
+            (value_of(run.final), baseline)
+            for run in self.runs
+            if run.final is not None and (baseline := run.baseline(name)) is not None
+        ]
+        return (sum(final < baseline for final, baseline in both), len(both)) if both else None
 
     @property
     def time_s(self) -> float | None:

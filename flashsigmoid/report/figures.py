@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .arms import Arm, Point
+from .arms import BIGRAM, FLOOR, Arm, Point
 from .summary import loss_text, loss_unit
 
 # after Okabe and Ito, told apart by colour-blind readers: on white, and lighter on black
@@ -111,8 +111,10 @@ def loss_drawings(arms: Sequence[Arm]) -> list[Drawing]:
     points = [point for arm in arms for point in (*arm.losses, *arm.train_losses)]
     is_timed = any(point.time_s is not None for point in points)
     caption = f"Thick: validation loss, {loss_unit(arms)}. Thin: training loss, smoothed."
-    if _baselines(arms):
+    if _baselines(arms, BIGRAM):
         caption += " Dashed: a bigram model of the same text."
+    if _baselines(arms, FLOOR):
+        caption += " Dotted: no function of the previous token alone can be below it."
     rates = {f"{arm.label} {arm.bytes_per_token:.2f}" for arm in arms if abs(arm.bytes_per_token - 1) > 1e-6}
     if rates:
         caption += f" Training loss is divided by the bytes per token: {'; '.join(sorted(rates))}."
@@ -190,17 +192,19 @@ def _draw_losses(axes: Axes, arms: Sequence[Arm], by_time: bool) -> None:
         axes.plot(x(val), [p.mean for p in val], color=own, linewidth=2.2, marker=_marker(val), label=arm.label)
         broken = _last_before_break(arm)
         axes.plot(x(broken), [p.mean for p in broken], "X", color=own, markersize=9, markeredgecolor="none")
-    for bigram in _baselines(arms):
-        axes.axhline(bigram, color=_INK, linewidth=1.2, linestyle=(0, (5, 3)))
-        label = axes.annotate(
-            f"bigram {loss_text(bigram)}",
-            (1.0, bigram),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="right",
-        )
-        label.set_in_layout(False)  # it may lie above or below what is shown
+    for name, text, dashes, above in ((BIGRAM, "bigram", (5, 3), True), (FLOOR, "any bigram", (1.2, 2), False)):
+        for value in _baselines(arms, name):
+            axes.axhline(value, color=_INK, linewidth=1.2, linestyle=(0, dashes))
+            label = axes.annotate(
+                f"{text} {loss_text(value)}",
+                (1.0, value),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, 4 if above else -4),
+                textcoords="offset points",
+                ha="right",
+                va="bottom" if above else "top",
+            )
+            label.set_in_layout(False)  # it may lie above or below what is shown
     axes.set_xlabel(f"training time, {time_unit}" if by_time else "step")
     axes.set_ylabel(f"loss, {loss_unit(arms)}")
     axes.set_xlim(left=0)
@@ -216,8 +220,8 @@ def _loss_limits(arms: Sequence[Arm]) -> tuple[float, float] | None:
     finite = [value for p in points for value in (p.mean, p.low) if math.isfinite(value)]
     if not finite:
         return None
-    least, most = min(finite), max([*finite, *_baselines(arms)])
-    ends = max([least, *_baselines(arms), *(value for arm in arms for value in arm.finals.values)])
+    least, most = min(finite), max([*finite, *_baselines(arms, BIGRAM)])
+    ends = max([least, *_baselines(arms, BIGRAM), *(value for arm in arms for value in arm.finals.values)])
     top = min(ends + 0.8 * (ends - least or 1.0), most)
     margin = 0.06 * (top - least or 1.0)
     return least - margin, top + margin
@@ -258,8 +262,8 @@ def _marker(points: Sequence[Point]) -> str | None:
     return "o" if len(points) == 1 else None
 
 
-def _baselines(arms: Sequence[Arm]) -> list[float]:
-    return sorted({round(value, 6) for arm in arms for value in arm.bigrams.values})
+def _baselines(arms: Sequence[Arm], name: str) -> list[float]:
+    return sorted({round(value, 6) for arm in arms for value in arm.baselines(name).values})
 
 
 def _inline(figure: Figure, prefix: str, title: str) -> str:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .arms import SEED, Arm, Run, differing, group_arms, load_runs, show, value_of
+from .arms import BIGRAM, FLOOR, SEED, Arm, Run, differing, group_arms, load_runs, show, value_of
 from .figures import DARK, LIGHT, Drawing, colour_variable, layer_drawing, loss_drawings
 from .summary import (
     base_of,
@@ -132,7 +132,8 @@ def _cards(arms: Sequence[Arm]) -> str:
             "over seeds": f"{loss_text(min(finals))} to {loss_text(max(finals))}" if len(finals) > 1 else "",
             f"minus {base.label}": "" if arm is base else difference_text(arm, base),
             "best on the way": spread_text(arm.bests),
-            "below bigram": below_text(arm),
+            "below bigram": below_text(arm, BIGRAM),
+            "below any bigram": below_text(arm, FLOOR),
             "first |A V|": norm_text(arm),
             "steps": steps_text(arm),
             "seed" if len(arm.runs) == 1 else "seeds": seeds_text(arm),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .arms import Arm, Run, Spread, differing, group_arms, load_runs, paired_differences, show
+from .arms import BIGRAM, FLOOR, Arm, Run, Spread, differing, group_arms, load_runs, paired_differences, show
 
 NOT_RECORDED = "not recorded"
 
@@ -37,7 +37,8 @@ def arm_rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
         }
         if len(arms) > 1:
             row[f"minus {base.label}"] = "" if arm is base else difference_text(arm, base)
-        row["below bigram"] = below_text(arm)
+        row["below bigram"] = below_text(arm, BIGRAM)
+        row["below any bigram"] = below_text(arm, FLOOR)
         row["first |A V|"] = norm_text(arm)
         row["time"] = time_text(arm.time_s)
         rows.append(row)
@@ -55,7 +56,7 @@ def statement(arms: Sequence[Arm]) -> list[str]:
     base = base_of(arms)
     sentences = [_compared(arms), *_ended(arms)]
     sentences += [_difference(arm, base) for arm in arms if arm is not base and not _is_open(arm, base)]
-    sentences += _against_bigram(arms)
+    sentences += _against_bigrams(arms)
     norms = [f"{norm_text(arm)} for {quoted(arm)}" for arm in arms if first_norm(arm) is not None]
     if norms:
         sentences.append(f"When first measured, the largest attention norm |A V| of a layer was {_join(norms)}.")
@@ -75,11 +76,11 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
                 found.append(f"{who} is unfinished: {run.steps:,} of {run.planned_steps:,} steps are recorded.")
             if run.final is None:
                 found.append(f"{who} has no validation loss on record.")
-            elif run.bigram is None:
+            elif run.baseline() is None:
                 found.append(f"{who} has no bigram baseline on record.")
     if len({run.loss_name for arm in arms for run in arm.runs if run.loss_name}) > 1:
         found.append("Some losses are per byte and some per token.")
-    baselines = {round(run.bigram, 6) for arm in arms for run in arm.runs if run.bigram is not None}
+    baselines = {round(value, 6) for arm in arms for value in arm.baselines().values}
     if len(baselines) > 1:
         found.append(f"The runs have different bigram baselines: {_join([loss_text(b) for b in sorted(baselines)])}.")
     if len(arms) > 1 and len({seeds_text(arm) for arm in arms}) > 1:
@@ -147,8 +148,8 @@ def difference_text(arm: Arm, base: Arm) -> str:
     return f"{spread.mean:+.3f}{deviation}"
 
 
-def below_text(arm: Arm) -> str:
-    below = arm.below_bigram
+def below_text(arm: Arm, baseline: str) -> str:
+    below = arm.below(baseline)
     if below is None:
         return NOT_RECORDED
     if below[0] in (0, below[1]):
@@ -245,17 +246,23 @@ def _difference(arm: Arm, base: Arm) -> str:
     return f"{text} (seed by seed {least:+.3f} to {most:+.3f}, {deviation})."
 
 
-def _against_bigram(arms: Sequence[Arm]) -> list[str]:
-    """Whether the last losses are below the baseline: one sentence if all are, else one each."""
-    known = [(arm, arm.below_bigram, arm.bigrams.mean) for arm in arms if arm.below_bigram and arm.bigrams.values]
-    if len(known) > 1 and len(known) == len(arms) and all(below == of for _, (below, of), _ in known):
-        bigrams = _join(sorted({loss_text(bigram) for _, _, bigram in known}))
-        who = "Both arms" if len(known) == 2 else f"All {_count(len(known), 'arm')}"
-        return [f"{who} are below the {bigrams} of a bigram model of the same text."]
-    return [
-        f"{quoted(arm)} {_where(below, of)} the {loss_text(bigram)} of a bigram model of the same text."
-        for arm, (below, of), bigram in known
-    ]
+def _against_bigrams(arms: Sequence[Arm]) -> list[str]:
+    """Whether the last losses are below each baseline: one sentence if all are, else one each."""
+    sentences = []
+    for name, what in (
+        (BIGRAM, "of a bigram model of the same text"),
+        (FLOOR, "that the best function of the previous token alone could reach"),
+    ):
+        known = [(arm, arm.below(name), arm.baselines(name).mean) for arm in arms if arm.below(name)]
+        if len(known) > 1 and len(known) == len(arms) and all(below == of for _, (below, of), _ in known):
+            values = _join(sorted({loss_text(value) for _, _, value in known}))
+            who = "Both arms" if len(known) == 2 else f"All {_count(len(known), 'arm')}"
+            sentences.append(f"{who} are below the {values} {what}.")
+        else:
+            sentences += [
+                f"{quoted(arm)} {_where(*below)} the {loss_text(value)} {what}." for arm, below, value in known
+            ]
+    return sentences
 
 
 def _where(below: int, of: int) -> str:

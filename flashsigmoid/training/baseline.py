@@ -1,4 +1,4 @@
-"""The bigram baseline: what is known from the previous token alone, to be beaten by any model whose attention works."""
+"""Bigram baselines: what the previous token alone can tell, to be beaten by any model whose attention works."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Bigram:
-    """Mean cross-entropy of a bigram model on validation windows."""
+    """Mean cross-entropy on validation windows of a bigram model, and of the best there can be."""
 
     nats_per_token: float
     nats_per_byte: float
+    floor_nats_per_token: float  # no function of the previous token alone is below it on these windows
+    floor_nats_per_byte: float
 
 
 def bigram_loss(train_tokens: np.ndarray, val_windows: np.ndarray, byte_lengths: np.ndarray) -> Bigram:
@@ -23,13 +25,19 @@ def bigram_loss(train_tokens: np.ndarray, val_windows: np.ndarray, byte_lengths:
     add-one smoothed unigrams, which the bigrams fall back to with the weight of alpha = 10 observations. Pairs are
     counted sparsely: memory is that of the training text, for any vocabulary.
 
+        floor = H(b | a) = -sum over (a, b) of n(a b) log(n(a b) / n(a)),   n counted in the windows themselves
+
+    A transformer whose attention gives nothing is a function of the previous token and may learn that text's bigrams
+    better than they can be counted; below the floor it cannot come. With many tokens and few windows the floor is low,
+    and then being above it tells nothing.
+
     Args:
         train_tokens: (ntokens,) of the training text.
         val_windows: (windows, seqlen + 1) tokens; every token but the first of a window is a target.
         byte_lengths: (vocab_size,) bytes of each token.
 
     Returns:
-        nats per target token, and per byte of the targets' text.
+        both, in nats per target token and per byte of the targets' text.
     """
     vocab_size, alpha = len(byte_lengths), 10.0
     train = train_tokens.astype(np.int64)
@@ -42,4 +50,7 @@ def bigram_loss(train_tokens: np.ndarray, val_windows: np.ndarray, byte_lengths:
     at = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
     seen = np.where(pairs[at] == wanted, counts[at], 0)
     nats = -np.log((seen + alpha * unigrams[target]) / (followed[previous] + alpha)).sum()
-    return Bigram(float(nats / len(target)), float(nats / max(1, byte_lengths[target].sum())))
+    _, pair, times = np.unique(wanted, return_inverse=True, return_counts=True)
+    floor = -np.log(times[pair] / np.bincount(previous)[previous]).sum()
+    size = max(1, byte_lengths[target].sum())
+    return Bigram(*(float(total / count) for total in (nats, floor) for count in (len(target), size)))

@@ -120,7 +120,9 @@ class Recorder(pl.Callback):
         self._write(trainer, "val/loss", per_token, "nats_per_token", step, now_s)
         self._write(trainer, "val/loss_bytes", per_byte, "nats_per_byte", step, now_s)
         if self.data.bigram is not None and step == 0:
-            self.writer.write("baseline/bigram", self.data.bigram.nats_per_byte, unit="nats_per_byte", step=0)
+            bigram = self.data.bigram
+            self.writer.write("baseline/bigram", bigram.nats_per_byte, unit="nats_per_byte", step=0)
+            self.writer.write("baseline/bigram_floor", bigram.floor_nats_per_byte, unit="nats_per_byte", step=0)
         model = module.run.model
         # the explicit weights of a layer take at most 1 GiB, unless one window needs more
         windows = max(1, min(module.run.batch, 2**28 // (model.nheads * model.seqlen**2)))

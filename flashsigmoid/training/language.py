@@ -173,7 +173,8 @@ def train(
         command: how the run was started, for the records. Default: this process's command line.
 
     Returns:
-        The last validation and the baseline: "val/loss", "val/loss_bytes", "baseline/bigram" (text files only).
+        The last validation and, of text files, the baselines: "val/loss", "val/loss_bytes", "baseline/bigram",
+        "baseline/bigram_floor".
 
     Raises:
         FileNotFoundError: there is no data at the path.
@@ -193,7 +194,7 @@ def train(
     step = 0 if start is None else int(start.name.removeprefix("step-"))
     if step < run.steps:
         _fit(run, data, config, out_dir, start, step, device, show, command)
-    final = ("val/loss", "val/loss_bytes", "baseline/bigram")
+    final = ("val/loss", "val/loss_bytes", "baseline/bigram", "baseline/bigram_floor")
     return {
         r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in final and r.value is not None
     }

@@ -69,6 +69,7 @@ def make_run(
                 writer.write(name, value, **fields)
 
         write("baseline/bigram", BIGRAM, unit="nats_per_byte")
+        write("baseline/bigram_floor", BIGRAM - 0.13, unit="nats_per_byte")
         for step in range(0, (steps if stop is None else stop) + 1, 5):
             when = {"step": step, "time_s": time_scale * step}
             train = loss(step) - 0.05 + noise.gauss(0, 0.05)

@@ -132,6 +132,8 @@ def test_the_statement_has_the_numbers(seeds: Path) -> None:
         "Sigmoid ends 0.020 above softmax (seed by seed +0.010 to +0.030, standard deviation 0.010).",
         "Sigmoid is below the 2.480 of a bigram model",
         "“sigmoid, sigmoid_bias=0.0” is not below the 2.480 of a bigram model",
+        "Softmax is below the 2.350 that the best function of the previous token alone could reach.",
+        "“sigmoid, sigmoid_bias=0.0” is not below the 2.350 that",
     ):
         assert claim in text
     assert warnings(arms_of(seeds)) == []
@@ -283,6 +285,7 @@ def test_the_page_stands_alone(seeds: Path, tmp_path: Path) -> None:
     assert not {colour for colour in (*LIGHT, *DARK, "#000000", "#010203") if colour in svgs}
     assert {f"var(--arm-{i})" for i in range(3)} <= set(re.findall(r"var\(--arm-\d\)", svgs))
     assert "bigram 2.480" in svgs
+    assert "any bigram 2.350" in svgs
 
     assert " ".join(statement(arms_of(seeds))) in page.text
     assert page.tags.count("pre") == 3

@@ -47,7 +47,17 @@ def test_every_record_is_there(tmp_path, text):
         steps.setdefault(record.name, []).append(record.step)
     every, validated = list(range(1, 13)), [0, 6, 12]
     assert {name for name in steps if "/layer_" not in name} == {
-        *("train/loss", "grad_norm", "lr", "tokens_per_s", "val/loss", "val/loss_bytes", "baseline/bigram", "sample"),
+        *(
+            "train/loss",
+            "grad_norm",
+            "lr",
+            "tokens_per_s",
+            "val/loss",
+            "val/loss_bytes",
+            "baseline/bigram",
+            "baseline/bigram_floor",
+            "sample",
+        ),
     }
     assert all(steps[name] == every for name in ("train/loss", "grad_norm", "lr", "tokens_per_s"))
     assert all(steps[name] == validated for name in ("val/loss", "val/loss_bytes"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from dataclasses import replace
@@ -10,9 +11,11 @@ import pytest
 from training.tiny import differences, remains, tiny_run, write_text
 
 from flashsigmoid.record import read_records
+from flashsigmoid.training import language
 from flashsigmoid.training.callbacks import Interrupted, Progress
 from flashsigmoid.training.checkpoint import checkpoints
-from flashsigmoid.training.language import train
+
+train = functools.partial(language.train, device="cpu")  # where the same bits are promised
 
 
 def quiet(progress: Progress) -> None:

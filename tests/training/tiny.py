@@ -68,7 +68,7 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     """Every place where two nests of containers and tensors differ by as much as a bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape
-        same = same and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+        same = same and a.cpu().contiguous().numpy().tobytes() == b.cpu().contiguous().numpy().tobytes()
         return [] if same else [where]
     if type(a) is not type(b):
         return [where]

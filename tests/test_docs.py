@@ -1,0 +1,94 @@
+"""What the pages show runs, what they point to exists, and the public names are on the API page."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_public_api import public_names
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language ("" is none) on a page."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    return [text for name, text in blocks if name == language]
+
+
+@pages
+def test_python_on_a_page_runs_from_top_to_bottom(page: Path) -> None:
+    source = "\n".join(fenced(page, "python"))
+    if not source:
+        pytest.skip(f"no python on {page.name}")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", source],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def command_lines() -> list[str]:
+    """Every line of a plain block that calls flashsigmoid, without its comment."""
+    lines = [line for page in PAGES for block in fenced(page, "") for line in block.splitlines()]
+    return sorted({line.split("  #")[0].strip() for line in lines if line.startswith("flashsigmoid ")})
+
+
+def test_documented_options_exist() -> None:
+    """Each option on a page is one of its command; commands are not run here."""
+    pytest.importorskip("typer")
+    from typer.main import get_command
+
+    from flashsigmoid.cli import app
+
+    commands = get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]
+    found = command_lines()
+    assert len(found) > 5
+    for line in found:
+        command, *words = shlex.split(line)[1:]
+        known = {
+            option for parameter in commands[command].params for option in (*parameter.opts, *parameter.secondary_opts)
+        }
+        for word in words:
+            if word.startswith("--"):
+                assert word.partition("=")[0] in known, line
+
+
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text("utf-8")):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), target
+
+
+def test_every_public_name_is_on_the_api_page() -> None:
+    text = (ROOT / "docs" / "api.md").read_text("utf-8")
+    for module in ("flashsigmoid", "flashsigmoid.nn"):
+        for name in public_names(importlib.import_module(module)):
+            assert f"::: {module}.{name}\n" in text or name == "nn", name
+
+
+def test_pages_build_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="the pages need the extra docs")
+    pytest.importorskip("mkdocstrings_handlers.python", reason="the pages need the extra docs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
