@@ -253,7 +253,7 @@ def _against_bigrams(arms: Sequence[Arm]) -> list[str]:
         (BIGRAM, "of a bigram model of the same text"),
         (FLOOR, "that the best function of the previous token alone could reach"),
     ):
-        known = [(arm, arm.below(name), arm.baselines(name).mean) for arm in arms if arm.below(name)]
+        known = [(arm, below, arm.baselines(name).mean) for arm in arms if (below := arm.below(name))]
         if len(known) > 1 and len(known) == len(arms) and all(below == of for _, (below, of), _ in known):
             values = _join(sorted({loss_text(value) for _, _, value in known}))
             who = "Both arms" if len(known) == 2 else f"All {_count(len(known), 'arm')}"
