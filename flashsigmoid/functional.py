@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 from .backends import Explanation, op, reference
-from .backends.problem import make_problem
+from .backends.problem import BackendUnsupported, make_problem
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -208,6 +209,7 @@ def _attention(
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     left, right = window_size
     if backend != "reference":
+        _refuse_tangents(q, k, v, bias, alibi_slopes)
         return torch.ops.flashsigmoid.fwd(
             q, k, v, bias, alibi_slopes, seed,
             number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, backend,
@@ -230,6 +232,14 @@ def _attention(
     )
     with op.full_precision(q.device.type):
         return reference.forward(problem, q, k, v, bias, alibi_slopes, seed)
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """A torch.library op would drop them without a word."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise BackendUnsupported(
+            "forward-mode derivatives need backend='reference', got a fused backend, which has none"
+        )
 
 
 def _split_bias(sigmoid_bias: float | Tensor | None) -> tuple[Tensor | None, float | None]:

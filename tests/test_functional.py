@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -191,6 +192,31 @@ def test_double_backward_is_right_or_one_clear_error() -> None:
     (dq,) = torch.autograd.grad(sigmoid_attention(*leaves, backend="reference").sum(), leaves[0], create_graph=True)
     dq.sum().backward()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
+
+
+def test_forward_mode_is_right_or_one_clear_error() -> None:
+    def call(q, k, v, **options):
+        return sigmoid_attention(q, k, v, causal=True, **options)
+
+    def product(**options):
+        return torch.func.jvp(lambda *x: call(*x, **options), (Q, K, V), (Q.sin(), K.cos(), V.exp()))[1]
+
+    for transform in (product, lambda: torch.func.jvp(lambda v: call(Q, K, v), (V,), (V,))):
+        with pytest.raises(BackendUnsupported, match="forward-mode derivatives need backend='reference'"):
+            transform()
+    step = 1e-6
+    moved = [(x.double() + sign * step * dx.double()) for sign in (1, -1) for x, dx in
+             ((Q, Q.sin()), (K, K.cos()), (V, V.exp()))]  # fmt: skip
+    expected = (call(*moved[:3]) - call(*moved[3:])) / (2 * step)
+    torch.testing.assert_close(product(backend="reference").double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_vmap_is_a_loop() -> None:
+    q = torch.stack([Q, Q.flip(0)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it loops
+        out = torch.vmap(lambda q: sigmoid_attention(q, K, V, causal=True))(q)
+    torch.testing.assert_close(out, torch.stack([sigmoid_attention(each, K, V, causal=True) for each in q]))
 
 
 def test_only_wanted_gradients() -> None:

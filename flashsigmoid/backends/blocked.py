@@ -42,7 +42,7 @@ class Slab:
     heads: slice
 
     def of(self, x: Tensor) -> Tensor:
-        """(batch, seqlen, nheads, dim) -> (heads of the slab, seqlen, dim): a view of one sequence, a copy of several."""
+        """(batch, seqlen, nheads, dim) -> (heads of the slab, seqlen, dim), a view of one sequence, else a copy."""
         return x[self.batch, :, self.heads].transpose(1, 2).flatten(0, 1)
 
     def rows(self, x: Tensor | None) -> Tensor | None:

@@ -30,7 +30,7 @@ def run(
     """Measure the problems and return the records; with `out`, write them there too.
 
     For each problem, each work ("forward", or "both": forward and backward) and each candidate: median, p10 and p90 of
-    the time in ms, the speed in TFLOP/s, and the median ratio to torch's softmax in the same rounds. A candidate of ours
+    the time in ms, the speed in TFLOP/s, and the median ratio to torch's softmax in the same rounds. A backend of ours
     outside the error budget is an error, not a row.
 
     Args:

@@ -1,4 +1,4 @@
-"""Times several functions against each other: interleaved, in rotated order, so that a noisy machine is noisy to all."""
+"""Times several functions against each other: interleaved, in rotated order, so that noise falls on all of them."""
 
 from __future__ import annotations
 

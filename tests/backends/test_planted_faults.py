@@ -1,4 +1,4 @@
-"""The error budget catches faults: each is planted into each backend at n = 4096 and b = -log n, where outputs are small.
+"""The error budget catches faults: each is planted into each backend at n = 4096 and b = -log n: outputs are small.
 
 `python -m pytest tests/backends/test_planted_faults.py -s` prints the table of fault x tensor; with `-m long` it covers
 bfloat16 too and writes benchmarks/results/planted-faults.jsonl.

@@ -1,4 +1,4 @@
-"""Plain torch on a CUDA device: the backends inside the budget, in O(seqlen) memory, compiled, in graphs, in training."""
+"""Plain torch on a CUDA device: inside the budget, in O(seqlen) memory, compiled, in graphs, in training."""
 
 from __future__ import annotations
 

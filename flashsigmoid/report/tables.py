@@ -1,0 +1,91 @@
+"""python -m flashsigmoid.report.tables PAGE...    writes the tables of Markdown pages anew, from records.
+
+A table stands between <!-- table KIND PATH --> and <!-- end -->, with PATH from the working folder: a page cannot say
+what its record does not.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..record import Record, read_records
+from .summary import summary_rows
+
+_MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(^<!-- end -->$)", flags=re.DOTALL | re.MULTILINE)
+
+
+def arms(path: str | Path) -> str:
+    """The arms of the runs in a folder, one per column, as the report's summary has them."""
+    rows = summary_rows([path])
+    label, *names = rows[0]
+    return _table([label, *(row[label] for row in rows)], [[name, *(row[name] for row in rows)] for name in names])
+
+
+def speed(path: str | Path) -> str:
+    """A file of `flashsigmoid bench`: median ms of each candidate, and its speed over torch's softmax attention."""
+    records = [r for r in read_records(path).records if "work" in r.tags]
+    peers = list(dict.fromkeys(r.tags["peer"] for r in records))
+    problems = dict.fromkeys((r.tags["problem"], r.tags["work"]) for r in records)
+    values = {(r.name, r.tags["problem"], r.tags["work"], r.tags["peer"]): r.value for r in records}
+    rows = []
+    for problem, work in problems:
+        cells = []
+        for peer in peers:
+            ms, over = (values[name, problem, work, peer] for name in ("time_ms", "speedup_over_sdpa"))
+            cells.append(f"{ms:.1f} ({over:.2f})")
+        rows.append([f"{problem}, {'forward' if work == 'forward' else 'forward and backward'}", *cells])
+    return _table(["ms (over softmax sdpa)", *map(str, peers)], rows)
+
+
+def faults(path: str | Path) -> str:
+    """The record of planted faults: times over the error budget, a table per backend and dtype."""
+    records = [r for r in read_records(path).records if r.name == "error_over_budget"]
+    parts = []
+    for backend, dtype in dict.fromkeys((r.tags["backend"], r.tags["dtype"]) for r in records):
+        own = [r for r in records if (r.tags["backend"], r.tags["dtype"]) == (backend, dtype)]
+        tensors = list(dict.fromkeys(str(r.tags["tensor"]) for r in own))
+        values = {(r.tags["fault"], r.tags["tensor"]): r for r in own}
+        rows = [
+            [str(fault), *(_times(values[fault, tensor]) for tensor in tensors)]
+            for fault in dict.fromkeys(r.tags["fault"] for r in own)
+        ]
+        parts.append(_table([f"{backend}, {dtype}", *tensors], rows))
+    return "\n".join(parts)
+
+
+KINDS: dict[str, Callable[[str | Path], str]] = {"arms": arms, "speed": speed, "faults": faults}
+
+
+def rewrite(text: str) -> str:
+    """A page with each marked table rendered from its record.
+
+    Raises:
+        ValueError: an unknown kind, or records that cannot be read.
+    """
+
+    def render(match: re.Match[str]) -> str:
+        opening, kind, path, closing = match.groups()
+        if kind not in KINDS:
+            raise ValueError(f"kind of a table must be one of {', '.join(KINDS)}, got {kind}")
+        return f"{opening}\n{KINDS[kind](path)}\n{closing}"
+
+    return _MARKED.sub(render, text)
+
+
+def _times(record: Record) -> str:
+    assert record.value is not None
+    return f"{record.value:.2g}" if record.value < 1000 else f"{record.value:.0e}".replace("e+0", "e")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        page = Path(name)
+        page.write_text(rewrite(page.read_text("utf-8")), "utf-8")
