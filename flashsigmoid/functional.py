@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 Window = tuple[int | None, int | None]
 _SIGMOIDS = ("auto", "exact", "fast")
+# asked once: the compiler of torch 2.11 cannot trace the question
+_AUTOCAST = {
+    device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torch.amp.is_autocast_available(device)
+}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -251,7 +255,7 @@ def _split_bias(sigmoid_bias: float | Tensor | None) -> tuple[Tensor | None, flo
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in autocast's dtype where autocast is on; float64 is left alone, as autocast does."""
     device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -252,13 +252,13 @@ class _Tiles:
 
 
 def _tile(problem: Problem) -> tuple[int, int]:
-    """(queries, keys) of a tile: 256 keys leave a head's half megabyte of scores in its core's cache (docs/log.md)."""
-    return 512, 256
+    """(queries, keys) of a tile; on a CPU half a megabyte of scores, which stays in a core's cache (docs/log.md)."""
+    return (512, 256) if problem.device == "cpu" else (2048, 2048)
 
 
 def _strip(problem: Problem) -> int:
     """Rows of a strip where a tile is partly masked: fewer waste less work, more make better matrix products."""
-    return 128
+    return 128 if problem.device == "cpu" else 512
 
 
 def _scores(problem: Problem) -> int:

@@ -42,7 +42,7 @@ def test_a_slab_that_is_not_everything(monkeypatch) -> None:
     options = Options(sigmoid_bias=-math.log(300), causal=True)
     expected = compute(*tensors, backend="blocked", **options)
     for heads in (1, 3, 4, 8):
-        monkeypatch.setattr(blocked, "_scores", lambda problem, heads=heads: heads * 300 * 256)
+        monkeypatch.setattr(blocked, "_scores", lambda problem, heads=heads: heads * 300 * 300)
         for name, result in compute(*tensors, backend="blocked", **options).items():
             torch.testing.assert_close(result, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
