@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from test_public_api import public_names
 
+from flashsigmoid.report.tables import rewrite
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -63,6 +65,23 @@ def test_documented_options_exist() -> None:
         for word in words:
             if word.startswith("--"):
                 assert word.partition("=")[0] in known, line
+
+
+@pages
+def test_tables_are_those_of_the_records(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = page.read_text("utf-8")
+    assert rewrite(text) == text, f"python -m flashsigmoid.report.tables {page.relative_to(ROOT)}"
+
+
+def test_a_changed_number_in_a_table_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = "<!-- table speed benchmarks/results/blocked-cuda-float32.jsonl -->\n<!-- end -->\n"
+    page = rewrite(text)
+    assert page.count("\n| cpu-") == 12
+    assert rewrite(page.replace("cpu-512", "cpu-513")) == page
+    with pytest.raises(ValueError, match="kind of a table must be one of arms, speed, faults, got sped"):
+        rewrite(text.replace("speed", "sped"))
 
 
 @pages
