@@ -219,7 +219,9 @@ def _remove_run(folder: Path) -> None:
 def _print_rows(rows: list[dict[str, str]]) -> None:
     """One column per arm: there are few of them and many numbers."""
     label, *names = rows[0]
-    table = Table(label, *(row[label] for row in rows))
+    table = Table()
+    for heading in (label, *(row[label] for row in rows)):
+        table.add_column(heading, overflow="fold")
     for name in names:
         table.add_row(name, *(row[name] for row in rows))
     Console().print(table)

@@ -222,7 +222,8 @@ def _loss_limits(arms: Sequence[Arm]) -> tuple[float, float] | None:
         return None
     least, most = min(finite), max([*finite, *_baselines(arms, BIGRAM)])
     ends = max([least, *_baselines(arms, BIGRAM), *(value for arm in arms for value in arm.finals.values)])
-    top = min(ends + 0.8 * (ends - least or 1.0), most)
+    legend = 0.35 + 0.15 * len(arms)  # room for its lines above the curves
+    top = min(ends + legend * (ends - least or 1.0), most)
     margin = 0.06 * (top - least or 1.0)
     return least - margin, top + margin
 

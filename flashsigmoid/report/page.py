@@ -18,7 +18,6 @@ from .summary import (
     loss_unit,
     norm_text,
     seeds_text,
-    spread_text,
     statement,
     steps_text,
     time_text,
@@ -89,7 +88,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _page(arms: Sequence[Arm], drawings: Sequence[Drawing]) -> str:
-    heading, lead = escape(title(arms)), escape(" ".join(statement(arms)))
+    heading, (lead, *facts) = escape(title(arms)), map(escape, statement(arms))
     # nothing may be loaded, and no script may run
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     losses, statistics = drawings[: -len(_STATISTICS)], drawings[-len(_STATISTICS) :]
@@ -104,7 +103,8 @@ def _page(arms: Sequence[Arm], drawings: Sequence[Drawing]) -> str:
 </head>
 <body>
 <main>
-<header><h1>{heading}</h1><p class="lead">{lead}</p></header>
+<header><h1>{heading}</h1><p class="lead">{lead}</p>
+<ul class="lead">{"".join(f"<li>{fact}</li>" for fact in facts)}</ul></header>
 {_warnings(arms)}
 {_cards(arms)}
 <section><h2>Loss</h2><div class="pair">{"".join(map(_figure, losses))}</div></section>
@@ -131,7 +131,7 @@ def _cards(arms: Sequence[Arm]) -> str:
         facts = {
             "over seeds": f"{loss_text(min(finals))} to {loss_text(max(finals))}" if len(finals) > 1 else "",
             f"minus {base.label}": "" if arm is base else difference_text(arm, base),
-            "best on the way": spread_text(arm.bests),
+            "best on the way": "" if arm.bests == arm.finals or not arm.bests.values else loss_text(arm.bests.mean),
             "below bigram": below_text(arm, BIGRAM),
             "below any bigram": below_text(arm, FLOOR),
             "first |A V|": norm_text(arm),
@@ -289,14 +289,16 @@ main{max-width:1120px;margin:0 auto;padding:2.5rem 1.25rem 4rem}
 h1{font-size:clamp(1.6rem,4.5vw,2.3rem);line-height:1.15;letter-spacing:-.015em;margin:0 0 .8rem}
 h2{font-size:1.3rem;margin:3rem 0 1rem}
 h3{font-size:1rem;margin:0 0 .5rem;overflow-wrap:anywhere}
-.lead{max-width:78ch;margin:0;font-size:1.05rem}
+.lead{max-width:92ch;margin:0;font-size:1.05rem}
+ul.lead{margin-top:.6rem;padding-left:1.2rem}
+.lead li{margin:.25rem 0}
 aside{margin:1.5rem 0 0;padding:.1rem 1rem;border-left:4px solid var(--warn);background:var(--card)}
 aside ul{margin:.6rem 0;padding-left:1.1rem}
 article,figure,.scroll{background:var(--card);border:1px solid var(--line);border-radius:10px}
 article,figure{padding:1rem 1.1rem;min-width:0}
 figure{margin:0 0 1rem}
 .cards,.samples,.pair,.panels{display:grid;gap:1rem}
-.cards,.samples{grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr))}
+.cards,.samples{grid-template-columns:repeat(auto-fit,minmax(min(100%,15.5rem),1fr))}
 .pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 .panels{grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:.5rem}
 .cards{margin-top:1.75rem}
@@ -305,7 +307,7 @@ figure{margin:0 0 1rem}
 .unit{margin:0;color:var(--soft);font-size:.88rem}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.15rem 1rem;margin:.9rem 0 0;font-size:.92rem}
 dt{color:var(--soft)}
-dd{margin:0;text-align:right;font-variant-numeric:tabular-nums}
+dd{margin:0;text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 figcaption{color:var(--soft);font-size:.88rem;max-width:95ch;margin-top:.4rem}
 .panel{max-width:34rem}
 svg{display:block;width:100%;height:auto}

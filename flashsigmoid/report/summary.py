@@ -247,28 +247,29 @@ def _difference(arm: Arm, base: Arm) -> str:
 
 
 def _against_bigrams(arms: Sequence[Arm]) -> list[str]:
-    """Whether the last losses are below each baseline: one sentence if all are, else one each."""
+    """Whether the last losses are below each baseline: one sentence for each value of it."""
     sentences = []
     for name, what in (
         (BIGRAM, "of a bigram model of the same text"),
         (FLOOR, "that the best function of the previous token alone could reach"),
     ):
-        known = [(arm, below, arm.baselines(name).mean) for arm in arms if (below := arm.below(name))]
-        if len(known) > 1 and len(known) == len(arms) and all(below == of for _, (below, of), _ in known):
-            values = _join(sorted({loss_text(value) for _, _, value in known}))
-            who = "Both arms" if len(known) == 2 else f"All {_count(len(known), 'arm')}"
-            sentences.append(f"{who} are below the {values} {what}.")
-        else:
-            sentences += [
-                f"{quoted(arm)} {_where(*below)} the {loss_text(value)} {what}." for arm, below, value in known
-            ]
+        known = [(arm, below, loss_text(arm.baselines(name).mean)) for arm in arms if (below := arm.below(name))]
+        for value in dict.fromkeys(value for *_, value in known):
+            ends = [(arm, below, of) for arm, (below, of), each in known if each == value]
+            under = [quoted(arm) for arm, below, of in ends if below == of]
+            if len(under) == len(arms) > 1:
+                who = "Both arms" if len(arms) == 2 else f"All {_count(len(arms), 'arm')}"
+                sentences.append(f"{who} are below the {value} {what}.")
+                continue
+            clauses = [f"{_join(under)} {'are' if len(under) > 1 else 'is'} below"] if under else []
+            clauses += [f"{quoted(arm)} {_where(below, of)}" for arm, below, of in ends if below < of]
+            clauses[0] += f" the {value} {what}"
+            sentences.append(f"{', '.join(clauses)}.")
     return sentences
 
 
 def _where(below: int, of: int) -> str:
-    if below in (0, of):
-        return "is below" if below else "is not below"
-    return f"is in {below} of {of} runs below"
+    return f"is below in {below} of {of} runs" if below else "is not below"
 
 
 def _is_open(arm: Arm, base: Arm) -> bool:
