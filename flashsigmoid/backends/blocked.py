@@ -262,8 +262,13 @@ def _strip(problem: Problem) -> int:
 
 
 def _scores(problem: Problem) -> int:
-    """How many scores one operation takes: 2 MB of them for every core, elsewhere 256 MB in all."""
-    return torch.get_num_threads() * 2**19 if problem.device == "cpu" else 2**26
+    """How many scores one operation takes: 2 MB of them for every core, elsewhere 256 MB in all.
+
+    Fewer there with dropout, whose bits take some 50 bytes a score while they are made.
+    """
+    if problem.device == "cpu":
+        return torch.get_num_threads() * 2**19
+    return 2**23 if problem.dropout_p else 2**26
 
 
 def _slabs(problem: Problem, tile: int) -> list[Slab]:

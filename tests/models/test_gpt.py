@@ -83,6 +83,17 @@ def test_the_bias_is_the_training_contexts_whatever_the_input():
     assert (alone - inside).norm() < 1e-13 * inside.norm()
 
 
+@pytest.mark.parametrize("bias", [-math.inf, None])
+def test_without_attention_only_the_last_token_counts(bias):
+    """b = -inf: what the bigram floor is the floor of. With the usual bias the past does count."""
+    model = GPT(replace(SMALL, sigmoid_bias=bias)).eval()
+    tokens = torch.randint(61, (1, 24))
+    other = torch.cat([tokens[:, :-1].flip(1), tokens[:, -1:]], dim=1)
+    with torch.no_grad():
+        same = torch.equal(model(tokens)[:, -1], model(other)[:, -1])
+    assert same == (bias is not None)
+
+
 def test_the_first_loss_is_nearly_uniform():
     config = replace(SMALL, vocab_size=1000, dim=128)
     tokens = torch.randint(1000, (8, 25))
