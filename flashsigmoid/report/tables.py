@@ -77,7 +77,9 @@ def rewrite(text: str) -> str:
 
 def _times(record: Record) -> str:
     assert record.value is not None
-    return f"{record.value:.2g}" if record.value < 1000 else f"{record.value:.0e}".replace("e+0", "e")
+    if record.value >= 1000:
+        return f"{record.value:.0e}".replace("e+0", "e")
+    return f"{record.value:.0f}" if record.value >= 10 else f"{record.value:.2g}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
