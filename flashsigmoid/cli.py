@@ -191,7 +191,7 @@ def _progress() -> Iterator[Show]:
         return
     columns = (
         "{task.description}",
-        BarColumn(),
+        BarColumn(bar_width=20),  # the line fits a terminal of 80 columns
         MofNCompleteColumn(),
         "{task.fields[numbers]}",
         TimeRemainingColumn(),
@@ -202,7 +202,8 @@ def _progress() -> Iterator[Show]:
         def show(progress: Progress) -> None:
             if progress.name not in tasks:
                 tasks[progress.name] = bar.add_task(progress.name, total=progress.steps, numbers="")
-            numbers = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items() if "/" in name)
+            losses = {"val": progress.metrics.get("val/loss"), "train": progress.metrics.get("train/loss")}
+            numbers = "  ".join(f"{name} {value:.3f}" for name, value in losses.items() if value is not None)
             bar.update(tasks[progress.name], completed=progress.step, numbers=numbers)
 
         yield show

@@ -124,8 +124,9 @@ def test_an_environment_without_python_is_made_anew(copy, tmp_path, fake_python)
 
 def write_python(folder: Path, source: str) -> Path:
     """An interpreter that runs `source` first: how an old or a crippled one looks."""
-    script = folder / "otherpython"
-    script.write_text(f"#!{sys.executable}\nimport sys\n{source}\nexec(sys.argv[2])\n")
+    program, script = folder / "otherpython.py", folder / "otherpython"
+    program.write_text(f"import sys\n{source}\nexec(sys.argv[2])\n")
+    script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
     script.chmod(0o755)
     return script
 
