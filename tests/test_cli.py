@@ -286,7 +286,7 @@ def test_a_terminal_gets_a_bar(flashsigmoid, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     outcome = flashsigmoid("train", "demo", "--steps", "2", "--device", "cpu", *TINY)
     assert outcome.code == 0, outcome.err
-    assert re.search(r"demo sigmoid +━+ +2/2 +val \d\.\d{3}  train \d\.\d{3}", re.sub(r"\x1b\[[\d;?]*\w", "", outcome.err))
+    assert re.search(r"demo sigmoid .*━.* 2/2 +val \d\.\d{3}", re.sub(r"\x1b\[[\d;?]*\w", "", outcome.err))
 
 
 def test_fresh_removes_nothing_but_runs(flashsigmoid, tmp_path):
