@@ -75,7 +75,7 @@ def _print_error(error: Exception) -> None:
     elif message := getattr(error, "format_message", None):  # typer's
         context = getattr(error, "ctx", None)
         text = message() + (f" (see {context.command_path} --help)" if context else "")
-    elif isinstance(error, ValueError):
+    elif isinstance(error, ValueError | OSError):
         text = str(error)
     else:
         text = f"{type(error).__name__}: {error}"

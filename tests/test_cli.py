@@ -73,7 +73,7 @@ def assert_one_error(outcome: Outcome, code: int, *words: str) -> None:
     """One line on stderr that says what is wrong, nothing else, and the exit code."""
     assert outcome.code == code, outcome
     (line,) = outcome.err.splitlines()
-    assert line.startswith("error: ")
+    assert re.match(r"error: (?!\w+Error)", line), line  # the rule, not the name of a class
     for word in words:
         assert word in line
     assert outcome.out == ""

@@ -108,8 +108,9 @@ def paper_1b() -> LanguageRun:
 
 
 def paper_7b() -> LanguageRun:
-    """The paper's 7B at n = 4096: the description and its memory; one device does not hold its training state with
-    activations of more than a few thousand tokens.
+    """The paper's 7B at n = 4096: a description; one device does not hold its training.
+
+    Its state leaves no room for the activations of more than a few thousand tokens.
 
     Paper: arXiv:2409.04431 (32 layers of 4096). Command: flashsigmoid train paper_7b, once training shards.
     Hardware, wall time, expected: not yet measured (paper: parity with softmax).
