@@ -113,7 +113,7 @@ def demo(
     folders = [out / name for name in arms]
     page = write_report(folders, out)
     _print_rows(summary_rows(folders))
-    if "baseline/bigram" in results["sigmoid"]:
+    if "baseline/bigram_floor" in results["sigmoid"]:
         bigram, floor = (results["sigmoid"][f"baseline/{name}"] for name in ("bigram", "bigram_floor"))
         print(f"nats per byte of a bigram model of the same text: {bigram:.3f}, of the best there can be: {floor:.3f}")
     print(f"report: {page.absolute()}")
@@ -163,8 +163,9 @@ def train(
     }
     given = {name: text for name, text in flags.items() if text is not None}
     run = override(RECIPES[recipe](), given, _assignments(assignments))
-    if sigmoid_bias is not None and run.model.attention != "sigmoid":
-        raise ValueError(f"sigmoid_bias has no effect with attention={run.model.attention}, got {sigmoid_bias}")
+    if run.model.sigmoid_bias is not None and run.model.attention != "sigmoid":
+        bias = run.model.sigmoid_bias
+        raise ValueError(f"sigmoid_bias has no effect with attention={run.model.attention}, got {bias}")
     folder = out or Path("runs") / recipe / run.model.attention
     results = _train(run, folder, resume=resume, device=device)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))

@@ -132,6 +132,11 @@ def test_version(flashsigmoid):
             1,
             "sigmoid_bias has no effect",
         ),
+        (
+            ["train", "demo", "--attention", "softmax", "--set", "model.sigmoid_bias=0"],
+            1,
+            "sigmoid_bias has no effect",
+        ),
         (["train", "demo", "--data", "nowhere.txt"], 1, "nowhere.txt"),
         (["train", "demo", "--out", "."], 1, "must not hold a run"),
         (["demo", "--set", "attention=softmax"], 1, "the demo trains both arms"),

@@ -25,20 +25,20 @@ def fenced(page: Path, language: str) -> list[str]:
     return [text for name, text in blocks if name == language]
 
 
+def run_python(*words: str) -> str:
+    """What a python said, in the root of the repository; it must succeed."""
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
 @pages
 def test_python_on_a_page_runs_from_top_to_bottom(page: Path) -> None:
     source = "\n".join(fenced(page, "python"))
     if not source:
         pytest.skip(f"no python on {page.name}")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", source],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_python("-W", "error", "-c", source)
 
 
 def command_lines() -> list[str]:
@@ -101,13 +101,5 @@ def test_every_public_name_is_on_the_api_page() -> None:
 def test_pages_build_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the pages need the extra docs")
     pytest.importorskip("mkdocstrings_handlers.python", reason="the pages need the extra docs")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stdout + done.stderr
+    said = run_python("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site"))
+    assert "WARNING" not in said
