@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
@@ -24,6 +23,7 @@ from rich.table import Table
 from . import __version__
 
 if TYPE_CHECKING:
+    from .record import Record
     from .training.callbacks import Progress, Show
     from .training.run import LanguageRun
 
@@ -363,56 +363,111 @@ def explain(
     print(backends.explain(problem, backend))
 
 
-@app.command(epilog="Example: flashsigmoid bench cpu-2k-d64 --work forward --out runs/bench/records.jsonl")
+@app.command(
+    epilog="Examples: flashsigmoid bench cpu-2k-d64 --work forward; "
+    "flashsigmoid bench 'lm-4k-*' --device cuda --peer triton --peer fa3 --out runs/bench.jsonl --plot runs/bench.png"
+)
 def bench(
     problems: Annotated[
-        list[str] | None, typer.Argument(help="Names, see --list; all of them by default.", show_default=False)
+        list[str] | None,
+        typer.Argument(help="Names, globs or beginnings, see --list; default: the device's.", show_default=False),
     ] = None,
     work: Annotated[
-        Literal["forward", "both"] | None, typer.Option(help="forward, or both: with backward; each by default.")
+        list[str] | None,
+        typer.Option(help="forward, backward, or both; may be repeated, each by default.", show_default=False),
     ] = None,
-    dtype: Annotated[Literal["float16", "bfloat16", "float32"], typer.Option(help="Of q, k, v.")] = "float32",
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="A candidate to time, see --list; may be repeated, all by default.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        Literal["float16", "bfloat16", "float32"] | None,
+        typer.Option(help="Of q, k, v.", show_default="float32 on the CPU, else bfloat16"),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which every candidate is timed once.")] = 15,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    graphs: Annotated[bool, typer.Option("--graphs/--no-graphs", help="On CUDA, all as CUDA graphs or none.")] = True,
+    libraries: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--load-library",
+            help="Shared library of a peer's operators, or the libcudart it needs before it; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Records file to write too.", show_default=False)] = None,
-    list_problems: Annotated[bool, typer.Option("--list", help="List the problems.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Figure to draw, PNG or SVG.", show_default=False)] = None,
+    list_problems: Annotated[bool, typer.Option("--list", help="List the problems and the candidates.")] = False,
 ) -> None:
-    """Time sigmoid attention beside torch's softmax attention and the bare products. It must be right to be timed."""
+    """Time sigmoid attention beside everybody else's, with its error beside its speed. It must be right to be timed."""
     import torch
 
-    from .bench.problems import PROBLEMS
-    from .bench.run import WORKS, run
+    from .bench.peers import candidates, load_library
+    from .bench.problems import PROBLEMS, WORKS
+    from .bench.run import run
+    from .record import read_records
 
     if list_problems:
         for shape in PROBLEMS.values():
             print(shape)
+        print(f"peers: {', '.join(candidates())}")
         return
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise ValueError(f"--plot must end in .png or .svg, got {plot}")
+    for library in libraries or ():
+        load_library(library)
     records = run(
-        problems or list(PROBLEMS),
-        works=[work] if work else WORKS,
-        dtype=getattr(torch, dtype),
+        problems or (),
+        works=work or WORKS,
+        dtype=getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")),
         rounds=rounds,
+        names=peer or (),
         device=device,
+        graphs=graphs,
         out=out,
+        show=_print_speeds,
     )
-    rows: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    print("x: speed over the best softmax; error: relative rms against float64, of the worst tensor;")
+    print("budget: error over what is allowed; MiB: most memory in use beyond the inputs")
+    if out is not None and read_records(out).header["dirty"]:
+        print(f"{out} is not of a clean commit: not to be published")
+    if plot is not None:
+        from .report.speed import write_plot
+
+        write_plot(records, plot)
+
+
+def _print_speeds(records: list[Record]) -> None:
+    """Of one problem: a table per work; then the ceilings, and who was not measured, and why."""
+    from .bench.joined import joined, reasons
+
+    form = "{:17}{:>9}{:>17}{:>9}{:>7}{:>9}{:>8}{:>9}"
+    last = None
+    for row in joined(records):
+        if last != (row.problem, row.work):
+            last = row.problem, row.work
+            print(f"{row.problem}, {row.work}")
+            print(form.format("", "ms", "p10 to p90", "TFLOP/s", "x", "error", "budget", "MiB"))
+        cells = (
+            f"{row.ms:.4g}",
+            f"{row.p10_ms:.4g} to {row.p90_ms:.4g}",
+            f"{row.tflops:.3g}",
+            _or_blank(row.over_softmax, ".2f"),
+            _or_blank(row.error_rms, ".1e"),
+            _or_blank(row.over_budget, ".2f"),
+            _or_blank(row.peak_mib, ".0f"),
+        )
+        print(form.format(row.peer, *cells))
     for record in records:
-        if "work" in record.tags and record.value is not None:
-            problem, kind, peer = (str(record.tags[name]) for name in ("problem", "work", "peer"))
-            rows.setdefault((problem, kind), {}).setdefault(peer, {})[record.name] = record.value
-    table = Table("problem", "work", box=SIMPLE, caption="ms, median; in brackets the speed over softmax sdpa")
-    peers = list(dict.fromkeys(peer for row in rows.values() for peer in row))
-    for peer in peers:
-        table.add_column(peer, no_wrap=True, justify="right")
-    for key, row in rows.items():
-        table.add_row(*key, *(_speed(row.get(peer, {})) for peer in peers))
-    Console().print(table)
+        if record.name.startswith("ceiling_"):
+            print(f"ceiling: {record.tags['peer']} {record.value:.4g} {record.unit}")
+    for line in reasons(records):
+        print(line)
+    print(flush=True)
 
 
-def _speed(row: dict[str, float]) -> str:
-    """As "14.2 (1.04)"."""
-    over = row.get("speedup_over_sdpa")
-    return f"{row['time_ms']:.3g}" + ("" if over is None else f" ({over:.2f})") if row else ""
+def _or_blank(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _assignments(texts: list[str] | None) -> dict[str, str]:

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends import Explanation, op, reference
+from .backends import Explanation, op, packed, reference
 from .backends.problem import BackendUnsupported, make_problem
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int32
 
 Window = tuple[int | None, int | None]
 _SIGMOIDS = ("auto", "exact", "fast")
@@ -68,7 +68,7 @@ def sigmoid_attention(
         dropout_p: probability of dropping a weight; kept ones are divided by 1 - dropout_p. The mask is a function of a
             seed from torch's generator and of global indices, the same in every backend. Default: 0.
         sigmoid: "exact", "fast" (a cheaper formula where the backend has one) or "auto". Default: "auto".
-        backend: "auto", "blocked" or "reference". A named backend never falls back. Default: "auto".
+        backend: "auto", "triton", "blocked" or "reference". A named backend never falls back. Default: "auto".
 
     Returns:
         (batch, seqlen_q, nheads, head_dim_v), contiguous, in the dtype of q. Under autocast, in autocast's dtype.
@@ -89,6 +89,75 @@ def sigmoid_attention(
         dropout_p,
         sigmoid,
         backend,
+    )
+
+
+def sigmoid_attention_varlen(
+    q: Float[Tensor, "total_q nheads head_dim"],
+    k: Float[Tensor, "total_k nheads_k head_dim"],
+    v: Float[Tensor, "total_k nheads_k head_dim_v"],
+    *,
+    cu_seqlens_q: Int32[Tensor, " batch+1"],
+    cu_seqlens_k: Int32[Tensor, " batch+1"],
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    sigmoid_bias: float | Tensor,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (None, None),
+    alibi_slopes: Tensor | None = None,
+    dropout_p: float = 0.0,
+    sigmoid: str = "auto",
+    backend: str = "auto",
+) -> Float[Tensor, "total_q nheads head_dim_v"]:
+    """Sigmoid attention of sequences of different lengths, packed one after the other without padding.
+
+        O[r] = sigmoid_attention(Q[r], K[c], V[c])    with r = cu_seqlens_q[s] : cu_seqlens_q[s + 1], c likewise,
+
+    for every sequence s; causal is bottom-right aligned in each. Rows behind the last sequence, and rows of a sequence
+    without keys, are zero. On a GPU the lengths are never read by the host.
+
+    Args:
+        q: queries (total_q, nheads, head_dim), float16, bfloat16, float32 or float64, any strides.
+        k: keys (total_k, nheads_k, head_dim); query head h reads key head h // (nheads // nheads_k).
+        v: values (total_k, nheads_k, head_dim_v).
+        cu_seqlens_q: int32 (batch + 1,), on the device of q: 0, then where each sequence's queries end.
+        cu_seqlens_k: the same of the keys.
+        max_seqlen_q: the longest sequence's queries; decides block sizes, never the result. Default: total_q.
+        max_seqlen_k: the same of the keys. Default: total_k.
+        sigmoid_bias: b, required, since sequences of different lengths share it: a float, or a tensor of shape (),
+            (nheads,), (batch, nheads) or (total_q, nheads), which may require a gradient; where batch equals total_q,
+            rows are meant.
+        scale, causal, window_size, dropout_p, sigmoid, backend: as in `sigmoid_attention`.
+        alibi_slopes: (nheads,) or (batch, nheads), which may require a gradient. Default: no ALiBi.
+
+    Returns:
+        (total_q, nheads, head_dim_v), contiguous, in the dtype of q. Under autocast, in autocast's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or option outside the rules above; lengths that do not rise, where the host
+            has them.
+        BackendUnsupported: the named backend cannot compute this call; the message says why.
+
+    Source: arXiv:2409.04431, section 2.
+    """
+    if sigmoid_bias is None:
+        raise ValueError("sigmoid_bias is required where sequences have different lengths, got None")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt)):
+            raise ValueError(f"{name} must be an integer, got {longest!r}")
+    return _attention(
+        *_autocast(q, k, v),
+        sigmoid_bias,
+        scale,
+        causal,
+        window_size,
+        alibi_slopes,
+        dropout_p,
+        sigmoid,
+        backend,
+        cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
+        max_seqlens=(max_seqlen_q, max_seqlen_k),
     )
 
 
@@ -206,8 +275,11 @@ def _attention(
     q_offset: int | None = None,
     origin: tuple[int, int, int, int] = (0, 0, 0, 0),
     seed: Tensor | None = None,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+    max_seqlens: tuple[int | None, int | None] = (None, None),
 ) -> Tensor:
-    _validate(q, k, v, sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend)
+    given = (sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend)
+    _validate(q, k, v, *given, cu_seqlens=cu_seqlens)
     bias, number = _split_bias(sigmoid_bias)
     if dropout_p > 0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
@@ -215,8 +287,8 @@ def _attention(
     if backend != "reference":
         _refuse_tangents(q, k, v, bias, alibi_slopes)
         return torch.ops.flashsigmoid.fwd(
-            q, k, v, bias, alibi_slopes, seed,
-            number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, backend,
+            q, k, v, bias, alibi_slopes, seed, *(cu_seqlens or (None, None)),
+            number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, *max_seqlens, backend,
         )  # fmt: skip
     problem = make_problem(
         q,
@@ -233,9 +305,14 @@ def _attention(
         dropout_p=float(dropout_p),
         origin=origin,
         sigmoid=sigmoid,
+        cu_seqlens_q=None if cu_seqlens is None else cu_seqlens[0],
+        max_seqlen_q=max_seqlens[0],
+        max_seqlen_k=max_seqlens[1],
     )
     with op.full_precision(q.device.type):
-        return reference.forward(problem, q, k, v, bias, alibi_slopes, seed)
+        if cu_seqlens is None:
+            return reference.forward(problem, q, k, v, bias, alibi_slopes, seed)
+        return packed.forward(backends.load("reference"), problem, q, k, v, bias, alibi_slopes, seed, cu_seqlens)
 
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
@@ -273,11 +350,15 @@ def _validate(
     dropout_p: float,
     sigmoid: str,
     backend: str,
+    *,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
 ) -> None:
+    is_packed = cu_seqlens is not None
+    layout = "(total, nheads, head_dim)" if is_packed else "(batch, seqlen, nheads, head_dim)"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.is_nested or x.dim() != 4:
+        if not isinstance(x, Tensor) or x.is_nested or x.dim() != (3 if is_packed else 4):
             got = tuple(x.shape) if isinstance(x, Tensor) and not x.is_nested else type(x).__name__
-            raise ValueError(f"{name} must be a dense tensor (batch, seqlen, nheads, head_dim), got {got}")
+            raise ValueError(f"{name} must be a dense tensor {layout}, got {got}")
         if x.dtype not in _DTYPES or x.dtype != q.dtype:
             raise ValueError(
                 "q, k, v must share one dtype of float16, bfloat16, float32, float64, "
@@ -285,25 +366,29 @@ def _validate(
             )
         if x.device != q.device:
             raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
-    batch, seqlen_q, nheads, head_dim = q.shape
-    nheads_k = k.shape[2]
-    if head_dim == 0 or v.shape[3] == 0:
-        raise ValueError(f"head_dim and head_dim_v must be at least 1, got {head_dim} and {v.shape[3]}")
-    if k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(f"k must share batch and head_dim of q, got q {tuple(q.shape)} and k {tuple(k.shape)}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must share batch, seqlen and nheads of k, got k {tuple(k.shape)} and v {tuple(v.shape)}")
+    seqlen_q, nheads, head_dim = q.shape[-3:]
+    nheads_k = k.shape[-2]
+    if head_dim == 0 or v.shape[-1] == 0:
+        raise ValueError(f"head_dim and head_dim_v must be at least 1, got {head_dim} and {v.shape[-1]}")
+    if k.shape[:-3] != q.shape[:-3] or k.shape[-1] != head_dim:
+        shared = "head_dim" if is_packed else "batch and head_dim"
+        raise ValueError(f"k must share {shared} of q, got q {tuple(q.shape)} and k {tuple(k.shape)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        shared = "total and nheads" if is_packed else "batch, seqlen and nheads"
+        raise ValueError(f"v must share {shared} of k, got k {tuple(k.shape)} and v {tuple(v.shape)}")
     if nheads == 0 or nheads_k == 0 or nheads % nheads_k:
         raise ValueError(f"nheads must be a positive multiple of nheads_k, got nheads={nheads}, nheads_k={nheads_k}")
+    batch = q.shape[0] if cu_seqlens is None else _validate_cu_seqlens(q, *cu_seqlens)
 
-    legal = ((), (nheads,), (batch, nheads), (batch, nheads, seqlen_q))
+    legal = ((), (nheads,), (batch, nheads), (seqlen_q, nheads) if is_packed else (batch, nheads, seqlen_q))
+    last = "(total_q, nheads)" if is_packed else "(batch, nheads, seqlen_q)"
     if isinstance(sigmoid_bias, Tensor):
         _validate_side(
             "sigmoid_bias",
             sigmoid_bias,
             q,
             legal,
-            "(), (nheads,), (batch, nheads) or (batch, nheads, seqlen_q)",
+            f"(), (nheads,), (batch, nheads) or {last}",
         )
     elif sigmoid_bias is not None:
         _validate_number("sigmoid_bias", sigmoid_bias)
@@ -331,6 +416,21 @@ def _validate(
         raise ValueError(f"sigmoid must be one of {', '.join(_SIGMOIDS)}, got {sigmoid!r}")
     if backend != "auto" and backend not in backends.NAMES:
         raise ValueError(f"backend must be one of auto, {', '.join(backends.NAMES)}, got {backend!r}")
+
+
+def _validate_cu_seqlens(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> int:
+    """The number of sequences. The lengths themselves are read only where that costs no synchronisation, when used."""
+    shapes = []
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(cu, Tensor) or cu.dim() != 1 or cu.dtype != torch.int32 or cu.shape[0] < 1:
+            got = f"{tuple(cu.shape)} {cu.dtype}" if isinstance(cu, Tensor) else repr(cu)
+            raise ValueError(f"{name} must be an int32 tensor (batch + 1,), got {got}")
+        if cu.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {cu.device}")
+        shapes.append(cu.shape[0])
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must have one length, got {shapes[0]} and {shapes[1]}")
+    return shapes[0] - 1
 
 
 def _validate_number(name: str, value: object) -> None:

@@ -23,7 +23,9 @@ ALLOCATORS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Workers share the cores, so each takes one; their subprocesses inherit it."""
+    """Workers share the cores, so each takes one, as do their subprocesses. Without a GPU Triton is interpreted."""
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)

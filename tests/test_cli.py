@@ -198,11 +198,20 @@ def test_bench_times_and_records_a_problem(flashsigmoid, tmp_path):
     listed = flashsigmoid("bench", "--list")
     assert listed.code == 0
     assert "cpu-512-d64" in listed.out
-    outcome = flashsigmoid("bench", "cpu-512-d64", "--work", "forward", "--rounds", "2", "--out", "bench.jsonl")
+    words = ("cpu-512-d64", "--work", "forward", "--rounds", "2", "--out", "bench.jsonl", "--plot", "bench.svg")
+    outcome = flashsigmoid("bench", *words)
     assert outcome.code == 0, outcome.err
-    assert re.search(r"cpu-512-d64 +forward +[\d.]+ \(\d\.\d\d\)", outcome.out)
+    numbers = r" +[\d.]+ +[\d.]+ to [\d.]+ +[\d.]+ +\d\.\d\d +\d\.\de-07 +0\.\d\d"
+    assert re.search(rf"cpu-512-d64, forward\n.*\nblocked{numbers}", outcome.out), outcome.out
+    assert "cpu-512-d64: no sdpa flash, sdpa cudnn, sdpa efficient, fa3" in outcome.out
     assert len(read_records(tmp_path / "bench.jsonl").records) > 5
+    assert "blocked" in (tmp_path / "bench.svg").read_text("utf-8")
     assert_one_error(flashsigmoid("bench", "warp"), 1, "problem must be one of cpu-512-d64")
+    assert_one_error(flashsigmoid("bench", "--work", "sideways"), 1, "work must be one of forward, backward, both")
+    assert_one_error(flashsigmoid("bench", "--peer", "nobody"), 1, "peer must be one of triton, blocked")
+    assert_one_error(flashsigmoid("bench", "--device", "tpu"), 1, "device must be one of cpu")
+    assert_one_error(flashsigmoid("bench", "--load-library", "none.so"), 1, "--load-library must be a shared library")
+    assert_one_error(flashsigmoid("bench", "--plot", "bench.gif"), 1, "--plot must end in .png or .svg")
 
 
 def test_train_lists_its_recipes(flashsigmoid):

@@ -71,7 +71,7 @@ BAD = [
     ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\), got -0.1"),
     ({"dropout_p": math.nan}, r"dropout_p must be in \[0, 1\), got nan"),
     ({"sigmoid": "tanh"}, r"sigmoid must be one of auto, exact, fast, got 'tanh'"),
-    ({"backend": "cuda"}, r"backend must be one of auto, blocked, reference, got 'cuda'"),
+    ({"backend": "cuda"}, r"backend must be one of auto, triton, blocked, reference, got 'cuda'"),
 ]
 
 
@@ -98,15 +98,19 @@ def test_shard_needs_a_seed_and_a_legal_origin() -> None:
 
 def test_explain_names_the_choice_and_the_reasons() -> None:
     chosen = explain(Q, K, V, causal=True, sigmoid="fast")
-    assert (chosen.backend, set(chosen.reasons)) == ("blocked", {"reference"})
+    assert (chosen.backend, set(chosen.reasons)) == ("blocked", {"triton", "reference"})
     assert str(chosen).splitlines() == [
         "backend: blocked",
         "formula: exact: torch.sigmoid in float32; sigmoid='fast' changes nothing here",
+        "not triton: device must be a GPU, got cpu",
         "not reference: O(seqlen_q * seqlen_k) memory: it runs only when asked for, backend='reference'",
     ]
     asked = explain(Q.double(), K.double(), V.double(), backend="reference")
     assert (asked.backend, asked.formula) == ("reference", "exact: torch.sigmoid in float64")
-    assert asked.reasons == {"blocked": "backend='reference' was asked for"}
+    assert asked.reasons == {
+        "triton": "dtype must be float16, bfloat16 or float32, got float64",
+        "blocked": "backend='reference' was asked for",
+    }
 
 
 def test_a_named_backend_that_cannot_says_why(monkeypatch) -> None:
@@ -114,8 +118,8 @@ def test_a_named_backend_that_cannot_says_why(monkeypatch) -> None:
 
     monkeypatch.setattr(blocked, "unsupported", lambda problem: f"needs head_dim 64, got head_dim={problem.head_dim}")
     message = "blocked: needs head_dim 64, got head_dim=8"
-    for backend in ("blocked", "auto"):
-        with pytest.raises(BackendUnsupported, match=message):
+    for backend, reason in (("blocked", message), ("auto", f"triton: device must be a GPU, got cpu; {message}")):
+        with pytest.raises(BackendUnsupported, match=reason):
             sigmoid_attention(Q, K, V, backend=backend)
 
 
@@ -124,15 +128,17 @@ def samples():
     q, k, v, _ = make_qkv(2, 5, 7, 4, 2, 8, 6)
     bias, slopes, seed = torch.randn(2, 4, 5), torch.rand(4), torch.tensor([7])
     leaf = [x.requires_grad_() for x in (q, k, v)]
-    tail = ((0, 0, 0, 0), "auto", "blocked")
-    yield (*leaf, None, None, None, -2.0, None, False, None, None, None, 0.0, *tail)
-    yield (*leaf, None, None, None, None, 0.3, True, None, None, None, 0.0, *tail)
-    yield (*leaf, bias.requires_grad_(), slopes.requires_grad_(), None, None, 0.3, True, 3, 1, 0, 0.0, *tail)
+    tail = ((0, 0, 0, 0), "auto", None, None, "blocked")
+    dense = (None, None)  # no cu_seqlens
+    yield (*leaf, None, None, None, *dense, -2.0, None, False, None, None, None, 0.0, *tail)
+    yield (*leaf, None, None, None, *dense, None, 0.3, True, None, None, None, 0.0, *tail)
+    yield (*leaf, bias.requires_grad_(), slopes.requires_grad_(), None, *dense, None, 0.3, True, 3, 1, 0, 0.0, *tail)
     yield (
         *leaf,
         torch.zeros(4, requires_grad=True),
         None,
         seed,
+        *dense,
         None,
         None,
         False,

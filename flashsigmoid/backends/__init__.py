@@ -12,7 +12,7 @@ from .problem import BackendUnsupported as BackendUnsupported
 from .problem import Problem as Problem
 
 # fastest first: "auto" takes the first that supports the call. "reference" is never chosen, only asked for.
-AUTO = ("blocked",)
+AUTO = ("triton", "blocked")
 NAMES = (*AUTO, "reference")
 
 
@@ -20,6 +20,7 @@ class Backend(Protocol):
     """The names every backend module shows."""
 
     NAME: str
+    PACKED: bool  # forward and backward take cu_seqlens=(cu_seqlens_q, cu_seqlens_k) and packed rows
 
     def unsupported(self, problem: Problem) -> str | None:
         """None if this backend can compute the problem, else the reason why not."""
@@ -53,7 +54,11 @@ class Backend(Protocol):
         slopes: Tensor | None,
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """dq, dk, dv; sum(dS) per row (batch, nheads, seqlen_q) if bias; dslope (batch, nheads) if slopes."""
+        """dq, dk, dv; if bias, sums of dS; if slopes, sums of -dS |p - j|: float32, (batch, nheads, parts).
+
+        The parts of a head add up to its sum; they are its rows where the bias has one value for every row. Packed, the
+        sums are those of every row, (total_q, nheads).
+        """
         ...
 
 
@@ -71,11 +76,18 @@ def select(problem: Problem, backend: str) -> Backend:
     reasons = {}
     for name in AUTO if backend == "auto" else (backend,):
         module = load(name)
-        reason = module.unsupported(problem)
+        reason = _against(module, problem, backend)
         if reason is None:
             return module
         reasons[name] = reason
     raise BackendUnsupported("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
+def _against(module: Backend, problem: Problem, backend: str) -> str | None:
+    """Why `select` does not take this backend, itself."""
+    if backend == "auto" and module.NAME == "triton" and problem.device == "cpu":
+        return "device must be a GPU, got cpu"  # the interpreter runs only when asked for
+    return module.unsupported(problem)
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def explain(problem: Problem, backend: str = "auto") -> Explanation:
     for name in NAMES:
         if name == chosen.NAME:
             continue
-        reason = load(name).unsupported(problem)
+        reason = _against(load(name), problem, backend)
         if reason is None and backend != "auto":
             reason = f"backend={backend!r} was asked for"
         elif reason is None and name == "reference":

@@ -18,6 +18,7 @@ from .philox import keep_mask
 from .problem import Problem, bias_rows
 
 NAME = "blocked"
+PACKED = False
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
@@ -135,7 +136,7 @@ def backward(
             slab.put(dq, row_block, dq_block)
     if problem.group > 1:
         dk, dv = (x.unflatten(2, (problem.nheads_k, problem.group)).sum(3).to(q.dtype) for x in (dk, dv))
-    return dq, dk, dv, row_sums, dslopes
+    return dq, dk, dv, row_sums, None if dslopes is None else dslopes[..., None]
 
 
 class _Call:

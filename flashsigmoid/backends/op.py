@@ -6,35 +6,33 @@ Nothing is computed here: each op builds the `Problem`, selects a backend and ca
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import select
+from . import packed, select
 from .problem import BackendUnsupported, make_problem
 
 _SCALARS = (
     "float? sigmoid_bias, float? scale, bool causal, SymInt? window_left, SymInt? window_right, SymInt? q_offset, "
-    "float dropout_p, SymInt[] origin, str sigmoid, str backend"
+    "float dropout_p, SymInt[] origin, str sigmoid, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str backend"
+)
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? seed, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 SCALAR_NAMES = tuple(field.split()[1] for field in _SCALARS.split(", "))
 
 torch.library.define(
     "flashsigmoid::fwd",
-    f"(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? seed, {_SCALARS}) -> Tensor",
+    f"({_TENSORS}, {_SCALARS}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 torch.library.define(
     "flashsigmoid::bwd",
-    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? seed, "
-    f"{_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dout, {_TENSORS}, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-def _problem(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None, scalars: dict[str, Any]):
-    return make_problem(q, k, v, bias=bias, slopes=slopes, **scalars)
 
 
 def full_precision(device: str) -> AbstractContextManager[object]:
@@ -45,52 +43,57 @@ def full_precision(device: str) -> AbstractContextManager[object]:
 
 
 @torch.library.impl("flashsigmoid::fwd", "default")
-def _fwd(q, k, v, bias, slopes, seed, *scalars) -> Tensor:
+def _fwd(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> Tensor:
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     backend = named.pop("backend")
-    problem = _problem(q, k, v, bias, slopes, named)
+    problem = make_problem(q, k, v, bias=bias, slopes=slopes, cu_seqlens_q=cu_q, **named)
     if problem.is_empty:
-        return q.new_zeros(problem.batch, problem.seqlen_q, problem.nheads, problem.head_dim_v)
+        return q.new_zeros(*q.shape[:-1], problem.head_dim_v)
     with full_precision(problem.device):
-        return select(problem, backend).forward(problem, q, k, v, bias, slopes, seed)
+        module = select(problem, backend)
+        if cu_q is None:
+            return module.forward(problem, q, k, v, bias, slopes, seed)
+        return packed.forward(module, problem, q, k, v, bias, slopes, seed, (cu_q, cu_k))
 
 
 @torch.library.impl("flashsigmoid::bwd", "default")
-def _bwd(dout, q, k, v, bias, slopes, seed, *scalars) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     backend = named.pop("backend")
-    problem = _problem(q, k, v, bias, slopes, named)
+    problem = make_problem(q, k, v, bias=bias, slopes=slopes, cu_seqlens_q=cu_q, **named)
     if problem.is_empty:
-        grads = _fake_bwd(dout, q, k, v, bias, slopes, seed, *scalars)
+        grads = _fake_bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars)
         return tuple(x.zero_() for x in grads)  # pyright: ignore[reportReturnType]
     with full_precision(problem.device):
-        grads = select(problem, backend).backward(problem, dout, q, k, v, bias, slopes, seed)
-    dq, dk, dv, row_sums, dslopes = grads
-    return dq, dk, dv, _reduce_rows(row_sums, bias, q), _reduce_to(dslopes, slopes, q)
+        module = select(problem, backend)
+        if cu_q is None:
+            grads = module.backward(problem, dout, q, k, v, bias, slopes, seed)
+        else:
+            grads = packed.backward(module, problem, dout, q, k, v, bias, slopes, seed, (cu_q, cu_k))
+    dq, dk, dv, row_sums, slope_sums = grads
+    dbias = q.new_empty(0)
+    if bias is not None:
+        assert row_sums is not None
+        dbias = row_sums if problem.has_row_bias else packed.sum_heads(row_sums, cu_q)
+        dbias = _reduce_to(dbias, bias)
+    dslopes = q.new_empty(0)
+    if slopes is not None:
+        assert slope_sums is not None
+        dslopes = _reduce_to(packed.sum_heads(slope_sums, cu_q), slopes)
+    return dq, dk, dv, dbias, dslopes
 
 
-def _reduce_rows(row_sums: Tensor | None, bias: Tensor | None, q: Tensor) -> Tensor:
-    """sum(dS) of every row, (batch, nheads, seqlen_q), summed to the shape of the bias."""
-    if bias is None:
-        return q.new_empty(0)
-    assert row_sums is not None
-    return _reduce_to(row_sums if bias.dim() == 3 else row_sums.sum(-1), bias, q)
-
-
-def _reduce_to(grad: Tensor | None, like: Tensor | None, q: Tensor) -> Tensor:
-    if like is None:
-        return q.new_empty(0)
-    assert grad is not None
+def _reduce_to(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum_to_size(like.shape).to(like.dtype).contiguous()
 
 
 @torch.library.register_fake("flashsigmoid::fwd")
-def _fake_fwd(q, k, v, bias, slopes, seed, *scalars) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+def _fake_fwd(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
 @torch.library.register_fake("flashsigmoid::bwd")
-def _fake_bwd(dout, q, k, v, bias, slopes, seed, *scalars) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def grad(x: Tensor | None) -> Tensor:
         return q.new_empty(0) if x is None else x.new_empty(x.shape)
 
@@ -98,14 +101,15 @@ def _fake_bwd(dout, q, k, v, bias, slopes, seed, *scalars) -> tuple[Tensor, Tens
 
 
 def _save_fwd(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.scalars = inputs[6:]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.scalars = inputs[8:]
 
 
 def _autograd_fwd(ctx, dout: Tensor):
-    q, k, v, bias, slopes, seed = ctx.saved_tensors
-    dq, dk, dv, dbias, dslopes = torch.ops.flashsigmoid.bwd(dout, q, k, v, bias, slopes, seed, *ctx.scalars)
-    no_grad = (None,) * (1 + len(SCALAR_NAMES))
+    saved = ctx.saved_tensors
+    dq, dk, dv, dbias, dslopes = torch.ops.flashsigmoid.bwd(dout, *saved, *ctx.scalars)
+    bias, slopes = saved[3:5]
+    no_grad = (None,) * (3 + len(SCALAR_NAMES))
     return dq, dk, dv, dbias if bias is not None else None, dslopes if slopes is not None else None, *no_grad
 
 

@@ -5,7 +5,9 @@ No tensor and no computation lives here; a backend reads a `Problem` to say whet
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +39,11 @@ class Problem:
     window_right: int | None = None
     q_offset: int = 0  # position of query 0 relative to key 0
     dropout_p: float = 0.0
-    origin: tuple[int, int, int, int] = (
-        0,
-        0,
-        0,
-        0,
-    )  # global (batch, head, query, key) index of the first element
+    origin: tuple[int, int, int, int] = (0, 0, 0, 0)  # global (batch, head, query, key) index of the first element
     sigmoid: str = "auto"
+    total_q: int | None = None  # packed rows of all sequences: batch sequences, seqlen_q and seqlen_k the longest
+    total_k: int | None = None
+    arch: str | None = None  # "sm_90", "gfx942", ...: of a GPU, where it is there
 
     @property
     def band(self) -> tuple[int | None, int | None]:
@@ -61,6 +61,18 @@ class Problem:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of scores and accumulators: float64 for float64 inputs, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def is_packed(self) -> bool:
+        """Sequences of different lengths lie one after the other; each has its own bottom-right q_offset."""
+        return self.total_q is not None
+
+    @property
+    def has_row_bias(self) -> bool:
+        """A tensor bias with a value for every row: (batch, nheads, seqlen_q), or packed (total_q, nheads)."""
+        if self.is_packed:
+            return self.bias_shape == (self.total_q, self.nheads)
+        return self.bias_shape is not None and len(self.bias_shape) == 3
 
     @property
     def is_empty(self) -> bool:
@@ -82,12 +94,24 @@ def make_problem(
     window_right: int | None,
     q_offset: int | None,
     dropout_p: float,
-    origin: tuple[int, int, int, int],
+    origin: Sequence[int],
     sigmoid: str,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> Problem:
-    """Fill in what sizes decide by default: scale = head_dim ** -0.5, b = -log(seqlen_k), bottom-right q_offset."""
-    batch, seqlen_q, nheads, head_dim = q.shape
-    seqlen_k, nheads_k, head_dim_v = v.shape[1:]
+    """Fill in what sizes decide by default: scale = head_dim ** -0.5, b = -log(seqlen_k), bottom-right q_offset.
+
+    With `cu_seqlens_q` q, k and v are packed, (total, nheads, head_dim), and the longest sequence defaults to all rows.
+    """
+    total_q = total_k = None
+    seqlen_q, nheads, head_dim = q.shape[-3:]
+    seqlen_k, nheads_k, head_dim_v = v.shape[-3:]
+    if cu_seqlens_q is None:
+        batch = q.shape[0]
+    else:
+        batch, total_q, total_k = cu_seqlens_q.shape[0] - 1, seqlen_q, seqlen_k
+        seqlen_q, seqlen_k, q_offset = max_seqlen_q or seqlen_q, max_seqlen_k or seqlen_k, 0
     if sigmoid_bias is None and bias is None:
         sigmoid_bias = -math.log(seqlen_k) if seqlen_k else 0.0
     return Problem(
@@ -109,9 +133,28 @@ def make_problem(
         window_right=window_right,
         q_offset=seqlen_k - seqlen_q if q_offset is None else q_offset,
         dropout_p=dropout_p,
-        origin=origin,
+        origin=tuple(origin),  # pyright: ignore[reportArgumentType]
         sigmoid=sigmoid,
+        total_q=total_q,
+        total_k=total_k,
+        arch=_arch(q.device),
     )
+
+
+def _arch(device: torch.device) -> str | None:
+    if device.type == "cpu":
+        return "cpu"
+    if torch.compiler.is_compiling():  # only the reference is traced, and it does not ask
+        return None
+    return _gpu_arch(device.index) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+@functools.cache
+def _gpu_arch(index: int | None) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
 
 
 def bias_rows(bias: torch.Tensor, batch: int, nheads: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from .philox import keep_mask
 from .problem import Problem, bias_rows, make_problem
 
 NAME = "reference"
+PACKED = False
 
 
 def unsupported(problem: Problem) -> str | None:

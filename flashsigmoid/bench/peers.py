@@ -1,38 +1,178 @@
-"""Who is measured: our backends, torch's softmax attention, and the bare matrix products nobody can do without."""
+"""Who is measured: our backends, and everybody else's attention as far as it is found on this machine."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import ctypes
+import importlib.util
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backends
-from ..functional import sigmoid_attention
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-SOFTMAX, PRODUCTS = "softmax sdpa", "bare products"
-
-
-def peers(causal: bool) -> dict[str, Attention]:
-    """Name -> attention of q, k, v (batch, seqlen, nheads, head_dim)."""
-
-    def ours(backend: str) -> Attention:
-        return lambda q, k, v: sigmoid_attention(
-            q, k, v, sigmoid_bias=-math.log(k.shape[1]), causal=causal, backend=backend
-        )
-
-    def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
-
-    return {**{name: ours(name) for name in backends.NAMES}, SOFTMAX: softmax, PRODUCTS: products}
+from .. import backends, functional
+from ..backends import BackendUnsupported
+from .candidate import Attention, Candidate, Inputs, Step, differentiated
+from .eager import Eager, Products
+from .flex import Flex
+from .problems import Shape
+from .sdpa import SDPA
 
 
-def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(Q K^T) V, with the whole (seqlen, seqlen) matrix between: not attention, the two matrix products alone."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.matmul(torch.matmul(q, k.mT), v).transpose(1, 2)
+class Ours(Candidate):
+    """sigmoid_attention by one of our backends, with b = -log n as a number."""
+
+    kind = "ours"
+
+    def __init__(self, backend: str) -> None:
+        self.name = backend
+
+    def unavailable(self, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
+        if device == "cpu" and self.name == "triton":
+            return "needs a GPU: here it would be interpreted"
+        if shape.lengths:
+            return None  # its own call says
+        one = torch.empty((), dtype=dtype, device=device)
+        q = one.expand(shape.batch, shape.seqlen_q, shape.nheads, shape.head_dim)
+        k = one.expand(shape.batch, shape.seqlen_k, shape.nheads_k, shape.head_dim)
+        slopes = one.float().expand(shape.nheads) if shape.alibi else None
+        try:
+            functional.explain(q, k, k, **self._options(shape, slopes))
+        except BackendUnsupported as error:
+            return str(error).removeprefix(f"{self.name}: ")
+        return None
+
+    def attention(self, inputs: Inputs) -> Attention:
+        shape = inputs.shape
+        options = self._options(shape, inputs.slopes)
+        if not shape.lengths:
+            return lambda q, k, v: functional.sigmoid_attention(q, k, v, **options)
+        varlen = functional.sigmoid_attention_varlen
+        options |= inputs.packed
+        return lambda q, k, v: varlen(q, k, v, **options)
+
+    def _options(self, shape: Shape, slopes: Tensor | None) -> dict[str, Any]:
+        return {
+            "sigmoid_bias": shape.bias,
+            "causal": shape.causal,
+            "window_size": shape.window_size,
+            "alibi_slopes": slopes,
+            "backend": self.name,
+        }
+
+
+class FlashAttention3(Candidate):
+    """Its operators, called without its autograd: (batch, seqlen, nheads, head_dim), forward, then backward on lse."""
+
+    name, kind = "fa3", "softmax"
+
+    def unavailable(self, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
+        if device != "cuda":
+            return f"needs CUDA, got {device}"
+        if not hasattr(torch.ops.flash_attn_3, "fwd"):
+            return "torch.ops.flash_attn_3.fwd is not loaded, see --load-library"
+        if torch.cuda.get_device_capability() != (9, 0):
+            return "kernels for sm_90 only"
+        if dtype not in (torch.float16, torch.bfloat16):
+            return f"takes float16 and bfloat16, not {dtype}"
+        if shape.has_window and "window_size_left" not in _arguments(torch.ops.flash_attn_3.bwd):
+            return "this build has no window"
+        return "no ALiBi" if shape.alibi else None
+
+    def prepare(self, inputs: Inputs, work: str) -> Step:
+        shape, (q, k, v, dout) = inputs.shape, (inputs.q, inputs.k, inputs.v, inputs.dout)
+        options: dict[str, Any] = {"softmax_scale": shape.scale, "is_causal": shape.causal}
+        if shape.has_window:
+            # is_causal beside a window on the left may drop the window: causal is a window of 0 on the right
+            left, right = (-1 if side is None else side for side in shape.band)
+            options |= {"is_causal": False, "window_size_left": left, "window_size_right": right}
+        if shape.lengths:
+            options |= inputs.packed
+
+        def forward() -> tuple[Tensor, Tensor]:
+            out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **options)
+            return out, lse
+
+        def backward(out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+            return tuple(torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, **options)[:3])
+
+        if work == "forward":
+            return lambda: forward()[:1]
+        if work == "backward":
+            saved = forward()
+            return lambda: backward(*saved)
+
+        def both() -> tuple[Tensor, ...]:
+            out, lse = forward()
+            return out, *backward(out, lse)
+
+        return both
+
+
+class TritonSigmoid(Candidate):
+    """The package triton-sigmoid, through its operators: its function copies a number to the device at every call."""
+
+    name, kind = "triton-sigmoid", "sigmoid"
+
+    def unavailable(self, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
+        if device != "cuda":
+            return f"needs CUDA, got {device}"
+        if importlib.util.find_spec("triton_sigmoid") is None:
+            return "the package triton_sigmoid is not installed"
+        if shape.group > 1:
+            return "no shared heads of keys"
+        if shape.has_window or shape.alibi:
+            return "no window and no ALiBi"
+        if shape.seqlen_q != shape.seqlen_k or shape.lengths:
+            return "as many queries as keys, and padding instead of packed sequences"
+        if shape.head_dim & (shape.head_dim - 1):
+            return f"head_dim is a power of two, not {shape.head_dim}"
+        return None
+
+    def prepare(self, inputs: Inputs, work: str) -> Step:
+        import_module("triton_sigmoid")
+        shape, device = inputs.shape, inputs.device
+        b = torch.full((shape.batch,), shape.bias, dtype=torch.float32, device=device)
+        scale = torch.tensor(shape.scale, dtype=torch.float32, device=device)
+        fwd: Any = torch.ops.myops.sigmoid_attention_fwd
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return fwd(q, k, v, b, None, scale, shape.causal)
+
+        return differentiated(attend, inputs.q, inputs.k, inputs.v, inputs.dout, work)
+
+
+def candidates() -> dict[str, Candidate]:
+    """Everybody by name, ours first."""
+    everybody = (
+        *map(Ours, backends.NAMES),
+        *SDPA,
+        FlashAttention3(),
+        Flex("softmax"),
+        Flex("sigmoid"),
+        TritonSigmoid(),
+        Eager(compiled=True),
+        Eager(compiled=False),
+        Products(),
+    )
+    return {candidate.name: candidate for candidate in everybody}
+
+
+def _arguments(operator: Any) -> frozenset[str]:
+    return frozenset(argument.name for argument in operator.default._schema.arguments)
+
+
+def load_library(path: Path) -> None:
+    """Make the operators of a shared library known to torch; a CUDA runtime is loaded for others to find.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        if path.name.startswith("libcudart"):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        else:
+            torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ValueError(f"--load-library must be a shared library that loads here, got {path}: {error}") from error

@@ -2,34 +2,123 @@
 
 from __future__ import annotations
 
+import fnmatch
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
+
+WORKS = ("forward", "backward", "both")
+_PRODUCTS = {"forward": 4, "backward": 10, "both": 14}  # operations per visible pair and channel: 2, 5, 7 products
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A self-attention problem: q, k, v of (batch, seqlen, nheads, head_dim), with b = -log(seqlen)."""
+    """An attention problem with b = -log n: q of (batch, seqlen_q, nheads, head_dim), k, v of (batch, seqlen_k, ...).
+
+    Packed (`lengths` not empty): self-attention within sequences of these lengths, q, k, v of (total, heads, head_dim).
+    """
 
     name: str
-    batch: int
+    batch: int = 1
+    seqlen_q: int
+    seqlen_k: int
     nheads: int
-    seqlen: int
+    nheads_k: int
     head_dim: int
-    causal: bool = False
+    causal: bool = False  # bottom-right
+    window_size: tuple[int | None, int | None] = (None, None)
+    alibi: bool = False
+    lengths: tuple[int, ...] = ()
 
     @property
-    def forward_flop(self) -> float:
-        """4 n^2 d per head: two matrix products; half of it counts when causal."""
-        return 4.0 * self.batch * self.nheads * self.seqlen**2 * self.head_dim * (0.5 if self.causal else 1.0)
+    def group(self) -> int:
+        """Query heads that read one key head."""
+        return self.nheads // self.nheads_k
+
+    @property
+    def scale(self) -> float:
+        """head_dim ** -0.5, as everybody's default."""
+        return self.head_dim**-0.5
+
+    @property
+    def bias(self) -> float:
+        """b = -log n: n is the number of keys, of the longest sequence where they differ."""
+        return -math.log(max(self.lengths, default=self.seqlen_k))
+
+    @property
+    def has_window(self) -> bool:
+        """Whether a window cuts keys off."""
+        return self.window_size != (None, None)
+
+    @property
+    def band(self) -> tuple[int | None, int | None]:
+        """(left, right) such that position p sees keys p - left to p + right; None is unlimited."""
+        left, right = self.window_size
+        return left, 0 if self.causal else right
+
+    @property
+    def slopes(self) -> list[float]:
+        """ALiBi's slopes of the heads, 2 ** (-8 (h + 1) / nheads)."""
+        return [2.0 ** (-8.0 * (head + 1) / self.nheads) for head in range(self.nheads)]
+
+    @property
+    def pairs(self) -> float:
+        """Visible pairs of a query and a key per head, over the batch; causal counts half of all, as papers do."""
+        if self.has_window:
+            return float(self.batch * sum(map(self._keys_in_window, range(self.seqlen_q))))
+        square = sum(n * n for n in self.lengths) if self.lengths else self.batch * self.seqlen_q * self.seqlen_k
+        return square / 2.0 if self.causal else float(square)
 
     def flop(self, work: str) -> float:
-        """Operations of "forward", or of "both": forward plus backward's five products, 14 n^2 d in all."""
-        return self.forward_flop * {"forward": 1.0, "both": 3.5}[work]
+        """Operations: forward 4 d, backward 10 d, both 14 d per visible pair of every query head."""
+        return _PRODUCTS[work] * self.head_dim * self.nheads * self.pairs
+
+    def _keys_in_window(self, query: int) -> int:
+        left, right = self.band
+        position = query + self.seqlen_k - self.seqlen_q
+        first = 0 if left is None else max(0, position - left)
+        last = self.seqlen_k - 1 if right is None else min(self.seqlen_k - 1, position + right)
+        return max(0, last - first + 1)
 
 
-def _pair(name: str, batch: int, nheads: int, seqlen: int, head_dim: int) -> tuple[Shape, Shape]:
-    sizes = (batch, nheads, seqlen, head_dim)
-    return Shape(name, *sizes), Shape(f"{name}-causal", *sizes, causal=True)
+def spread(total: int, count: int) -> tuple[int, ...]:
+    """`count` lengths that differ widely, in no order, mostly odd, the same every time; their sum is `total`."""
+    parts = [total * (2 * i + 1) // count**2 for i in range(count)]
+    parts[-1] += total - sum(parts)
+    for i in range(0, count - 1, 2):
+        parts[i], parts[i + 1] = parts[i] + 2 * i + 1, parts[i + 1] - 2 * i - 1
+    step = next(step for step in (7, 5, 3, 1) if math.gcd(step, count) == 1)
+    return tuple(parts[i * step % count] for i in range(count))
 
+
+def _self(name: str, batch: int, nheads: int, seqlen: int, head_dim: int, nheads_k: int | None = None, **options: Any):
+    return Shape(
+        name=name,
+        batch=batch,
+        seqlen_q=seqlen,
+        seqlen_k=seqlen,
+        nheads=nheads,
+        nheads_k=nheads if nheads_k is None else nheads_k,
+        head_dim=head_dim,
+        **options,
+    )
+
+
+def _pair(name: str, *sizes: int, **options: Any) -> tuple[Shape, Shape]:
+    return _self(name, *sizes, **options), _self(f"{name}-causal", *sizes, causal=True, **options)
+
+
+def _language_models() -> Iterator[Shape]:
+    """batch * seqlen = 16384, nheads * head_dim = 2048: FlashAttention's papers."""
+    lengths = {"512": 512, "1k": 1024, "2k": 2048, "4k": 4096, "8k": 8192, "16k": 16384}
+    for head_dim in (64, 128, 256):
+        for label, n in lengths.items():
+            if head_dim < 256 or label in ("1k", "4k", "16k"):
+                yield from _pair(f"lm-{label}-d{head_dim}", 16384 // n, 2048 // head_dim, n, head_dim)
+
+
+_CROSS: dict[str, Any] = {"batch": 4, "seqlen_q": 1024, "seqlen_k": 8192, "nheads": 16, "nheads_k": 16, "head_dim": 128}
 
 PROBLEMS = {
     shape.name: shape
@@ -37,5 +126,34 @@ PROBLEMS = {
         *_pair("cpu-512-d64", 4, 8, 512, 64),
         *_pair("cpu-2k-d64", 1, 8, 2048, 64),
         *_pair("cpu-4k-d128", 1, 4, 4096, 128),
+        *(_self(f"vit-197-d64-b{batch}", batch, 12, 197, 64) for batch in (4, 64, 256)),
+        *_language_models(),
+        *_pair("long-64k-d128", 1, 16, 65536, 128),
+        *_pair("gqa-32-8-d128", 4, 32, 4096, 128, nheads_k=8),
+        Shape(name="cross-1k-8k-d128", **_CROSS),
+        _self("window-16k-d128", 1, 16, 16384, 128, causal=True, window_size=(1024, 0)),
+        _self("varlen-16k-d128", 1, 16, 16384, 128, causal=True, lengths=spread(16384, 16)),
+        _self("lm-4k-d64-alibi-causal", 4, 32, 4096, 64, causal=True, alibi=True),
     )
 }
+
+
+def choose(wanted: Iterable[str]) -> list[str]:
+    """The problems meant by names, globs ("lm-4k-*") or beginnings ("vit"), in the order given, each once.
+
+    Raises:
+        ValueError: nothing is called so.
+    """
+    chosen: dict[str, None] = {}
+    for word in wanted:
+        found = [word] if word in PROBLEMS else fnmatch.filter(PROBLEMS, word)
+        found = found or [name for name in PROBLEMS if name.startswith(word)]
+        if not found:
+            raise ValueError(f"problem must be one of {', '.join(PROBLEMS)}, or a glob of them, got {word!r}")
+        chosen.update(dict.fromkeys(found))
+    return list(chosen)
+
+
+def defaults(device: str) -> list[str]:
+    """The problems of a processor, or those of an accelerator."""
+    return [name for name in PROBLEMS if name.startswith("cpu-") == (device == "cpu")]

@@ -1,13 +1,27 @@
-"""Times several functions against each other: interleaved, in rotated order, so that noise falls on all of them."""
+"""Times several functions against each other: interleaved, in rotated order, so that noise falls on all of them.
+
+On CUDA a sample is many calls between two events, by one CUDA graph or one by one. L2 is not flushed in between.
+"""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+Sample = Callable[[], float]  # takes one sample: milliseconds of one call
+
+SAMPLE_MS = 2.0  # a sample lasts at least this long
+_CALLS_IN_A_GRAPH = 20
+
+
+class CaptureError(RuntimeError):
+    """A function cannot become a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -28,26 +42,90 @@ class Times:
         return statistics.median(theirs / ours for ours, theirs in zip(self.ms, other.ms, strict=True))
 
 
-def interleaved(
-    functions: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int,
-    device: str = "cpu",
-    progress: Callable[[], object] = lambda: None,
-) -> dict[str, Times]:
-    """Call every function once a round, each round in another order, after one warm-up round."""
-    names = list(functions)
+def interleaved(samples: Mapping[str, Sample], *, rounds: int) -> dict[str, Times]:
+    """Take every sample once a round, each round in another order, after one warm-up round."""
+    names = list(samples)
     ms: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(-1, rounds):
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            _synchronize(device)
-            start = time.perf_counter()
-            functions[name]()
-            _synchronize(device)
+            taken = samples[name]()
             if round_ >= 0:
-                ms[name].append(1e3 * (time.perf_counter() - start))
-        progress()
+                ms[name].append(taken)
     return {name: Times(values) for name, values in ms.items()}
+
+
+def by_clock(function: Callable[[], object], device: str) -> Sample:
+    """One call, from a quiet device to a quiet device, on the clock of the host."""
+
+    def sample() -> float:
+        _synchronize(device)
+        start = time.perf_counter()
+        function()
+        _synchronize(device)
+        return 1e3 * (time.perf_counter() - start)
+
+    return sample
+
+
+def by_events(function: Callable[[], object], stream: torch.cuda.Stream, *, graphs: bool) -> Sample:
+    """At least `SAMPLE_MS` of calls on a stream of CUDA, between two events; `function` has run there before.
+
+    Raises:
+        CaptureError: with `graphs`, the function cannot be captured.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def elapsed(call: Callable[[], object], times: int) -> float:
+        with torch.cuda.stream(stream):
+            call()  # the device is busy while the first timed calls are on their way
+            start.record()
+            for _ in range(times):
+                call()
+            end.record()
+            end.synchronize()
+        return start.elapsed_time(end) / times
+
+    calls = max(1, math.ceil(SAMPLE_MS / elapsed(function, 3)))
+    if not graphs:
+        return lambda: elapsed(function, calls)
+    inside = min(calls, _CALLS_IN_A_GRAPH)
+    replay = _captured(function, inside, stream)
+    # of small work the calls above measured the host
+    times = max(1, math.ceil(SAMPLE_MS / elapsed(replay, 3)))
+    return lambda: elapsed(replay, times) / inside
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Most bytes allocated on CUDA during a call, above what was allocated before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@contextmanager
+def side_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work on this stream after everything before it; None: where it is."""
+    if stream is None:
+        yield
+        return
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+def _captured(function: Callable[[], object], calls: int, stream: torch.cuda.Stream) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                function()
+    except RuntimeError as error:
+        raise CaptureError(f"no CUDA graph: {error}") from error
+    return graph.replay
 
 
 def _synchronize(device: str) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..record import Record, read_records
+from .speed import Speed, ceilings_text, speeds
 from .summary import summary_rows
 
-_MARKED = re.compile(r"(<!-- table (\w+) (\S+) -->\n).*?(^<!-- end -->$)", flags=re.DOTALL | re.MULTILINE)
+_WORKS = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
+_MARKED = re.compile(r"(<!-- table ([\w-]+) (\S+) -->\n).*?(^<!-- end -->$)", flags=re.DOTALL | re.MULTILINE)
 
 
 def arms(path: str | Path) -> str:
@@ -36,8 +38,34 @@ def speed(path: str | Path) -> str:
         for peer in peers:
             ms, over = (values[name, problem, work, peer] for name in ("time_ms", "speedup_over_sdpa"))
             cells.append(f"{ms:.1f} ({over:.2f})")
-        rows.append([f"{problem}, {'forward' if work == 'forward' else 'forward and backward'}", *cells])
+        rows.append([f"{problem}, {_WORKS[str(work)]}", *cells])
     return _table(["ms (over softmax sdpa)", *map(str, peers)], rows)
+
+
+def gpu_speed(path: str | Path) -> str:
+    """A file of `flashsigmoid bench --device cuda`: TFLOP/s of each candidate, and its speed over the best softmax."""
+    file = read_records(path)
+    cells = speeds(file.records)
+    peers = list(dict.fromkeys(peer for row in cells.values() for peer in row))
+    rows = [
+        [f"{problem}, {_WORKS[work]}", *(_speed(row[peer]) if peer in row else "" for peer in peers)]
+        for (problem, work), row in cells.items()
+    ]
+    return _table(["TFLOP/s (over the best softmax)", *peers], rows) + ceilings_text(file)
+
+
+def errors(path: str | Path) -> str:
+    """The same file: relative rms error against float64 of each candidate and tensor, and times over the budget."""
+    records = [r for r in read_records(path).records if r.name in ("error_rms", "error_over_budget")]
+    tensors = list(dict.fromkeys(str(r.tags["tensor"]) for r in records if r.name == "error_rms"))
+    values = {(r.tags["problem"], r.tags["peer"], r.tags.get("tensor")): r for r in records}
+    rows = []
+    for problem, peer in dict.fromkeys((r.tags["problem"], r.tags["peer"]) for r in records):
+        own = [values.get((problem, peer, tensor)) for tensor in tensors]
+        budget = values.get((problem, peer, None))
+        cells = [f"{r.value:.2e}" if r is not None else "" for r in own]
+        rows.append([f"{problem}, {peer}", *cells, _times(budget) if budget is not None else ""])
+    return _table(["relative rms error", *tensors, "times over the budget"], rows)
 
 
 def faults(path: str | Path) -> str:
@@ -56,7 +84,13 @@ def faults(path: str | Path) -> str:
     return "\n".join(parts)
 
 
-KINDS: dict[str, Callable[[str | Path], str]] = {"arms": arms, "speed": speed, "faults": faults}
+KINDS: dict[str, Callable[[str | Path], str]] = {
+    "arms": arms,
+    "speed": speed,
+    "faults": faults,
+    "gpu-speed": gpu_speed,
+    "errors": errors,
+}
 
 
 def rewrite(text: str) -> str:
@@ -73,6 +107,11 @@ def rewrite(text: str) -> str:
         return f"{opening}\n{KINDS[kind](path)}\n{closing}"
 
     return _MARKED.sub(render, text)
+
+
+def _speed(cell: Speed) -> str:
+    over = "" if cell.over_softmax is None else f" ({cell.over_softmax:.2f})"
+    return f"{cell.tflops:.0f}{over}" if cell.tflops >= 10 else f"{cell.tflops:.2g}{over}"
 
 
 def _times(record: Record) -> str:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from backends.here import NAMES, can, interpret_in_tiles
 
-from flashsigmoid import backends
 from flashsigmoid.backends import blocked
+from flashsigmoid.backends.problem import make_problem
 from flashsigmoid.testing import Options, assert_within_budget, compute, make_qkv, oracle, witness
 
 # one key; less than, exactly and one more than a small tile; a full tile and a bit; two odd multiples
@@ -125,7 +126,11 @@ def check(case: Case, seed: int) -> None:
     expected = oracle(*tensors, **options)
     # float32 has heavy tails: the one largest score decides the maximum
     seen = witness(*tensors, draws=8 if case.dtype == torch.float32 else 2, **options)
-    for backend in backends.NAMES:
+    problem = make_problem(
+        *tensors[:3], bias=None, slopes=None, sigmoid_bias=0.0, scale=None, causal=False, window_left=None,
+        window_right=None, q_offset=None, dropout_p=0.0, origin=(0, 0, 0, 0), sigmoid="auto",
+    )  # fmt: skip
+    for backend in (name for name in NAMES if can(name, problem)):
         actual = compute(*tensors, backend=backend, **options)
         assert actual.keys() == expected.keys() == seen.keys()
         for name, result in actual.items():
@@ -139,6 +144,7 @@ def test_drawn_cases(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(blocked, "_tile", lambda problem: TILE)
         monkeypatch.setattr(blocked, "_strip", lambda problem: STRIP)
         monkeypatch.setattr(blocked, "_scores", lambda problem: case.slab * TILE[0] * TILE[1])
+        interpret_in_tiles(monkeypatch, 32, 64 if case.slab == 1 else 16)
     check(case, index)
 
 

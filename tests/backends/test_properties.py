@@ -6,22 +6,22 @@ import math
 
 import pytest
 import torch
+from backends.here import NAMES, double, interpret_in_tiles
 
-from flashsigmoid import backends, sigmoid_attention
+from flashsigmoid import sigmoid_attention
 from flashsigmoid.backends import blocked
 from flashsigmoid.backends.philox import keep_mask, philox4x32, threshold
 from flashsigmoid.functional import sigmoid_attention_shard
 from flashsigmoid.testing import make_qkv
 
-pytestmark = pytest.mark.parametrize("backend", backends.NAMES)
-DOUBLE = {"dtype": torch.float64}
+pytestmark = pytest.mark.parametrize("backend", NAMES)
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_two_key_halves_add_up_to_the_whole(backend, causal, dropout_p) -> None:
-    q, k, v, _ = make_qkv(2, 20, 33, 4, 2, 8, **DOUBLE)
-    slopes, seed = torch.rand(4, **DOUBLE), torch.tensor([2**62 + 17])
+    q, k, v, _ = make_qkv(2, 20, 33, 4, 2, 8, **double(backend))
+    slopes, seed = torch.rand(4, **double(backend)), torch.tensor([2**62 + 17])
     common = {"sigmoid_bias": -3.0, "causal": causal, "alibi_slopes": slopes, "window_size": (15, 9)}
     common |= {"dropout_p": dropout_p, "seed": seed, "backend": backend}
     whole = sigmoid_attention_shard(q, k, v, q_offset=13, **common)
@@ -32,7 +32,7 @@ def test_two_key_halves_add_up_to_the_whole(backend, causal, dropout_p) -> None:
 
 
 def test_query_batch_and_head_shards_are_slices_of_the_whole(backend) -> None:
-    q, k, v, _ = make_qkv(3, 30, 40, 4, 4, 8, **DOUBLE)
+    q, k, v, _ = make_qkv(3, 30, 40, 4, 4, 8, **double(backend))
     common = {
         "sigmoid_bias": -3.0,
         "causal": True,
@@ -48,7 +48,7 @@ def test_query_batch_and_head_shards_are_slices_of_the_whole(backend) -> None:
 
 
 def test_permuting_keys_changes_nothing(backend) -> None:
-    q, k, v, _ = make_qkv(1, 17, 50, 2, 2, 16, **DOUBLE)
+    q, k, v, _ = make_qkv(1, 17, 50, 2, 2, 16, **double(backend))
     order = torch.randperm(50)
     out = sigmoid_attention(q, k, v, backend=backend)
     torch.testing.assert_close(sigmoid_attention(q, k[:, order], v[:, order], backend=backend), out)
@@ -64,9 +64,9 @@ def test_a_causal_prefix_does_not_see_the_future(backend) -> None:
 
 
 def test_zeroing_a_value_row_masks_its_key_exactly(backend) -> None:
-    q, k, v, dout = make_qkv(1, 9, 30, 2, 1, 8, **DOUBLE)
+    q, k, v, dout = make_qkv(1, 9, 30, 2, 1, 8, **double(backend))
     keep = torch.rand(30) < 0.6
-    bias = torch.tensor(-2.0, **DOUBLE)
+    bias = torch.tensor(-2.0, **double(backend))
     results = []
     for keys, values in ((k, v * keep[:, None, None]), (k[:, keep], v[:, keep])):
         leaves = [x.detach().requires_grad_() for x in (q, keys, values, bias)]
@@ -119,8 +119,8 @@ def test_no_keys_and_the_default_bias(backend) -> None:
 
 
 def test_limits_of_the_bias(backend) -> None:
-    q, k, v, dout = make_qkv(1, 6, 7, 1, 1, 8, **DOUBLE)
-    bias = torch.tensor(-math.inf, **DOUBLE, requires_grad=True)
+    q, k, v, dout = make_qkv(1, 6, 7, 1, 1, 8, **double(backend))
+    bias = torch.tensor(-math.inf, **double(backend), requires_grad=True)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out = sigmoid_attention(*leaves, sigmoid_bias=bias, backend=backend)
     grads = torch.autograd.grad(out, (*leaves, bias), dout)
@@ -131,7 +131,7 @@ def test_limits_of_the_bias(backend) -> None:
 
 
 def test_one_key(backend) -> None:
-    q, k, v, _ = make_qkv(1, 3, 1, 1, 1, 4, **DOUBLE)
+    q, k, v, _ = make_qkv(1, 3, 1, 1, 1, 4, **double(backend))
     weight = torch.sigmoid((q * k).sum(-1, keepdim=True) / 2.0)  # -log(1) = 0
     torch.testing.assert_close(sigmoid_attention(q, k, v, backend=backend), weight * v)
 
@@ -178,7 +178,7 @@ def test_dropout_comes_from_torchs_generator(backend) -> None:
 
 
 def test_dropout_bits_are_the_same_in_every_tile_size(backend, monkeypatch) -> None:
-    q, k, v, _ = make_qkv(2, 50, 70, 2, 2, 8, **DOUBLE)
+    q, k, v, _ = make_qkv(2, 50, 70, 2, 2, 8, **double(backend))
     call = {
         "sigmoid_bias": 0.0,
         "q_offset": 0,
@@ -189,6 +189,7 @@ def test_dropout_bits_are_the_same_in_every_tile_size(backend, monkeypatch) -> N
     expected = sigmoid_attention_shard(q, k, v, **call | {"backend": "reference"})
     for block in (3, 17, 64):
         monkeypatch.setattr(blocked, "_tile", lambda problem, block=block: (block, block + 2))
+        interpret_in_tiles(monkeypatch, {3: 16, 17: 32, 64: 64}[block], 16)
         torch.testing.assert_close(sigmoid_attention_shard(q, k, v, **call), expected)
 
 

@@ -1,0 +1,98 @@
+"""Fused kernels in Triton, forward and backward, for NVIDIA GPUs from sm_80 and AMD GPUs: fwd.py and bwd.py.
+
+Nothing here imports triton: the kernels are loaded at the first call that takes them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+NAME = "triton"
+PACKED = True  # takes cu_seqlens itself, without a host synchronisation
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LARGEST = 2**30  # positions are 32-bit integers
+
+
+def unsupported(problem: Problem) -> str | None:
+    """None where the kernels can compute the problem, else the reason."""
+    if problem.dtype not in _DTYPES:
+        return f"dtype must be float16, bfloat16 or float32, got {str(problem.dtype).removeprefix('torch.')}"
+    if max(problem.head_dim, problem.head_dim_v) > 256:
+        return f"head_dim must be at most 256, got {problem.head_dim} and {problem.head_dim_v}"
+    if max(problem.seqlen_q, problem.seqlen_k, abs(problem.q_offset)) > _LARGEST:
+        sizes = f"{problem.seqlen_q}, {problem.seqlen_k}, {problem.q_offset}"
+        return f"seqlen and q_offset must be at most 2**30, got {sizes}"
+    if problem.device == "cpu" and not is_interpreted():
+        return "device must be a GPU, got cpu"
+    if problem.device == "cpu" and problem.dtype == torch.bfloat16:
+        return "dtype must not be bfloat16 in Triton's interpreter, which multiplies its bits as integers"
+    if problem.device not in ("cpu", "cuda"):
+        return f"device must be a GPU of NVIDIA or AMD, got {problem.device}"
+    if problem.arch is not None and problem.arch.startswith("sm_") and int(problem.arch[3:]) < 80:
+        return f"compute capability must be at least 8.0, got {problem.arch}"
+    if not _is_installed():
+        return "the package triton is not installed"
+    return None
+
+
+def formula(problem: Problem) -> str:
+    """How the sigmoid is evaluated, in words."""
+    from .tiles import choose_formula
+
+    return {
+        "full": "exact: 1 / (1 + exp2(-y)) in float32",
+        "pair": "exact: two weights share one reciprocal, relative error 2e-6",
+        "adaptive": "adaptive: e - e^2 where all of a warp's weights are small (relative error 1e-3), else exact",
+        "tanh": "fast: tanh.approx, relative error of a weight 1e-2 below 1e-4 and nothing below 2e-7",
+    }[choose_formula(problem)]
+
+
+def forward(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """O = sigmoid(scale Q K^T + b - slope |p - j|) V, one kernel."""
+    from .launch import forward
+
+    return forward(problem, q, k, v, bias, slopes, seed, cu_seqlens)
+
+
+def backward(
+    problem: Problem,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dQ, dK, dV and the partial sums of dS and of -dS |p - j|: one kernel, or two."""
+    from .launch import backward
+
+    return backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)
+
+
+def is_interpreted() -> bool:
+    """Triton's interpreter runs the kernels on the CPU: slow, for tests and debugging."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

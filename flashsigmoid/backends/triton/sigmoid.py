@@ -1,0 +1,128 @@
+"""sigmoid(x) of a tile in float32, by one of four formulas of y = log2(e) x. Costs and errors: docs/numerics.md."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+LOG2E = math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class Formula:
+    """What a kernel is compiled with.
+
+    The kernel evaluates `gain * sigmoid(x)` from `unit * x + shift`. Without `asm` (the interpreter, AMD) the same
+    algebra runs element by element.
+    """
+
+    name: str  # "full", "pair", "adaptive", "tanh"
+    unit: float  # of the scores: log2(e), or 0.5 for tanh
+    gain: float = 1.0
+    threshold: float = 0.0  # "adaptive": y + shift at or below which p = e - e^2
+    asm: str = ""
+    constraints: str = ""
+    pack: int = 1
+
+    @property
+    def shift(self) -> float:
+        return math.log2(self.gain)
+
+
+# (threshold, gain) of e' - e'^2 with e' = gain * e, whose relative error changes sign and stays below
+# (1 - gain)^2 / (4 gain): 7e-4 for bfloat16 and 6e-5 for float16. The backward takes p - p^2 of the result, so its gain
+# is 1, with an error of at most 4^threshold.
+_SERIES = {
+    ("fwd", 16): (-4.0, 0.948),
+    ("fwd", 11): (-6.0, 0.985),
+    ("bwd", 16): (-5.0, 1.0),
+    ("bwd", 11): (-7.0, 1.0),
+}
+
+
+def make_formula(name: str, kind: str, is_float16: bool, pack: int, has_asm: bool) -> Formula:
+    """The formula `name` for `kind` "fwd" or "bwd", of `pack` scores a thread evaluates together."""
+    if name == "full" or (name == "pair" and not has_asm):
+        return Formula("full", LOG2E)
+    if name == "tanh":
+        return Formula("tanh", 0.5, asm="tanh.approx.f32 $0, $1;" if has_asm else "", constraints="=f,f")
+    if name == "pair":
+        return Formula(
+            "pair", LOG2E, asm=_block(_exponentials(2) + _pairs(2, 1.0)), constraints=_constraints(2), pack=2
+        )
+    assert name == "adaptive"
+    threshold, gain = _SERIES[kind, 11 if is_float16 else 16]
+    if not has_asm:
+        return Formula("adaptive", LOG2E, gain, threshold)
+    asm, constraints = _adaptive(pack, threshold, gain), _constraints(pack)
+    return Formula("adaptive", LOG2E, gain, threshold, asm, constraints, pack)
+
+
+def _bits(x: float) -> str:
+    return struct.pack(">f", x).hex().upper()
+
+
+def _constraints(pack: int) -> str:
+    return ",".join(["=&f"] * pack + ["f"] * pack)
+
+
+def _block(body: str) -> str:
+    return "{ .reg .f32 a,b,m; .reg .b32 t,x0,x1,x2,x3; .reg .pred wide; " + body + " }"
+
+
+def _exponentials(pack: int) -> str:
+    """$i = 2^y_i, at most 2^62: the product of two denominators stays finite."""
+    return "".join(f"min.ftz.f32 a,${pack + i},0f42780000; ex2.approx.ftz.f32 ${i},a; " for i in range(pack))
+
+
+def _pairs(pack: int, gain: float) -> str:
+    """Two weights by one reciprocal, in place: p = e B r, q = f A r with A = 1 + e, B = 1 + f, r = 1 / (A B)."""
+    text = ""
+    for i in range(0, pack, 2):
+        e, f, c = f"${i}", f"${i + 1}", _bits(1.0 / gain)
+        text += f"fma.rn.ftz.f32 a,{e},0f{c},0f3F800000; fma.rn.ftz.f32 b,{f},0f{c},0f3F800000; "
+        text += f"mul.ftz.f32 m,a,b; rcp.approx.ftz.f32 m,m; mul.ftz.f32 b,{e},b; mul.ftz.f32 a,{f},a; "
+        text += f"mul.ftz.f32 {e},b,m; mul.ftz.f32 {f},a,m; "
+    return text
+
+
+def _adaptive(pack: int, threshold: float, gain: float) -> str:
+    """e - e^2 if every score of the warp is at most `threshold`, else pairs of the same e: one of the two is executed.
+
+    As unsigned integers negative floats grow with their magnitude and stand above all positive ones, so the least of
+    the bits belongs to the largest score.
+    """
+    text = "".join(f"mov.b32 x{i},-1; " for i in range(4))
+    for i in range(pack):
+        text += f"ex2.approx.ftz.f32 ${i},${pack + i}; mov.b32 t,${pack + i}; min.u32 x{i % 4},x{i % 4},t; "
+    text += "min.u32 x0,x0,x1; min.u32 x2,x2,x3; min.u32 x0,x0,x2; "
+    text += f"setp.lt.u32 wide,x0,0x{_bits(threshold)}; vote.sync.any.pred wide,wide,0xffffffff; @wide bra WIDE; "
+    for i in range(pack):
+        text += f"neg.f32 a,${i}; fma.rn.ftz.f32 ${i},a,${i},${i}; "
+    text += "bra.uni DONE; WIDE: "
+    text += "".join(f"min.ftz.f32 ${i},${i},0f5E800000; " for i in range(pack))  # 2^62
+    return _block(text + _pairs(pack, gain) + "DONE:")
+
+
+@triton.jit
+def sigmoid(y, FORMULA: tl.constexpr):
+    """gain * sigmoid(x) of y = unit * x + shift, elementwise, float32."""
+    if FORMULA.asm != "":
+        p = tl.inline_asm_elementwise(
+            FORMULA.asm, FORMULA.constraints, [y], dtype=tl.float32, is_pure=True, pack=FORMULA.pack
+        )
+        if FORMULA.name == "tanh":
+            p = 0.5 * p + 0.5
+    elif FORMULA.name == "tanh":
+        p = 1.0 / (1.0 + tl.exp(-2.0 * y))
+    elif FORMULA.name == "adaptive":
+        e = tl.exp2(tl.minimum(y, FORMULA.threshold))
+        exact = FORMULA.gain / (1.0 + FORMULA.gain * tl.exp2(-y))
+        p = tl.where(y <= FORMULA.threshold, e - e * e, exact)
+    else:
+        p = 1.0 / (1.0 + tl.exp2(-y))
+    return p

@@ -1,0 +1,257 @@
+"""python tests/backends/aot.py sm_90 gfx942: compiles the kernels that calls would launch, for a GPU that is not here.
+
+A stand-in for Triton's driver names the target, and launch.py's kernels are compiled but not launched, so that what is
+compiled is what launch.py asks for. Prints a JSON line for every kernel: registers, spills, shared memory,
+instructions. With --calls the calls are JSON lines on stdin, else the measured tiles'. Numbers are not checked here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from flashsigmoid.backends.problem import make_problem
+from flashsigmoid.backends.triton import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NAMES = ("_fwd_kernel", "_bwd_dkdv_kernel", "_bwd_dq_kernel")
+DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A forward and its backward, as plain data; sizes are the same for queries and keys."""
+
+    head_dim: int = 64
+    head_dim_v: int | None = None  # None: head_dim
+    dtype: str = "bfloat16"
+    matmul_precision: str = "highest"
+    batch: int = 2
+    seqlen: int = 4096
+    nheads: int = 4
+    nheads_k: int = 4
+    is_packed: bool = False  # batch sequences in batch * seqlen rows
+    is_aligned: bool = True  # to 16 bytes
+    bias: str | None = None  # "row" or "head": a tensor with a value for each
+    sigmoid_bias: float | None = None  # None: -log(seqlen)
+    has_slopes: bool = False
+    causal: bool = False
+    window_left: int | None = None
+    window_right: int | None = None
+    q_offset: int | None = None
+    dropout_p: float = 0.0
+    origin: tuple[int, ...] = (0, 0, 0, 0)
+    sigmoid: str = "auto"
+
+
+@dataclass
+class Compiled:
+    """One kernel as the compiler left it; on failure only `error` says anything."""
+
+    kernel: str
+    binary: int  # calls that run the same binary have the same number
+    error: str = ""
+    registers: int = 0
+    spill_bytes: int = 0  # of a thread's stores to and loads from local memory
+    shared_bytes: int = 0
+    tensor_memory: int = 0  # columns, of sm_100
+    products: int = 0  # matrix instructions in the machine code
+    tma_loads: int = 0
+    waits: int = 0  # for wgmma
+    notes: list[str] = field(default_factory=list)  # the assembler's, beyond its statistics
+
+
+class Driver:
+    """A GPU of `target` on which nothing runs."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiler:
+    """Stands where launch.py has its kernels, and keeps what a launch would have run."""
+
+    def __init__(self, arch: str, code: Path | None = None) -> None:
+        self.arch = arch
+        self.code = code  # where to write machine code
+        self.binaries: dict[int, tuple[Any, Compiled]] = {}  # holds the kernel, so that its id stays its own
+        self.launched: list[Compiled] = []
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.runtime.driver.set_active(Driver(TARGETS[arch]))
+        self.kernels = {name: getattr(launch, name) for name in NAMES}
+        for name, kernel in self.kernels.items():
+            kernel.device_caches.clear()
+            setattr(launch, name, _Launcher(self, name))
+
+    def close(self) -> None:
+        for name, kernel in self.kernels.items():
+            setattr(launch, name, kernel)
+
+    def compile(self, name: str, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
+        log = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(log):
+                kernel = self.kernels[name].warmup(*args, grid=grid, **kwargs)
+        except Exception as error:  # the other kernels of the call are still of interest
+            self.launched.append(Compiled(name, -1, error=f"{type(error).__name__}: {error}"))
+            return
+        if id(kernel) not in self.binaries:
+            one = Compiled(name, len(self.binaries), shared_bytes=kernel.metadata.shared)
+            self.binaries[id(kernel)] = kernel, one
+            _examine(one, kernel, log.getvalue(), self.code and self.code / f"{name}.{self.arch}.{one.binary}.txt")
+        self.launched.append(self.binaries[id(kernel)][1])
+
+    def run(self, call: Call) -> list[Compiled]:
+        """The three kernels of one call."""
+        self.launched = []
+        dtype = getattr(torch, call.dtype)
+        torch.set_float32_matmul_precision(call.matmul_precision)
+        dim_v = call.head_dim if call.head_dim_v is None else call.head_dim_v
+        lead = (call.batch * call.seqlen,) if call.is_packed else (call.batch, call.seqlen)
+        q, k, v, dout = (
+            _empty((*lead, n, dim), dtype, call.is_aligned)
+            for n, dim in (
+                (call.nheads, call.head_dim), (call.nheads_k, call.head_dim), (call.nheads_k, dim_v),
+                (call.nheads, dim_v),
+            )
+        )  # fmt: skip
+        bias = slopes = seed = cu_seqlens = None
+        if call.bias == "head":
+            bias = torch.empty(call.nheads, dtype=torch.float32)
+        elif call.bias == "row":
+            rows = (*lead, call.nheads) if call.is_packed else (call.batch, call.nheads, call.seqlen)
+            bias = torch.empty(rows, dtype=torch.float32)
+        if call.has_slopes:
+            slopes = torch.empty(call.nheads, dtype=torch.float32)
+        if call.dropout_p > 0:
+            seed = torch.empty((), dtype=torch.int64)
+        packed: dict[str, Any] = {}
+        if call.is_packed:
+            cu_seqlens = (torch.empty(call.batch + 1, dtype=torch.int32),) * 2
+            packed = {"cu_seqlens_q": cu_seqlens[0], "max_seqlen_q": call.seqlen, "max_seqlen_k": call.seqlen}
+        problem = make_problem(
+            q, k, v, bias=bias, slopes=slopes, sigmoid_bias=call.sigmoid_bias, scale=None, causal=call.causal,
+            window_left=call.window_left, window_right=call.window_right, q_offset=call.q_offset,
+            dropout_p=call.dropout_p, origin=call.origin, sigmoid=call.sigmoid, **packed,
+        )  # fmt: skip
+        problem = replace(problem, arch=self.arch, device="cuda")
+        launch.forward(problem, q, k, v, bias, slopes, seed, cu_seqlens)
+        launch.backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)
+        return self.launched
+
+
+class _Launcher:
+    """A kernel as launch.py sees it: kernel[grid](...)."""
+
+    def __init__(self, compiler: Compiler, name: str) -> None:
+        self.compiler = compiler
+        self.name = name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return functools.partial(self.compiler.compile, self.name, grid=grid)
+
+
+@contextlib.contextmanager
+def compiler(arch: str, code: Path | None = None) -> Iterator[Compiler]:
+    """A compiler for `arch` in place of launch.py's kernels; with `code` machine code is written there."""
+    with tempfile.TemporaryDirectory() as cache:
+        triton.knobs.cache.dir = cache  # nothing is found in it: the assembler runs, and says what it did
+        one = Compiler(arch, code)
+        try:
+            yield one
+        finally:
+            one.close()
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, is_aligned: bool) -> torch.Tensor:
+    if is_aligned:
+        return torch.empty(shape, dtype=dtype)
+    return torch.empty((*shape[:-1], shape[-1] + 1), dtype=dtype)[..., 1:]
+
+
+def _examine(one: Compiled, kernel: Any, log: str, path: Path | None) -> None:
+    """Read registers, spills and instructions from the assembler's log and the machine code."""
+    if "amdgcn" in kernel.asm:
+        code = kernel.asm["amdgcn"]
+        one.registers = _sum(r"\.vgpr_count:\s+(\d+)", code)
+        one.spill_bytes = 4 * _sum(r"\.vgpr_spill_count:\s+(\d+)", code)  # scalar registers spill into vector registers
+        one.products = len(re.findall(r"\bv_s?mfma", code))
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [DISASSEMBLER, "-c", file.name]
+            code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        one.registers = _sum(r"Used (\d+) registers", log)
+        one.spill_bytes = _sum(r"(\d+) bytes spill", log)
+        one.tensor_memory = kernel.metadata.tmem_size
+        one.products = len(re.findall(r"\b(?:H|Q|HG|QG|UTC[A-Z]*)MMA\b", code))
+        one.tma_loads = len(re.findall(r"\bUTMALDG\b", code))
+        one.waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code))
+        statistics = r"gmem$|Compiling entry|Function properties|bytes stack frame|Used \d+ reg|Compile time|^\s*$"
+        one.notes = [line.strip() for line in log.splitlines() if not re.search(statistics, line)]
+    if path is not None:
+        path.write_text(code)
+
+
+def _sum(pattern: str, text: str) -> int:
+    found = re.findall(pattern, text)
+    assert found, f"no {pattern!r} in: {text[:2000]}"
+    return sum(map(int, found))
+
+
+def measured() -> Iterator[dict[str, Any]]:
+    """The calls that tiles.py has tiles for."""
+    for dim in (64, 128, 256):
+        for causal in (False, True):
+            yield {"head_dim": dim, "causal": causal}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("arch", nargs="*", help=f"some of {', '.join(TARGETS)}; default: all")
+    parser.add_argument("--calls", action="store_true", help="read calls from stdin: JSON lines, fields of Call")
+    parser.add_argument("--code", type=Path, help="write the machine code into this folder")
+    args = parser.parse_args()
+    calls = [json.loads(line) for line in sys.stdin] if args.calls else list(measured())
+    for arch in args.arch or TARGETS:
+        with compiler(arch, args.code) as one:
+            for call in calls:
+                for compiled in one.run(Call(**call)):
+                    print(json.dumps({"arch": arch, "call": call, **asdict(compiled)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

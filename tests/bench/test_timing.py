@@ -1,0 +1,30 @@
+"""Samples are interleaved in rotated order, and numbers are medians and quantiles over rounds."""
+
+from __future__ import annotations
+
+import pytest
+
+from flashsigmoid.bench.timing import Times, by_clock, interleaved
+
+
+def test_rounds_are_interleaved_in_rotated_order() -> None:
+    order: list[str] = []
+
+    def sample(name: str):
+        return lambda: order.append(name) or float(len(order))
+
+    times = interleaved({name: sample(name) for name in "abc"}, rounds=3)
+    assert "".join(order) == "cab" + "abc" + "bca" + "cab"  # the first round is not counted
+    assert times["a"].ms == [4.0, 9.0, 11.0]
+
+
+def test_medians_quantiles_and_ratios() -> None:
+    times = Times([float(ms) for ms in range(1, 12)])
+    assert (times.median_ms, times.quantile_ms(0.1), times.quantile_ms(0.9)) == (6.0, 2.0, 10.0)
+    assert times.speedup_over(Times([2.0 * ms for ms in times.ms])) == 2.0
+
+
+def test_the_clock_measures_a_call() -> None:
+    calls: list[None] = []
+    assert by_clock(lambda: calls.append(None), "cpu")() == pytest.approx(0.0, abs=1e3)
+    assert len(calls) == 1
