@@ -5,6 +5,7 @@ from . import testing as testing
 from .backends.problem import BackendUnsupported as BackendUnsupported
 from .functional import explain as explain
 from .functional import sigmoid_attention as sigmoid_attention
+from .functional import sigmoid_attention_fp8 as sigmoid_attention_fp8
 from .functional import sigmoid_attention_varlen as sigmoid_attention_varlen
 
 __version__ = "0.1.0"

@@ -397,6 +397,9 @@ def bench(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Records file to write too.", show_default=False)] = None,
     plot: Annotated[Path | None, typer.Option(help="Figure to draw, PNG or SVG.", show_default=False)] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure tiles of the Triton kernels instead, and print a better table.")
+    ] = False,
     list_problems: Annotated[bool, typer.Option("--list", help="List the problems and the candidates.")] = False,
 ) -> None:
     """Time sigmoid attention beside everybody else's, with its error beside its speed. It must be right to be timed."""
@@ -416,10 +419,16 @@ def bench(
         raise ValueError(f"--plot must end in .png or .svg, got {plot}")
     for library in libraries or ():
         load_library(library)
+    numbers = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    if tune:
+        from .bench.tune import tune as measure_tiles
+
+        measure_tiles(problems or (), dtype=numbers, rounds=rounds, show=print)
+        return
     records = run(
         problems or (),
         works=work or WORKS,
-        dtype=getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")),
+        dtype=numbers,
         rounds=rounds,
         names=peer or (),
         device=device,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends import Explanation, op, packed, reference
+from .backends import Explanation, op, packed, reference, triton
 from .backends.problem import BackendUnsupported, make_problem
 
 if TYPE_CHECKING:
@@ -159,6 +159,101 @@ def sigmoid_attention_varlen(
         cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
         max_seqlens=(max_seqlen_q, max_seqlen_k),
     )
+
+
+def sigmoid_attention_fp8(
+    q: Float[Tensor, "batch seqlen_q nheads head_dim"],
+    k: Float[Tensor, "batch seqlen_k nheads_k head_dim"],
+    v: Float[Tensor, "batch seqlen_k nheads_k head_dim_v"],
+    q_scale: float | Tensor,
+    k_scale: float | Tensor,
+    v_scale: float | Tensor,
+    *,
+    sigmoid_bias: float | Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (None, None),
+    alibi_slopes: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    sigmoid: str = "auto",
+    backend: str = "auto",
+) -> Float[Tensor, "batch seqlen_q nheads head_dim_v"]:
+    """Sigmoid attention of 8-bit inputs, forward only.
+
+        O = A V * v_scale,   A = sigmoid(scale * q_scale * k_scale * Q K^T + b - alibi_slope * |p_i - j|)
+
+    The weights are multiplied by a power of two for each row of a block before they are rounded to 8 bits, since a
+    weight near 1/n would be rounded to zero; sums are float32. Compute capability 9.0 or later; elsewhere, and by
+    backend="reference", the inputs are converted to float32 and weights are not rounded.
+
+    Args:
+        q: queries, float8_e4m3fn, head_dim a multiple of 16 on a GPU.
+        k: keys, float8_e4m3fn.
+        v: values, float8_e4m3fn. Copied once with its keys innermost.
+        q_scale: factor of q, a float, or float32 of shape (), (nheads,) or (batch, nheads).
+        k_scale: factor of k, a float, or float32 of shape (), (nheads_k,) or (batch, nheads_k).
+        v_scale: factor of v, as k_scale.
+        sigmoid_bias, scale, causal, window_size, alibi_slopes, sigmoid: as in `sigmoid_attention`, without gradients.
+        out_dtype: of the result. Default: bfloat16.
+        backend: "auto", "triton" or "reference". A named backend never falls back. Default: "auto".
+
+    Raises:
+        ValueError: a shape, dtype, device or option outside the rules above.
+        BackendUnsupported: the named backend cannot compute this call; the message says why.
+
+    Source: arXiv:2409.04431, section 2; the format e4m3 of arXiv:2209.05433.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.dtype != torch.float8_e4m3fn:
+            raise ValueError(
+                f"{name} must be float8_e4m3fn, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}"
+            )
+    if out_dtype not in _DTYPES[:3]:
+        raise ValueError(f"out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
+    if backend not in ("auto", "triton", "reference"):
+        raise ValueError(f"backend must be one of auto, triton, reference, got {backend!r}")
+    for name, x in (("sigmoid_bias", sigmoid_bias), ("alibi_slopes", alibi_slopes)):
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient, 8-bit attention is forward only, got one that does")
+    options = (sigmoid_bias, scale, causal, window_size, alibi_slopes, 0.0, sigmoid)
+    like_q, like_k, like_v = (torch.empty((), device=x.device).expand(x.shape) for x in (q, k, v))
+    _validate(like_q, like_k, like_v, *options, "auto")
+    batch, heads_k = q.shape[0], k.shape[2]
+    factors = [
+        _factor(name, x, q, (batch, heads))
+        for name, x, heads in (
+            ("q_scale", q_scale, q.shape[2]),
+            ("k_scale", k_scale, heads_k),
+            ("v_scale", v_scale, heads_k),
+        )
+    ]
+    bias, number = _split_bias(sigmoid_bias)
+    left, right = window_size
+    scalars: Any = (number, scale, causal, left, right, None, 0.0, (0, 0, 0, 0), sigmoid)
+    if backend != "reference":
+        names = op.SCALAR_NAMES[: len(scalars)]
+        problem = make_problem(q, k, v, bias=bias, slopes=alibi_slopes, **dict(zip(names, scalars, strict=True)))
+        reason = triton.unsupported_fp8(problem)
+        if reason is None and (backend == "triton" or q.device.type != "cpu"):
+            return torch.ops.flashsigmoid.fwd_fp8(
+                q, k, v, *factors, bias, alibi_slopes, *scalars, None, None, "triton", out_dtype
+            )
+        if backend == "triton":
+            raise BackendUnsupported(f"triton: {reason}")
+    q, k, v = (x.float() * factor[:, None, :, None] for x, factor in zip((q, k, v), factors, strict=True))
+    return _attention(q, k, v, *options, "auto" if backend == "auto" else "reference").to(out_dtype)
+
+
+def _factor(name: str, x: float | Tensor, q: Tensor, heads: tuple[int, int]) -> Tensor:
+    """A scale as float32 (batch, nheads)."""
+    if not isinstance(x, Tensor):
+        _validate_number(name, x)
+        x = torch.full((), float(x), device=q.device)
+    legal = ((), heads[1:], heads)
+    if tuple(x.shape) not in legal or x.dtype != torch.float32 or x.device != q.device:
+        got = f"{tuple(x.shape)} {x.dtype} on {x.device}"
+        raise ValueError(f"{name} must be a number or float32 of shape (), (nheads,) or (batch, nheads), got {got}")
+    return x.expand(heads)
 
 
 def sigmoid_attention_shard(
@@ -317,7 +412,9 @@ def _attention(
 
 def _refuse_tangents(*tensors: Tensor | None) -> None:
     """A torch.library op would drop them without a word."""
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
         raise BackendUnsupported(
             "forward-mode derivatives need backend='reference', got a fused backend, which has none"
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from .problem import BackendUnsupported as BackendUnsupported
@@ -62,6 +64,7 @@ class Backend(Protocol):
         ...
 
 
+@functools.cache
 def load(name: str) -> Backend:
     """The backend module of that name."""
     return cast(Backend, importlib.import_module(f".{name}", __package__))
@@ -85,8 +88,12 @@ def select(problem: Problem, backend: str) -> Backend:
 
 def _against(module: Backend, problem: Problem, backend: str) -> str | None:
     """Why `select` does not take this backend, itself."""
-    if backend == "auto" and module.NAME == "triton" and problem.device == "cpu":
-        return "device must be a GPU, got cpu"  # the interpreter runs only when asked for
+    if backend == "auto" and module.NAME == "triton":
+        if problem.device == "cpu":
+            return "device must be a GPU, got cpu"  # the interpreter runs only when asked for
+        largest = max(problem.head_dim, problem.head_dim_v)
+        if problem.dtype == torch.float32 and largest > 64:
+            return f"float32 spills registers beyond head_dim 64 and runs only when asked for, got {largest}"
     return module.unsupported(problem)
 
 

@@ -33,6 +33,12 @@ torch.library.define(
     f"(Tensor dout, {_TENSORS}, {_SCALARS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+torch.library.define(
+    "flashsigmoid::fwd_fp8",
+    "(Tensor q, Tensor k, Tensor v, Tensor q_scale, Tensor k_scale, Tensor v_scale, Tensor? bias, Tensor? slopes, "
+    f"{_SCALARS}, ScalarType out_dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 def full_precision(device: str) -> AbstractContextManager[object]:
@@ -83,6 +89,19 @@ def _bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Tenso
     return dq, dk, dv, dbias, dslopes
 
 
+@torch.library.impl("flashsigmoid::fwd_fp8", "default")
+def _fwd_fp8(q, k, v, q_scale, k_scale, v_scale, bias, slopes, *scalars) -> Tensor:
+    named = dict(zip((*SCALAR_NAMES, "out_dtype"), scalars, strict=True))
+    out_dtype = named.pop("out_dtype")
+    named.pop("backend")
+    problem = make_problem(q, k, v, bias=bias, slopes=slopes, **named)
+    if problem.is_empty:
+        return q.new_zeros(*q.shape[:-1], problem.head_dim_v, dtype=out_dtype)
+    from .triton import forward_fp8
+
+    return forward_fp8(problem, q, k, v, (q_scale, k_scale, v_scale), bias, slopes, out_dtype)
+
+
 def _reduce_to(grad: Tensor, like: Tensor) -> Tensor:
     return grad.sum_to_size(like.shape).to(like.dtype).contiguous()
 
@@ -90,6 +109,11 @@ def _reduce_to(grad: Tensor, like: Tensor) -> Tensor:
 @torch.library.register_fake("flashsigmoid::fwd")
 def _fake_fwd(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+@torch.library.register_fake("flashsigmoid::fwd_fp8")
+def _fake_fwd_fp8(q, k, v, *rest) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1], dtype=rest[-1])
 
 
 @torch.library.register_fake("flashsigmoid::bwd")

@@ -88,6 +88,9 @@ def forward(
         given: dict[str, Any] = {"cu_seqlens": cu_seqlens}
         return backend.forward(problem, q, k, v, bias, slopes, seed, **given)
     out = q.new_zeros(q.shape[0], problem.nheads, problem.head_dim_v)
+    for x in (q, k, v, bias, slopes):
+        if x is not None:  # zero, and differentiable where there is no sequence
+            out = out + x.reshape(-1)[:0].sum().to(out.dtype)
     parts, end = [], 0
     for one in sequences(problem, cu_seqlens):
         parts += [out[end : one.rows.start]]

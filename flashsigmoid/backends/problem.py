@@ -104,15 +104,27 @@ def make_problem(
 
     With `cu_seqlens_q` q, k and v are packed, (total, nheads, head_dim), and the longest sequence defaults to all rows.
     """
+    return _make_problem(
+        tuple(q.shape), tuple(v.shape), q.dtype, q.device, None if bias is None else tuple(bias.shape),
+        None if slopes is None else tuple(slopes.shape), sigmoid_bias, scale, causal, window_left, window_right,
+        q_offset, dropout_p, tuple(origin), sigmoid, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
+        max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
+
+
+def _make_problem(
+    q_shape, v_shape, dtype, device, bias_shape, slopes_shape, sigmoid_bias, scale, causal, window_left, window_right,
+    q_offset, dropout_p, origin, sigmoid, sequences, max_seqlen_q, max_seqlen_k,
+) -> Problem:  # fmt: skip
     total_q = total_k = None
-    seqlen_q, nheads, head_dim = q.shape[-3:]
-    seqlen_k, nheads_k, head_dim_v = v.shape[-3:]
-    if cu_seqlens_q is None:
-        batch = q.shape[0]
+    seqlen_q, nheads, head_dim = q_shape[-3:]
+    seqlen_k, nheads_k, head_dim_v = v_shape[-3:]
+    if sequences is None:
+        batch = q_shape[0]
     else:
-        batch, total_q, total_k = cu_seqlens_q.shape[0] - 1, seqlen_q, seqlen_k
+        batch, total_q, total_k = sequences, seqlen_q, seqlen_k
         seqlen_q, seqlen_k, q_offset = max_seqlen_q or seqlen_q, max_seqlen_k or seqlen_k, 0
-    if sigmoid_bias is None and bias is None:
+    if sigmoid_bias is None and bias_shape is None:
         sigmoid_bias = -math.log(seqlen_k) if seqlen_k else 0.0
     return Problem(
         batch=batch,
@@ -122,22 +134,22 @@ def make_problem(
         nheads_k=nheads_k,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        dtype=q.dtype,
-        device=q.device.type,
+        dtype=dtype,
+        device=device.type,
         scale=head_dim**-0.5 if scale is None else scale,
         sigmoid_bias=sigmoid_bias,
-        bias_shape=None if bias is None else tuple(bias.shape),
-        slopes_shape=None if slopes is None else tuple(slopes.shape),
+        bias_shape=bias_shape,
+        slopes_shape=slopes_shape,
         causal=causal,
         window_left=window_left,
         window_right=window_right,
         q_offset=seqlen_k - seqlen_q if q_offset is None else q_offset,
         dropout_p=dropout_p,
-        origin=tuple(origin),  # pyright: ignore[reportArgumentType]
+        origin=origin,
         sigmoid=sigmoid,
         total_q=total_q,
         total_k=total_k,
-        arch=_arch(q.device),
+        arch=_arch(device),
     )
 
 

@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 
 from flashsigmoid.backends.problem import make_problem
 from flashsigmoid.backends.triton import launch
+from flashsigmoid.backends.triton.tiles import Tile, choose_tile
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -37,7 +38,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NAMES = ("_fwd_kernel", "_bwd_dkdv_kernel", "_bwd_dq_kernel")
+NAMES = {"fwd": "_fwd_kernel", "dkdv": "_bwd_dkdv_kernel", "dq": "_bwd_dq_kernel"}
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
@@ -65,6 +66,8 @@ class Call:
     dropout_p: float = 0.0
     origin: tuple[int, ...] = (0, 0, 0, 0)
     sigmoid: str = "auto"
+    kernel: str | None = None  # "fwd", "dkdv" or "dq"; None: all three
+    tile: tuple[int, ...] | None = None  # a Tile's fields; None: from tiles.py
 
 
 @dataclass
@@ -108,18 +111,26 @@ class Compiler:
         self.code = code  # where to write machine code
         self.binaries: dict[int, tuple[Any, Compiled]] = {}  # holds the kernel, so that its id stays its own
         self.launched: list[Compiled] = []
+        self.call = Call()
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.runtime.driver.set_active(Driver(TARGETS[arch]))
-        self.kernels = {name: getattr(launch, name) for name in NAMES}
+        self.kernels = {name: getattr(launch, name) for name in NAMES.values()}
         for name, kernel in self.kernels.items():
             kernel.device_caches.clear()
             setattr(launch, name, _Launcher(self, name))
+        launch.choose_tile = self.choose_tile
 
     def close(self) -> None:
         for name, kernel in self.kernels.items():
             setattr(launch, name, kernel)
+        launch.choose_tile = choose_tile
+
+    def choose_tile(self, problem: Any, kernel: str) -> Tile:
+        return choose_tile(problem, kernel) if self.call.tile is None else Tile(*self.call.tile)
 
     def compile(self, name: str, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
+        if self.call.kernel is not None and name != NAMES[self.call.kernel]:
+            return
         log = io.StringIO()
         try:
             with contextlib.redirect_stdout(log):
@@ -134,8 +145,8 @@ class Compiler:
         self.launched.append(self.binaries[id(kernel)][1])
 
     def run(self, call: Call) -> list[Compiled]:
-        """The three kernels of one call."""
-        self.launched = []
+        """The kernels of one call, in the order of their launches."""
+        self.call, self.launched = call, []
         dtype = getattr(torch, call.dtype)
         torch.set_float32_matmul_precision(call.matmul_precision)
         dim_v = call.head_dim if call.head_dim_v is None else call.head_dim_v
@@ -220,7 +231,7 @@ def _examine(one: Compiled, kernel: Any, log: str, path: Path | None) -> None:
         one.products = len(re.findall(r"\b(?:H|Q|HG|QG|UTC[A-Z]*)MMA\b", code))
         one.tma_loads = len(re.findall(r"\bUTMALDG\b", code))
         one.waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code))
-        statistics = r"gmem$|Compiling entry|Function properties|bytes stack frame|Used \d+ reg|Compile time|^\s*$"
+        statistics = r"bytes gmem|Compiling entry|Function properties|bytes stack frame|Used \d+ reg|Compile time|^\s*$"
         one.notes = [line.strip() for line in log.splitlines() if not re.search(statistics, line)]
     if path is not None:
         path.write_text(code)

@@ -28,7 +28,6 @@ def can(backend: str, problem: Problem) -> bool:
 def interpret_in_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
     """Let the interpreter's kernels work in such tiles, powers of two from 16."""
     if IS_INTERPRETED:
-        from flashsigmoid.backends.triton import launch, tiles
+        from flashsigmoid.backends.triton import tiles
 
         monkeypatch.setattr(tiles, "_INTERPRETED", tiles.Tile(block_m, block_n, 4, 1))
-        monkeypatch.setattr(launch, "_plan", getattr(launch._plan, "__wrapped__", launch._plan))

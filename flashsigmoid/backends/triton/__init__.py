@@ -50,9 +50,10 @@ def formula(problem: Problem) -> str:
     return {
         "full": "exact: 1 / (1 + exp2(-y)) in float32",
         "pair": "exact: two weights share one reciprocal, relative error 2e-6",
-        "adaptive": "adaptive: e - e^2 where all of a warp's weights are small (relative error 1e-3), else exact",
+        "narrow": "adaptive: e - e^2 where a warp's scores are all below -2.8 (relative error 1e-3), else exact",
+        "wide": "adaptive: a series where a warp's scores are all below -1.4 (relative error 4e-4), else exact",
         "tanh": "fast: tanh.approx, relative error of a weight 1e-2 below 1e-4 and nothing below 2e-7",
-    }[choose_formula(problem)]
+    }[choose_formula(problem, "fwd")]
 
 
 def forward(
@@ -86,6 +87,35 @@ def backward(
     from .launch import backward
 
     return backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)
+
+
+def unsupported_fp8(problem: Problem) -> str | None:
+    """None where the float8 kernel can compute the problem, else the reason."""
+    if max(problem.head_dim, problem.head_dim_v) > 256:
+        return f"head_dim must be at most 256, got {problem.head_dim} and {problem.head_dim_v}"
+    if problem.head_dim % 16 or problem.head_dim_v % 16:
+        return f"head_dim must be a multiple of 16, got {problem.head_dim} and {problem.head_dim_v}"
+    if problem.arch == "cpu" and is_interpreted():
+        return None
+    if problem.arch not in ("sm_90", "sm_100", "sm_103", "sm_120"):
+        return f"the device must be of compute capability 9.0 or later, got {problem.arch or problem.device}"
+    return None if _is_installed() else "the package triton is not installed"
+
+
+def forward_fp8(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """O of float8_e4m3fn q, k and v; the factors of their heads in float32, (batch, nheads) or (batch, nheads_k)."""
+    from .fp8 import forward
+
+    return forward(problem, q, k, v, scales, bias, slopes, out_dtype)
 
 
 def is_interpreted() -> bool:

@@ -53,7 +53,7 @@ def load_rows(
         offs = tl.arange(0, BLOCK)
         cols = tl.arange(0, BLOCK_DIM)
         start = batch.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
-        ptrs = x + start + (offs[:, None] * strides[1] + cols[None, :] * strides[3])
+        ptrs = x + start + offs.to(tl.int64)[:, None] * strides[1] + cols.to(tl.int64)[None, :] * strides[3]
         keep = tl.full((BLOCK, 1), True, tl.int1) if IS_WHOLE else (row + offs < stop)[:, None]
         if DIM != BLOCK_DIM:
             return tl.load(ptrs, mask=keep & (cols < DIM)[None, :], other=0.0)
@@ -80,7 +80,7 @@ def store_rows(
     offs = tl.arange(0, BLOCK)
     cols = tl.arange(0, BLOCK_DIM)
     start = batch.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
-    ptrs = x + start + (offs[:, None] * strides[1] + cols[None, :] * strides[3])
+    ptrs = x + start + offs.to(tl.int64)[:, None] * strides[1] + cols.to(tl.int64)[None, :] * strides[3]
     keep = (row + offs < stop)[:, None] & (cols < DIM)[None, :]
     tl.store(ptrs, value.to(x.dtype.element_ty), mask=keep)
 

@@ -89,7 +89,7 @@ def _bwd_dkdv_kernel(
                 offs_m = m + tl.arange(0, BLOCK_M)
                 p = (offs_m + q_offset)[None, :]
                 if HAS_BIAS:
-                    bias_row = bias + sequence.to(tl.int64) * bias_strides[0] + head * bias_strides[1]
+                    bias_row = bias + sequence.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
                     bias_row += (start_q + offs_m).to(tl.int64) * bias_strides[2]
                     bias_m = tl.load(bias_row, mask=offs_m < rows, other=0.0).to(tl.float32)
                     b_m = (bias_m * FORMULA.unit + FORMULA.shift)[None, :]
@@ -171,7 +171,7 @@ def _bwd_dq_kernel(
     if HAS_SLOPES:
         slope = tl.load(slopes + sequence * slopes_strides[0] + head * slopes_strides[1]).to(tl.float32) * FORMULA.unit
     if HAS_BIAS:
-        bias_row = bias + sequence.to(tl.int64) * bias_strides[0] + head * bias_strides[1]
+        bias_row = bias + sequence.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
         bias_row += (start_q + offs_m).to(tl.int64) * bias_strides[2]
         bias_m = tl.load(bias_row, mask=offs_m < rows, other=0.0).to(tl.float32)  # (BLOCK_M,)
         b = (bias_m * FORMULA.unit + FORMULA.shift)[:, None]
@@ -219,7 +219,8 @@ def _bwd_dq_kernel(
             dq_acc = tl.dot(ds.to(k_block.dtype), k_block, dq_acc, input_precision=PRECISION)
 
     dq_acc *= scale
-    at = lead * sums_strides[0] + head * sums_strides[1] + (start_q + offs_m) * sums_strides[2]
+    at = lead.to(tl.int64) * sums_strides[0] + head.to(tl.int64) * sums_strides[1]
+    at += (start_q + offs_m).to(tl.int64) * sums_strides[2]
     if HAS_BIAS:
         tl.store(row_sums + at, sums, mask=offs_m < rows)
     if HAS_SLOPES:

@@ -66,7 +66,7 @@ def _fwd_kernel(
     if HAS_SLOPES:
         slope = tl.load(slopes + sequence * slopes_strides[0] + head * slopes_strides[1]).to(tl.float32) * FORMULA.unit
     if HAS_BIAS:
-        bias_row = bias + sequence.to(tl.int64) * bias_strides[0] + head * bias_strides[1]
+        bias_row = bias + sequence.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
         bias_row += (start_q + offs_m).to(tl.int64) * bias_strides[2]
         bias_m = tl.load(bias_row, mask=offs_m < rows, other=0.0).to(tl.float32)  # (BLOCK_M,)
         b = (bias_m * FORMULA.unit + FORMULA.shift)[:, None]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,17 +39,7 @@ def forward(
     cu_seqlens: CuSeqlens,
 ) -> Tensor:
     """out, contiguous (batch, seqlen_q, nheads, head_dim_v), or (total_q, nheads, head_dim_v)."""
-    out = q.new_empty(*q.shape[:-1], problem.head_dim_v)
-    call = _Call(problem, bias, slopes, seed, cu_seqlens)
-    plan = _plan(problem, "fwd", _precision(problem))
-    tensors, has_descriptors = plan.tensors(q, k, v)
-    with _device(q):
-        _fwd_kernel[(plan.blocks_q * problem.nheads * call.lead,)](
-            *tensors, out, *call.sides, *call.cu_seqlens, *(_strides(x) for x in (q, k, v, out)), *call.side_strides,
-            *plan.sizes, *plan.numbers, 1.0 / plan.formula.gain, *plan.dropout,
-            **plan.constants, DESCRIPTORS=has_descriptors,
-        )  # fmt: skip
-    return out
+    return Call(problem, q, k, v, bias, slopes, seed, cu_seqlens).fwd()
 
 
 def backward(
@@ -63,37 +54,72 @@ def backward(
     cu_seqlens: CuSeqlens,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv, and the sums of dS and of -dS |p - j| of every row."""
-    call = _Call(problem, bias, slopes, seed, cu_seqlens)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    shape = q.shape[:2] if problem.is_packed else (problem.batch, problem.nheads, problem.seqlen_q)
-    row_sums = None if bias is None else q.new_empty(shape, dtype=torch.float32)
-    slope_sums = None if slopes is None else q.new_empty(shape, dtype=torch.float32)
-    nheads, rows = problem.nheads, problem.seqlen_q
-    sums_strides = (0, 1, nheads) if problem.is_packed else (nheads * rows, rows, 1)
-    strides = tuple(_strides(x) for x in (dout, q, k, v))
-    bias_strides, slopes_strides, origin = call.side_strides
-
-    dkdv, rows_plan = (_plan(problem, kernel, _precision(problem)) for kernel in ("dkdv", "dq"))
-    with _device(q):
-        tensors, has_descriptors = dkdv.tensors(dout, q, k, v)
-        _bwd_dkdv_kernel[(dkdv.blocks_k * problem.nheads_k * call.lead,)](
-            *tensors, dk, dv, *call.sides, *call.cu_seqlens, *strides, _strides(dk), _strides(dv), *call.side_strides,
-            *dkdv.sizes, *dkdv.numbers, problem.scale, *dkdv.dropout,
-            **dkdv.constants, DESCRIPTORS=has_descriptors,
-        )  # fmt: skip
-        tensors, has_descriptors = rows_plan.tensors(dout, q, k, v)
-        _bwd_dq_kernel[(rows_plan.blocks_q * problem.nheads * call.lead,)](
-            *tensors, dq, bias, slopes, row_sums, slope_sums, call.sides[2], *call.cu_seqlens, *strides, _strides(dq),
-            bias_strides, slopes_strides, sums_strides, origin,
-            *rows_plan.sizes, *rows_plan.numbers, problem.scale, *rows_plan.dropout,
-            **rows_plan.constants, DESCRIPTORS=has_descriptors,
-        )  # fmt: skip
+    call = Call(problem, q, k, v, bias, slopes, seed, cu_seqlens)
+    dk, dv = call.dkdv(dout)
+    dq, row_sums, slope_sums = call.dq(dout)
     return dq, dk, dv, row_sums, slope_sums
 
 
-@dataclass(frozen=True)
+class Call:
+    """One call's tensors as the kernels take them; a method launches its kernel, with the table's tile or another."""
+
+    def __init__(self, problem: Problem, q, k, v, bias=None, slopes=None, seed=None, cu_seqlens: CuSeqlens = None):
+        has_dropout = problem.dropout_p > 0
+        self.problem: Problem = problem
+        self.qkv: tuple[Tensor, Tensor, Tensor] = (q, k, v)
+        self.bias: Tensor | None = bias
+        self.slopes: Tensor | None = slopes
+        self.seed: Tensor | None = seed if has_dropout else None
+        self.cu_seqlens = (None, None) if cu_seqlens is None else tuple(x.contiguous() for x in cu_seqlens)
+        self.programs = problem.nheads if problem.is_packed else problem.nheads * problem.batch
+        self.bias_strides: tuple[int, ...] = (0, 0, 0)
+        if bias is not None:
+            is_packed_rows = problem.is_packed and problem.has_row_bias
+            rows = bias.t()[None] if is_packed_rows else bias_rows(bias, problem.batch, problem.nheads)
+            self.bias_strides = tuple(s if n > 1 else 0 for s, n in zip(rows.stride(), rows.shape, strict=True))
+        self.slopes_strides = (0, 0) if slopes is None else slopes.expand(problem.batch, problem.nheads).stride()
+        self.origin = problem.origin if has_dropout else (0, 0, 0, 0)
+
+    def fwd(self, tile: Tile | None = None) -> Tensor:
+        q, problem = self.qkv[0], self.problem
+        out = q.new_empty(*q.shape[:-1], problem.head_dim_v)
+        plan = _plan(problem, "fwd", tile or choose_tile(problem, "fwd"), _precision(problem))
+        tensors = (out, self.bias, self.slopes, self.seed, *self.cu_seqlens)
+        strides = (self.bias_strides, self.slopes_strides, self.origin)
+        plan.launch(_fwd_kernel, plan.blocks_q * self.programs, self.qkv, tensors, 1, strides, 1.0 / plan.formula.gain)
+        return out
+
+    def dkdv(self, dout: Tensor, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+        (_, k, v), problem = self.qkv, self.problem
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        plan = _plan(problem, "dkdv", tile or choose_tile(problem, "dkdv"), _precision(problem))
+        tensors = (dk, dv, self.bias, self.slopes, self.seed, *self.cu_seqlens)
+        strides = (self.bias_strides, self.slopes_strides, self.origin)
+        programs = plan.blocks_k * self.programs // problem.group
+        plan.launch(_bwd_dkdv_kernel, programs, (dout, *self.qkv), tensors, 2, strides, problem.scale)
+        return dk, dv
+
+    def dq(self, dout: Tensor, tile: Tile | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        q, problem = self.qkv[0], self.problem
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        nheads, rows = problem.nheads, problem.seqlen_q
+        shape = q.shape[:2] if problem.is_packed else (problem.batch, nheads, rows)
+        sums_strides = (0, 1, nheads) if problem.is_packed else (nheads * rows, rows, 1)
+        # no program comes to packed rows behind the last sequence
+        new = q.new_zeros if problem.is_packed else q.new_empty
+        row_sums = None if self.bias is None else new(shape, dtype=torch.float32)
+        slope_sums = None if self.slopes is None else new(shape, dtype=torch.float32)
+        plan = _plan(problem, "dq", tile or choose_tile(problem, "dq"), _precision(problem))
+        tensors = (dq, self.bias, self.slopes, row_sums, slope_sums, self.seed, *self.cu_seqlens)
+        strides = (self.bias_strides, self.slopes_strides, sums_strides, self.origin)
+        programs = plan.blocks_q * self.programs
+        plan.launch(_bwd_dq_kernel, programs, (dout, *self.qkv), tensors, 1, strides, problem.scale)
+        return dq, row_sums, slope_sums
+
+
+@dataclass(frozen=True, eq=False)
 class _Plan:
-    """What a kernel needs that the tensors do not decide."""
+    """What a kernel needs that the tensors do not decide, and the kernel once it is compiled."""
 
     tile: Tile
     formula: Formula
@@ -107,22 +133,72 @@ class _Plan:
     has_descriptors: bool
     constants: dict[str, Any]
 
-    def tensors(self, *tensors: Tensor) -> tuple[tuple[Any, ...], bool]:
-        """([dout,] q, k, v) as the kernel loads them, and whether by descriptors."""
-        if not self.has_descriptors or not _are_aligned(*tensors):
-            return tensors, False
+    launches: dict[Any, _Launch] = field(default_factory=dict)  # by what the tensors do decide
+
+    def launch(
+        self,
+        kernel: Any,
+        programs: int,
+        loaded: tuple[Tensor, ...],
+        tensors: tuple[Tensor | None, ...],
+        outputs: int,
+        side_strides: tuple[tuple[int, ...], ...],
+        factor: float,
+    ) -> None:
+        """Run kernel[(programs,)] on ([dout,] q, k, v), then `tensors`, the first `outputs` of which have strides.
+
+        Of Triton's way to a kernel most is finding it, some 50 us: a launch that is known goes straight to it.
+        """
+        key = tuple(None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in (*loaded, *tensors))
+        with on_device(loaded[0]):
+            known = self.launches.get(key)
+            if known is not None:
+                rows = loaded if known.descriptors is None else map(_with_base, known.descriptors, loaded)
+                known.compiled[(programs, 1, 1)](*rows, *tensors, *known.rest)
+                return
+            descriptors = self.descriptors(loaded)
+            strides = (*map(_strides, loaded), *(_strides(x) for x in tensors[:outputs] if x is not None))
+            rest = (*strides, *side_strides, *self.sizes, *self.numbers, factor, *self.dropout)
+            rows = loaded if descriptors is None else descriptors
+            constants = self.constants | {"DESCRIPTORS": descriptors is not None}
+            compiled = kernel[(programs,)](*rows, *tensors, *rest, **constants)
+            if compiled is not None:  # the interpreter compiles nothing
+                names = kernel.arg_names[len(loaded) + len(tensors) + len(rest) :]
+                kept = None if descriptors is None else tuple(_with_base(x, None) for x in descriptors)
+                known = _Launch(compiled, kept, (*rest, *(constants[name] for name in names)))
+                self.launches[key] = known
+
+    def descriptors(self, loaded: tuple[Tensor, ...]) -> tuple[TensorDescriptor, ...] | None:
+        """Of ([dout,] q, k, v), in blocks; None if they are loaded by pointers."""
+        if not self.has_descriptors or not _are_aligned(*loaded):
+            return None
         m, n, dim, dim_v = self.tile.block_m, self.tile.block_n, self.dim, self.dim_v
-        blocks = ((m, dim_v), (m, dim), (n, dim), (n, dim_v))[-len(tensors) :]
-        return tuple(_descriptor(x, *block) for x, block in zip(tensors, blocks, strict=True)), True
+        blocks = ((m, dim_v), (m, dim), (n, dim), (n, dim_v))[-len(loaded) :]
+        return tuple(_descriptor(x, *block) for x, block in zip(loaded, blocks, strict=True))
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A compiled kernel and its arguments after the tensors."""
+
+    compiled: Any
+    descriptors: tuple[TensorDescriptor, ...] | None  # of tensors with these strides, which are put in their place
+    rest: tuple[Any, ...]
+
+
+def _with_base(descriptor: TensorDescriptor, x: Tensor | None) -> TensorDescriptor:
+    """The descriptor, of another tensor; it was checked when it was made."""
+    copy = object.__new__(TensorDescriptor)
+    copy.__dict__.update(descriptor.__dict__, base=x)
+    return copy
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, kernel: str, precision: str) -> _Plan:
-    tile = choose_tile(problem, kernel)
+def _plan(problem: Problem, kernel: str, tile: Tile, precision: str) -> _Plan:
     arch = problem.arch or ""
     pack = max(2, min(32, tile.block_m * tile.block_n // (32 * tile.num_warps)))
     formula = make_formula(
-        choose_formula(problem),
+        choose_formula(problem, kernel),
         "fwd" if kernel == "fwd" else "bwd",
         problem.dtype == torch.float16,
         pack,
@@ -174,26 +250,23 @@ def _plan(problem: Problem, kernel: str, precision: str) -> _Plan:
     )
 
 
-class _Call:
-    """The tensors beside q, k and v, as the kernels take them."""
-
-    def __init__(self, problem: Problem, bias, slopes, seed, cu_seqlens: CuSeqlens) -> None:
-        has_dropout = problem.dropout_p > 0
-        self.lead = 1 if problem.is_packed else problem.batch  # programs along the first dimension
-        self.sides = (bias, slopes, seed if has_dropout else None)
-        self.cu_seqlens = cu_seqlens or (None, None)
-        bias_strides: tuple[int, ...] = (0, 0, 0)
-        if bias is not None:
-            is_packed_rows = problem.is_packed and problem.has_row_bias
-            rows = bias.t()[None] if is_packed_rows else bias_rows(bias, problem.batch, problem.nheads)
-            bias_strides = tuple(s if n > 1 else 0 for s, n in zip(rows.stride(), rows.shape, strict=True))
-        slopes_strides = (0, 0) if slopes is None else slopes.expand(problem.batch, problem.nheads).stride()
-        self.side_strides = (bias_strides, slopes_strides, problem.origin if has_dropout else (0, 0, 0, 0))
+_threads = threading.local()
 
 
-def _device(x: Tensor):
-    """The interpreter has none."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def on_device(x: Tensor):
+    """Where x is, with a CUDA context that is current in this thread; the interpreter has none.
+
+    A thread that has only met cached memory has no current context, and the driver makes no descriptors without one:
+    the threads of autograd in their first backward.
+    """
+    if not x.is_cuda:
+        return nullcontext()
+    index = x.device.index
+    ready = _threads.__dict__.setdefault("devices", set())
+    if index not in ready:
+        torch.zeros(1, device=x.device)  # a launch of the runtime makes the context current
+        ready.add(index)
+    return torch.cuda.device(index)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""sigmoid(x) of a tile in float32, by one of four formulas of y = log2(e) x. Costs and errors: docs/numerics.md."""
+"""sigmoid(x) of a tile in float32, by one of five formulas of y = log2(e) x. Costs and errors: docs/numerics.md."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class Formula:
     algebra runs element by element.
     """
 
-    name: str  # "full", "pair", "adaptive", "tanh"
+    name: str  # "full", "pair", "narrow", "wide", "tanh"
     unit: float  # of the scores: log2(e), or 0.5 for tanh
     gain: float = 1.0
-    threshold: float = 0.0  # "adaptive": y + shift at or below which p = e - e^2
+    threshold: float = 0.0  # a series holds where y + shift is at most this
+    terms: tuple[float, ...] = ()  # c: e (1 + c1 e + c2 e^2 + ...), e = 2^y
     asm: str = ""
     constraints: str = ""
     pack: int = 1
@@ -33,19 +34,21 @@ class Formula:
         return math.log2(self.gain)
 
 
-# (threshold, gain) of e' - e'^2 with e' = gain * e, whose relative error changes sign and stays below
-# (1 - gain)^2 / (4 gain): 7e-4 for bfloat16 and 6e-5 for float16. The backward takes p - p^2 of the result, so its gain
-# is 1, with an error of at most 4^threshold.
+# (threshold, gain, terms) of series for 1 / (1 + e), with their relative error. Narrow: e' - e'^2 with e' = gain e, off
+# by at most (1 - gain)^2 / (4 gain), 7e-4 for bfloat16 and 6e-5 for float16; the backward takes p - p^2 of it, so there
+# the gain is 1 and the error up to 4^threshold. Wide: the least largest error on 0 < e <= 1/4, 4.4e-4 and 1.2e-6.
+_WIDE = {False: (-0.98042166, 0.72728918), True: (-0.99984406, 0.99378353, -0.92057201, 0.57202391)}
 _SERIES = {
-    ("fwd", 16): (-4.0, 0.948),
-    ("fwd", 11): (-6.0, 0.985),
-    ("bwd", 16): (-5.0, 1.0),
-    ("bwd", 11): (-7.0, 1.0),
+    ("narrow", "fwd", False): (-4.0, 0.948, (-1.0,)),
+    ("narrow", "fwd", True): (-6.0, 0.985, (-1.0,)),
+    ("narrow", "bwd", False): (-5.0, 1.0, (-1.0,)),
+    ("narrow", "bwd", True): (-7.0, 1.0, (-1.0,)),
+    **{("wide", kind, half): (-2.0, 1.0, _WIDE[half]) for kind in ("fwd", "bwd") for half in (False, True)},
 }
 
 
 def make_formula(name: str, kind: str, is_float16: bool, pack: int, has_asm: bool) -> Formula:
-    """The formula `name` for `kind` "fwd" or "bwd", of `pack` scores a thread evaluates together."""
+    """The formula `name` for `kind` "fwd" or "bwd", of `pack` scores that a thread evaluates together."""
     if name == "full" or (name == "pair" and not has_asm):
         return Formula("full", LOG2E)
     if name == "tanh":
@@ -54,12 +57,11 @@ def make_formula(name: str, kind: str, is_float16: bool, pack: int, has_asm: boo
         return Formula(
             "pair", LOG2E, asm=_block(_exponentials(2) + _pairs(2, 1.0)), constraints=_constraints(2), pack=2
         )
-    assert name == "adaptive"
-    threshold, gain = _SERIES[kind, 11 if is_float16 else 16]
+    threshold, gain, terms = _SERIES[name, kind, is_float16]
     if not has_asm:
-        return Formula("adaptive", LOG2E, gain, threshold)
-    asm, constraints = _adaptive(pack, threshold, gain), _constraints(pack)
-    return Formula("adaptive", LOG2E, gain, threshold, asm, constraints, pack)
+        return Formula(name, LOG2E, gain, threshold, terms)
+    asm = _series_or_pairs(pack, threshold, gain, terms)
+    return Formula(name, LOG2E, gain, threshold, terms, asm, _constraints(pack), pack)
 
 
 def _bits(x: float) -> str:
@@ -90,8 +92,8 @@ def _pairs(pack: int, gain: float) -> str:
     return text
 
 
-def _adaptive(pack: int, threshold: float, gain: float) -> str:
-    """e - e^2 if every score of the warp is at most `threshold`, else pairs of the same e: one of the two is executed.
+def _series_or_pairs(pack: int, threshold: float, gain: float, terms: tuple[float, ...]) -> str:
+    """The series if every score of the warp is at most `threshold`, else pairs of the same e: one of them is executed.
 
     As unsigned integers negative floats grow with their magnitude and stand above all positive ones, so the least of
     the bits belongs to the largest score.
@@ -102,7 +104,13 @@ def _adaptive(pack: int, threshold: float, gain: float) -> str:
     text += "min.u32 x0,x0,x1; min.u32 x2,x2,x3; min.u32 x0,x0,x2; "
     text += f"setp.lt.u32 wide,x0,0x{_bits(threshold)}; vote.sync.any.pred wide,wide,0xffffffff; @wide bra WIDE; "
     for i in range(pack):
-        text += f"neg.f32 a,${i}; fma.rn.ftz.f32 ${i},a,${i},${i}; "
+        if terms == (-1.0,):
+            text += f"neg.f32 a,${i}; fma.rn.ftz.f32 ${i},a,${i},${i}; "
+            continue
+        *rest, highest = terms
+        text += f"mov.f32 a,0f{_bits(highest)}; "
+        text += "".join(f"fma.rn.ftz.f32 a,a,${i},0f{_bits(c)}; " for c in reversed(rest))
+        text += f"mul.ftz.f32 a,a,${i}; fma.rn.ftz.f32 ${i},a,${i},${i}; "
     text += "bra.uni DONE; WIDE: "
     text += "".join(f"min.ftz.f32 ${i},${i},0f5E800000; " for i in range(pack))  # 2^62
     return _block(text + _pairs(pack, gain) + "DONE:")
@@ -119,10 +127,13 @@ def sigmoid(y, FORMULA: tl.constexpr):
             p = 0.5 * p + 0.5
     elif FORMULA.name == "tanh":
         p = 1.0 / (1.0 + tl.exp(-2.0 * y))
-    elif FORMULA.name == "adaptive":
+    elif FORMULA.name == "narrow" or FORMULA.name == "wide":
         e = tl.exp2(tl.minimum(y, FORMULA.threshold))
+        series = e * 0.0
+        for i in tl.static_range(len(FORMULA.terms)):
+            series = (series + FORMULA.terms[len(FORMULA.terms) - 1 - i]) * e
         exact = FORMULA.gain / (1.0 + FORMULA.gain * tl.exp2(-y))
-        p = tl.where(y <= FORMULA.threshold, e - e * e, exact)
+        p = tl.where(y <= FORMULA.threshold, e + e * series, exact)
     else:
         p = 1.0 / (1.0 + tl.exp2(-y))
     return p

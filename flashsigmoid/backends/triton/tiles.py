@@ -24,50 +24,65 @@ class Tile:
     maxnreg: int | None = None
 
 
-def choose_formula(problem: Problem) -> str:
-    """ "full", "pair", "adaptive" or "tanh" (sigmoid.py).
+def choose_formula(problem: Problem, kernel: str) -> str:
+    """ "full", "pair", "narrow", "wide" or "tanh" (sigmoid.py).
 
-    float32 is always "full". "auto" is "adaptive" where the scores are likely to be small: b is a tensor, or a number
-    so far below zero that N(0, 1) scores seldom leave the series' range.
+    float32 is always "full". "auto" takes a series where the scores of N(0, 1) seldom leave its range, given b; a
+    tensor b is not read, and gets the wide one.
     """
     if problem.dtype == torch.float32:
         return "full"
     if problem.sigmoid == "fast":
         return "tanh"
-    limit = -6.2 if problem.dtype == torch.bfloat16 else -7.5
-    if problem.sigmoid == "exact" or (problem.sigmoid_bias is not None and problem.sigmoid_bias > limit):
+    b = problem.sigmoid_bias
+    if problem.sigmoid == "exact" or (b is not None and b > -4.6):
         return "pair"
-    return "adaptive"
+    narrow = {"fwd": -6.2, "dkdv": -7.2, "dq": -7.2}[kernel] - (0.0 if problem.dtype == torch.bfloat16 else 1.4)
+    return "wide" if b is None or b > narrow else "narrow"
 
 
-# 16-bit, at least 160 KB of shared memory, measured on an H200: kernel -> head_dim up to -> (full, causal)
+_ANY = 2**31
+# 16-bit, at least 160 KB of shared memory, measured on an H200: kernel -> head_dim up to -> (full, causal), each by
+# seqlen_q up to
 _LARGE = {
     "fwd": {
-        64: (Tile(128, 64, 4, 4, 1), Tile(128, 64, 4, 3, 1)),
-        128: (Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 3, 1)),
-        256: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        64: (
+            ((512, Tile(64, 64, 4, 2)), (1024, Tile(64, 64, 4, 3, 1)), (_ANY, Tile(128, 64, 4, 4, 1))),
+            ((2048, Tile(64, 64, 4, 3, 1)), (_ANY, Tile(128, 64, 4, 3, 1))),
+        ),
+        128: (((_ANY, Tile(64, 64, 4, 3, 1)),), ((_ANY, Tile(64, 64, 4, 3, 1)),)),
+        256: (((_ANY, Tile(128, 64, 8, 2)),), ((_ANY, Tile(128, 64, 8, 2)),)),
     },
     "dkdv": {
-        64: (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
-        128: (Tile(64, 64, 4, 3, 1), Tile(64, 64, 4, 3, 1)),
-        256: (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        64: (
+            ((512, Tile(32, 64, 4, 2)), (_ANY, Tile(64, 64, 4, 2))),
+            ((1024, Tile(32, 64, 4, 3)), (_ANY, Tile(64, 64, 4, 3))),
+        ),
+        128: (((_ANY, Tile(64, 64, 4, 3, 1)),), ((_ANY, Tile(64, 64, 4, 3, 1)),)),
+        256: (((_ANY, Tile(64, 64, 8, 2)),), ((_ANY, Tile(64, 64, 8, 2)),)),
     },
     "dq": {
-        64: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-        128: (Tile(64, 64, 4, 3, 2), Tile(64, 64, 4, 3, 2)),
-        256: (Tile(128, 32, 8, 3), Tile(128, 32, 8, 3)),
+        64: (((_ANY, Tile(64, 64, 4, 2)),), ((_ANY, Tile(64, 64, 4, 2)),)),
+        128: (((_ANY, Tile(64, 64, 4, 3, 2)),), ((_ANY, Tile(64, 64, 4, 3, 2)),)),
+        256: (((_ANY, Tile(128, 32, 8, 3)),), ((_ANY, Tile(128, 32, 8, 3)),)),
     },
 }
 # 16-bit in 99 KB (sm_86, sm_89, sm_120) or AMD's 64 KB of shared memory, not measured: they fit
 _SMALL = {
-    "fwd": {64: Tile(128, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(64, 32, 4, 1)},
-    "dkdv": {64: Tile(64, 64, 4, 1), 128: Tile(32, 64, 4, 1), 256: Tile(32, 32, 4, 1)},
-    "dq": {64: Tile(64, 64, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
+    "fwd": {64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)},
+    "dq": {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
 }
 _FLOAT32 = {
-    "fwd": {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
-    "dkdv": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
-    "dq": {64: Tile(64, 32, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
+    "fwd": {64: Tile(64, 32, 8, 2), 128: Tile(32, 16, 8, 2), 256: Tile(16, 16, 8, 1)},
+    "dkdv": {64: Tile(32, 32, 8, 2), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "dq": {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+# float32 by three tf32 products; head_dim 64 measured on an H200, the rest spills registers
+_TF32X3 = {
+    "fwd": {64: Tile(128, 64, 8, 2), 128: Tile(64, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
+    "dkdv": {64: Tile(64, 64, 4, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "dq": {64: Tile(64, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
 _INTERPRETED = Tile(128, 128, 4, 1)
 
@@ -78,12 +93,13 @@ def choose_tile(problem: Problem, kernel: str) -> Tile:
     if problem.arch == "cpu":
         tile = _INTERPRETED
     elif problem.dtype == torch.float32:
-        tile = _FLOAT32[kernel][dim]
+        tile = (_TF32X3 if (problem.arch or "").startswith("sm_") else _FLOAT32)[kernel][dim]
     elif problem.arch in ("sm_80", "sm_90", "sm_100", "sm_103"):
-        tile = _LARGE[kernel][dim][problem.causal]
+        tile = next(tile for longest, tile in _LARGE[kernel][dim][problem.causal] if problem.seqlen_q <= longest)
     else:
         tile = _SMALL[kernel][dim]
-    return replace(tile, block_m=min(tile.block_m, max(16, _power_of_2(problem.seqlen_q))))
+    rows = max(16, _power_of_2(problem.seqlen_q))
+    return tile if tile.block_m <= rows else replace(tile, block_m=rows)
 
 
 def _power_of_2(n: int) -> int:
