@@ -8,7 +8,7 @@ START := $(shell date +%s)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-long lint docs clean
+.PHONY: demo test test-long gpu lint docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo
@@ -21,6 +21,14 @@ test: lint
 
 test-long: $(VENV)/.test
 	$(PY) -m pytest -m long --timeout 14400
+
+# on a machine with a GPU, by its own Python with torch and triton: GPU=python3.12 PEERS="--load-library libfa3.so"
+GPU ?= python3
+RESULTS := benchmarks/results
+gpu:
+	$(GPU) -m pytest tests/gpu -n logical --maxprocesses 14
+	$(GPU) -m flashsigmoid bench 'lm-*' vit gqa cross window varlen long --device cuda $(PEERS) \
+	  --out $(RESULTS)/triton-bfloat16.jsonl --plot docs/images/speed.png
 
 lint: $(VENV)/.test
 	$(PY) -m ruff check .
