@@ -74,6 +74,16 @@ def test_tables_are_those_of_the_records(page: Path, monkeypatch: pytest.MonkeyP
     assert rewrite(text) == text, f"python -m flashsigmoid.report.tables {page.relative_to(ROOT)}"
 
 
+def test_the_support_table_is_what_the_backends_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashsigmoid.backends import support, triton
+
+    page = (ROOT / "docs" / "backends.md").read_text()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert support.rewrite(page) == page
+    monkeypatch.setattr(triton, "unsupported", lambda problem: "it is broken")
+    assert support.rewrite(page) != page
+
+
 def test_a_changed_number_in_a_table_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text = "<!-- table speed benchmarks/results/blocked-cuda-float32.jsonl -->\n<!-- end -->\n"
