@@ -1,0 +1,125 @@
+"""8-bit attention: the reference path to the letter, the kernel in Triton's interpreter, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends.here import IS_INTERPRETED
+
+from flashsigmoid import BackendUnsupported, sigmoid_attention, sigmoid_attention_fp8
+from flashsigmoid.testing import make_qkv
+
+FP8 = torch.float8_e4m3fn
+BACKENDS = ("auto", "reference", *(["triton"] if IS_INTERPRETED else []))
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window_size": (40, None)},
+    "number": {"sigmoid_bias": -2.0, "scale": 0.3},
+    "rows": {"sigmoid_bias": torch.linspace(-6, -2, 2 * 4 * 70).view(2, 4, 70), "alibi_slopes": torch.rand(4) * 0.1},
+    "heads": {"sigmoid_bias": torch.tensor([-3.0, float("-inf"), -1.0, 0.0]), "window_size": (20, 10)},
+}
+
+
+def sample(head_dim: int = 32, head_dim_v: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v, _ = make_qkv(2, 70, 150, 4, 2, head_dim, head_dim_v)
+    return q.to(FP8), k.to(FP8), v.to(FP8)
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_it_is_the_op_on_scaled_inputs(backend, options) -> None:
+    q, k, v = sample()
+    scales = 0.5, torch.tensor([1.5, 0.7]), torch.rand(2, 2) + 0.5
+    exact = [
+        x.double() * factor
+        for x, factor in zip((q, k, v), (0.5, scales[1][:, None], scales[2][:, None, :, None]), strict=True)
+    ]
+    double = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    expected = sigmoid_attention(*exact, backend="reference", **double)
+    out = sigmoid_attention_fp8(q, k, v, *scales, out_dtype=torch.float32, backend=backend, **options)
+    assert out.shape == (2, 70, 4, 64)
+    assert out.dtype == torch.float32
+    # the interpreter's own rounding to 8 bits is off by up to a unit, hardware's by half
+    assert relative(out, expected) < (0.2 if backend == "triton" else 1e-6)
+    if "heads" in options:
+        assert not out[:, :, 1].any()
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="needs Triton's interpreter")
+def test_weights_near_1_over_n_are_not_flushed_to_zero() -> None:
+    """At b = -20 every weight is 2e-9, below all that e4m3 holds."""
+    q, k, v = sample()
+    call = {"sigmoid_bias": -20.0, "out_dtype": torch.float32}
+    expected = sigmoid_attention_fp8(q, k, v, 1.0, 1.0, 1.0, backend="reference", **call)
+    assert 0 < expected.abs().max() < 2e-6
+    assert relative(sigmoid_attention_fp8(q, k, v, 1.0, 1.0, 1.0, backend="triton", **call), expected.double()) < 0.2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_sizes_and_rows_that_see_nothing(backend) -> None:
+    q, k, v = sample()
+    call = {"causal": True, "sigmoid_bias": 0.0, "backend": backend}
+    assert not sigmoid_attention_fp8(q, k[:, :10], v[:, :10], 1.0, 1.0, 1.0, **call)[:, :60].any()
+    assert sigmoid_attention_fp8(q[:, :0], k, v, 1.0, 1.0, 1.0, **call).shape == (2, 0, 4, 64)
+    assert not sigmoid_attention_fp8(q, k[:, :0], v[:, :0], 1.0, 1.0, 1.0, **call).any()
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_result_has_the_dtype_asked_for_and_any_strides_do(out_dtype) -> None:
+    q, k, v = sample()
+    out = sigmoid_attention_fp8(q, k, v, 1.0, 1.0, 1.0, out_dtype=out_dtype)
+    assert out.dtype == out_dtype
+    across = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(sigmoid_attention_fp8(*across, 1.0, 1.0, 1.0, out_dtype=out_dtype), out)
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="needs Triton's interpreter")
+def test_it_compiles() -> None:
+    q, k, v = sample()
+
+    def call(q, k, v):
+        return sigmoid_attention_fp8(q, k, v, 1.0, 1.0, 1.0, backend="triton") * 2
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), call(q, k, v))
+
+
+Q, K, V = sample()
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ((Q.float(), K, V, 1.0, 1.0, 1.0), {}, "q must be float8_e4m3fn, got torch.float32"),
+        ((Q, K, V.to(torch.float8_e5m2), 1.0, 1.0, 1.0), {}, "v must be float8_e4m3fn, got torch.float8_e5m2"),
+        ((Q, K[:, :, :1], V, 1.0, 1.0, 1.0), {}, "v must share batch, seqlen and nheads of k"),
+        ((Q, K, V, 1.0, torch.ones(4), 1.0), {}, r"k_scale must be a number or float32 of shape .*, got \(4,\)"),
+        ((Q, K, V, "1", 1.0, 1.0), {}, "q_scale must be a number, got '1'"),
+        ((Q, K, V, 1.0, 1.0, torch.ones(2).double()), {}, r"v_scale must be .*, got \(2,\) torch.float64"),
+        ((Q, K, V, 1.0, 1.0, 1.0), {"out_dtype": torch.float64}, "out_dtype must be float16, bfloat16 or float32, got"),
+        ((Q, K, V, 1.0, 1.0, 1.0), {"backend": "blocked"}, "backend must be one of auto, triton, reference, got 'bl"),
+        (
+            (Q, K, V, 1.0, 1.0, 1.0),
+            {"alibi_slopes": torch.zeros(4, requires_grad=True)},
+            "alibi_slopes must not require a gradient",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_error(args, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        sigmoid_attention_fp8(*args, **options)
+
+
+def test_the_kernel_says_what_it_cannot(monkeypatch) -> None:
+    narrow = sample(head_dim=24)
+    with pytest.raises(BackendUnsupported, match="triton: head_dim must be a multiple of 16, got 24 and 64"):
+        sigmoid_attention_fp8(*narrow, 1.0, 1.0, 1.0, backend="triton")
+    assert sigmoid_attention_fp8(*narrow, 1.0, 1.0, 1.0).isfinite().all()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnsupported, match=r"compute capability 9\.0 or later, got cpu"):
+        sigmoid_attention_fp8(Q, K, V, 1.0, 1.0, 1.0, backend="triton")
