@@ -1,0 +1,48 @@
+"""What is tried for a tile, and what the table's own tiles are among."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flashsigmoid.backends.triton.tiles import choose_tile
+from flashsigmoid.bench.problems import PROBLEMS
+from flashsigmoid.bench.tune import KERNELS, Choice, candidates, tune
+
+
+def test_it_needs_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="--tune must run on a CUDA device, got none"):
+        tune(["lm-4k-d64"])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_tables_tiles_are_candidates(kernel, head_dim) -> None:
+    from flashsigmoid.backends.support import _BASE
+
+    tried = set(candidates(kernel, head_dim, 2))
+    assert 20 < len(tried) < 250
+    for causal in (False, True):
+        for seqlen in (197, 1024, 2048, 16384):
+            problem = replace(
+                _BASE, seqlen_q=seqlen, seqlen_k=seqlen, causal=causal, head_dim=head_dim, head_dim_v=head_dim
+            )
+            tile = choose_tile(problem, kernel)
+            sizes = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.in_registers)
+            assert sizes in tried, (causal, seqlen)
+
+
+def test_a_choice_prints_as_a_row_of_the_table() -> None:
+    kept = Choice("fwd", 64, False, (128, 64, 4, 3, 1, None), (128, 64, 4, 3, 1, None), 1.0)
+    assert str(kept).split() == ["fwd", "head_dim", "64", "full", "Tile(128,", "64,", "4,", "3,", "1)", "kept"]
+    other = Choice("dq", 128, True, (64, 64, 4, 3, 0, None), (64, 64, 4, 2, 0, None), 1.07)
+    assert str(other).endswith("1.070 times as fast as Tile(64, 64, 4, 2)")
+    assert "causal" in str(other)
+
+
+def test_the_default_problems_exist() -> None:
+    assert {f"lm-4k-d{dim}{mask}" for dim in (64, 128, 256) for mask in ("", "-causal")} <= set(PROBLEMS)
