@@ -16,7 +16,9 @@ from .fwd import NOT_SPECIALIZED
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_dkdv_kernel(
     dout, q, k, v, dk, dv, bias, slopes, seed, cu_q, cu_k,
-    dout_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides, bias_strides, slopes_strides, origin,
+    dout_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides,
+    bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
+    origin_b, origin_h, origin_m, origin_n,
     batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, scale, keep_scale, threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
@@ -76,7 +78,7 @@ def _bwd_dkdv_kernel(
         head = head_k * group + member
         slope = 0.0
         if HAS_SLOPES:
-            slope = tl.load(slopes + sequence * slopes_strides[0] + head * slopes_strides[1]).to(tl.float32)
+            slope = tl.load(slopes + sequence * slopes_stride_b + head * slopes_stride_h).to(tl.float32)
             slope *= FORMULA.unit
         for part in tl.static_range(0 if HAS_RIGHT else 1, 3):
             start, end = (lo, tl.minimum(whole, stop)) if part == 0 else ((whole, rest) if part == 1 else (rest, stop))
@@ -89,8 +91,8 @@ def _bwd_dkdv_kernel(
                 offs_m = m + tl.arange(0, BLOCK_M)
                 p = (offs_m + q_offset)[None, :]
                 if HAS_BIAS:
-                    bias_row = bias + sequence.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
-                    bias_row += (start_q + offs_m).to(tl.int64) * bias_strides[2]
+                    bias_row = bias + sequence.to(tl.int64) * bias_stride_b + head.to(tl.int64) * bias_stride_h
+                    bias_row += (start_q + offs_m).to(tl.int64) * bias_stride_m
                     bias_m = tl.load(bias_row, mask=offs_m < rows, other=0.0).to(tl.float32)
                     b_m = (bias_m * FORMULA.unit + FORMULA.shift)[None, :]
                 else:
@@ -105,7 +107,7 @@ def _bwd_dkdv_kernel(
                 dropped = a
                 if HAS_DROPOUT:
                     kept = keep_mask(
-                        seed, threshold, sequence + origin[0], head + origin[1], m + origin[2], n + origin[3],
+                        seed, threshold, sequence + origin_b, head + origin_h, m + origin_m, n + origin_n,
                         BLOCK_M, BLOCK_N, HAS_QUADS,
                     ).T  # fmt: skip
                     dropped = tl.where(kept, a * keep_scale, 0.0)
@@ -123,7 +125,9 @@ def _bwd_dkdv_kernel(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_dq_kernel(
     dout, q, k, v, dq, bias, slopes, row_sums, slope_sums, seed, cu_q, cu_k,
-    dout_strides, q_strides, k_strides, v_strides, dq_strides, bias_strides, slopes_strides, sums_strides, origin,
+    dout_strides, q_strides, k_strides, v_strides, dq_strides,
+    bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
+    sums_stride_b, sums_stride_h, sums_stride_m, origin_b, origin_h, origin_m, origin_n,
     batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, scale, keep_scale, threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
@@ -169,10 +173,10 @@ def _bwd_dq_kernel(
 
     slope = 0.0
     if HAS_SLOPES:
-        slope = tl.load(slopes + sequence * slopes_strides[0] + head * slopes_strides[1]).to(tl.float32) * FORMULA.unit
+        slope = tl.load(slopes + sequence * slopes_stride_b + head * slopes_stride_h).to(tl.float32) * FORMULA.unit
     if HAS_BIAS:
-        bias_row = bias + sequence.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
-        bias_row += (start_q + offs_m).to(tl.int64) * bias_strides[2]
+        bias_row = bias + sequence.to(tl.int64) * bias_stride_b + head.to(tl.int64) * bias_stride_h
+        bias_row += (start_q + offs_m).to(tl.int64) * bias_stride_m
         bias_m = tl.load(bias_row, mask=offs_m < rows, other=0.0).to(tl.float32)  # (BLOCK_M,)
         b = (bias_m * FORMULA.unit + FORMULA.shift)[:, None]
 
@@ -207,7 +211,7 @@ def _bwd_dq_kernel(
             da = tl.dot(dout_block, v_block.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
             if HAS_DROPOUT:
                 kept = keep_mask(
-                    seed, threshold, sequence + origin[0], head + origin[1], m + origin[2], n + origin[3],
+                    seed, threshold, sequence + origin_b, head + origin_h, m + origin_m, n + origin_n,
                     BLOCK_M, BLOCK_N, HAS_QUADS,
                 )  # fmt: skip
                 da = tl.where(kept, da * keep_scale, 0.0)
@@ -219,8 +223,8 @@ def _bwd_dq_kernel(
             dq_acc = tl.dot(ds.to(k_block.dtype), k_block, dq_acc, input_precision=PRECISION)
 
     dq_acc *= scale
-    at = lead.to(tl.int64) * sums_strides[0] + head.to(tl.int64) * sums_strides[1]
-    at += (start_q + offs_m).to(tl.int64) * sums_strides[2]
+    at = lead.to(tl.int64) * sums_stride_b + head.to(tl.int64) * sums_stride_h
+    at += (start_q + offs_m).to(tl.int64) * sums_stride_m
     if HAS_BIAS:
         tl.store(row_sums + at, sums, mask=offs_m < rows)
     if HAS_SLOPES:

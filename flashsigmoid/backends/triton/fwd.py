@@ -7,15 +7,20 @@ import triton.language as tl
 
 from .blocks import keep_mask, key_parts, load_rows, locate, store_rows, to_registers, weights
 
+# a kernel is compiled for dtypes, options and the alignment of q, k, v and dout, not for a size
 NOT_SPECIALIZED = [
-    "batch", "nheads", "group", "seqlen_q", "seqlen_k", "q_offset", "left", "right", "threshold",
+    "bias_stride_b", "bias_stride_h", "bias_stride_m", "slopes_stride_b", "slopes_stride_h", "sums_stride_b",
+    "sums_stride_h", "sums_stride_m", "origin_b", "origin_h", "origin_m", "origin_n", "batch", "nheads", "group",
+    "seqlen_q", "seqlen_k", "q_offset", "left", "right", "threshold",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_kernel(
     q, k, v, out, bias, slopes, seed, cu_q, cu_k,
-    q_strides, k_strides, v_strides, out_strides, bias_strides, slopes_strides, origin,
+    q_strides, k_strides, v_strides, out_strides,
+    bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
+    origin_b, origin_h, origin_m, origin_n,
     batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, out_scale, keep_scale, threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
@@ -64,10 +69,10 @@ def _fwd_kernel(
 
     slope = 0.0
     if HAS_SLOPES:
-        slope = tl.load(slopes + sequence * slopes_strides[0] + head * slopes_strides[1]).to(tl.float32) * FORMULA.unit
+        slope = tl.load(slopes + sequence * slopes_stride_b + head * slopes_stride_h).to(tl.float32) * FORMULA.unit
     if HAS_BIAS:
-        bias_row = bias + sequence.to(tl.int64) * bias_strides[0] + head.to(tl.int64) * bias_strides[1]
-        bias_row += (start_q + offs_m).to(tl.int64) * bias_strides[2]
+        bias_row = bias + sequence.to(tl.int64) * bias_stride_b + head.to(tl.int64) * bias_stride_h
+        bias_row += (start_q + offs_m).to(tl.int64) * bias_stride_m
         bias_m = tl.load(bias_row, mask=offs_m < rows, other=0.0).to(tl.float32)  # (BLOCK_M,)
         b = (bias_m * FORMULA.unit + FORMULA.shift)[:, None]
 
@@ -91,7 +96,7 @@ def _fwd_kernel(
             )
             if HAS_DROPOUT:
                 kept = keep_mask(
-                    seed, threshold, sequence + origin[0], head + origin[1], m + origin[2], n + origin[3],
+                    seed, threshold, sequence + origin_b, head + origin_h, m + origin_m, n + origin_n,
                     BLOCK_M, BLOCK_N, HAS_QUADS,
                 )  # fmt: skip
                 a = tl.where(kept, a * keep_scale, 0.0)

@@ -85,7 +85,7 @@ class Call:
         out = q.new_empty(*q.shape[:-1], problem.head_dim_v)
         plan = _plan(problem, "fwd", tile or choose_tile(problem, "fwd"), _precision(problem))
         tensors = (out, self.bias, self.slopes, self.seed, *self.cu_seqlens)
-        strides = (self.bias_strides, self.slopes_strides, self.origin)
+        strides = (*self.bias_strides, *self.slopes_strides, *self.origin)
         plan.launch(_fwd_kernel, plan.blocks_q * self.programs, self.qkv, tensors, 1, strides, 1.0 / plan.formula.gain)
         return out
 
@@ -94,7 +94,7 @@ class Call:
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         plan = _plan(problem, "dkdv", tile or choose_tile(problem, "dkdv"), _precision(problem))
         tensors = (dk, dv, self.bias, self.slopes, self.seed, *self.cu_seqlens)
-        strides = (self.bias_strides, self.slopes_strides, self.origin)
+        strides = (*self.bias_strides, *self.slopes_strides, *self.origin)
         programs = plan.blocks_k * self.programs // problem.group
         plan.launch(_bwd_dkdv_kernel, programs, (dout, *self.qkv), tensors, 2, strides, problem.scale)
         return dk, dv
@@ -111,7 +111,7 @@ class Call:
         slope_sums = None if self.slopes is None else new(shape, dtype=torch.float32)
         plan = _plan(problem, "dq", tile or choose_tile(problem, "dq"), _precision(problem))
         tensors = (dq, self.bias, self.slopes, row_sums, slope_sums, self.seed, *self.cu_seqlens)
-        strides = (self.bias_strides, self.slopes_strides, sums_strides, self.origin)
+        strides = (*self.bias_strides, *self.slopes_strides, *sums_strides, *self.origin)
         programs = plan.blocks_q * self.programs
         plan.launch(_bwd_dq_kernel, programs, (dout, *self.qkv), tensors, 1, strides, problem.scale)
         return dq, row_sums, slope_sums
@@ -142,7 +142,7 @@ class _Plan:
         loaded: tuple[Tensor, ...],
         tensors: tuple[Tensor | None, ...],
         outputs: int,
-        side_strides: tuple[tuple[int, ...], ...],
+        sides: tuple[int, ...],
         factor: float,
     ) -> None:
         """Run kernel[(programs,)] on ([dout,] q, k, v), then `tensors`, the first `outputs` of which have strides.
@@ -158,7 +158,7 @@ class _Plan:
                 return
             descriptors = self.descriptors(loaded)
             strides = (*map(_strides, loaded), *(_strides(x) for x in tensors[:outputs] if x is not None))
-            rest = (*strides, *side_strides, *self.sizes, *self.numbers, factor, *self.dropout)
+            rest = (*strides, *sides, *self.sizes, *self.numbers, factor, *self.dropout)
             rows = loaded if descriptors is None else descriptors
             constants = self.constants | {"DESCRIPTORS": descriptors is not None}
             compiled = kernel[(programs,)](*rows, *tensors, *rest, **constants)
