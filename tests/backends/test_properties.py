@@ -155,7 +155,8 @@ def test_any_strides(backend) -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_dropout_keeps_the_stated_share_and_rescales(backend) -> None:
+def test_dropout_keeps_the_stated_share_and_rescales(backend, monkeypatch) -> None:
+    interpret_in_tiles(monkeypatch, 16, 8192)
     q, k, v, _ = make_qkv(1, 1, 200_000, 1, 1, 4)
     weight = sigmoid_attention(
         torch.zeros_like(q), k, torch.ones_like(v), sigmoid_bias=0.0, dropout_p=0.3, backend=backend
