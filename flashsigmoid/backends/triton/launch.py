@@ -132,7 +132,6 @@ class _Plan:
     dropout: tuple[float, int]  # factor of a kept weight, and the least word that keeps it
     has_descriptors: bool
     constants: dict[str, Any]
-
     launches: dict[Any, _Launch] = field(default_factory=dict)  # by what the tensors do decide
 
     def launch(
@@ -149,7 +148,8 @@ class _Plan:
 
         Of Triton's way to a kernel most is finding it, some 50 us: a launch that is known goes straight to it.
         """
-        key = tuple(None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in (*loaded, *tensors))
+        described = (None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in (*loaded, *tensors))
+        key = (loaded[0].device, *described)
         with on_device(loaded[0]):
             known = self.launches.get(key)
             if known is not None:
