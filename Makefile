@@ -26,7 +26,7 @@ test-long: $(VENV)/.test
 GPU ?= python3
 RESULTS := benchmarks/results
 gpu:
-	$(GPU) -m pytest tests/gpu -n logical --maxprocesses 14
+	$(GPU) -m pytest tests/gpu -n logical --maxprocesses 14 --maxschedchunk 1
 	$(GPU) -m flashsigmoid bench 'lm-*' vit gqa cross window varlen long --device cuda $(PEERS) \
 	  --out $(RESULTS)/triton-bfloat16.jsonl --plot docs/images/speed.png
 

@@ -144,8 +144,9 @@ def sigmoid_attention_varlen(
     if sigmoid_bias is None:
         raise ValueError("sigmoid_bias is required where sequences have different lengths, got None")
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt)):
-            raise ValueError(f"{name} must be an integer, got {longest!r}")
+        is_integer = isinstance(longest, int | torch.SymInt) and not isinstance(longest, bool)
+        if longest is not None and not (is_integer and longest >= 0):
+            raise ValueError(f"{name} must be a non-negative integer, got {longest!r}")
     return _attention(
         *_autocast(q, k, v),
         sigmoid_bias,

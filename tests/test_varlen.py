@@ -502,9 +502,10 @@ BAD = [
     ({"cu_seqlens_q": CU["cu_seqlens_q"][None]}, r"cu_seqlens_q must be an int32 tensor .*, got \(1, 4\) torch.int32"),
     ({"cu_seqlens_k": CU["cu_seqlens_k"].to("meta")}, r"cu_seqlens_k must be on the device of q, cpu, got meta"),
     ({"cu_seqlens_q": CU["cu_seqlens_q"][:3]}, r"cu_seqlens_q and cu_seqlens_k must have one length, got 3 and 4"),
-    ({"max_seqlen_q": 6.0}, r"max_seqlen_q must be an integer, got 6.0"),
-    ({"max_seqlen_k": True}, r"max_seqlen_k must be an integer, got True"),
-    ({"max_seqlen_k": torch.tensor(9)}, r"max_seqlen_k must be an integer, got tensor\(9\)"),
+    ({"max_seqlen_q": -1}, r"max_seqlen_q must be a non-negative integer, got -1"),
+    ({"max_seqlen_q": 6.0}, r"max_seqlen_q must be a non-negative integer, got 6.0"),
+    ({"max_seqlen_k": True}, r"max_seqlen_k must be a non-negative integer, got True"),
+    ({"max_seqlen_k": torch.tensor(9)}, r"max_seqlen_k must be a non-negative integer, got tensor\(9\)"),
     ({"window_size": (-1, -1)}, r"window_size must be non-negative integers, .*, got \(-1, -1\)"),
     ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
     ({"backend": "cuda"}, r"backend must be one of auto, .*, got 'cuda'"),
@@ -518,7 +519,7 @@ def test_bad_input_is_one_clear_error(change, message) -> None:
         sigmoid_attention_varlen(call.pop("q"), call.pop("k"), call.pop("v"), **call)
 
 
-@pytest.mark.parametrize("backend", ["auto", "blocked", "reference"])
+@pytest.mark.parametrize("backend", ["auto", *NAMES])
 @pytest.mark.parametrize(
     ("ends", "message"),
     [

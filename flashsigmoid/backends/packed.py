@@ -42,20 +42,29 @@ class Sequence:
         return q[None, self.rows], k[None, self.keys], v[None, self.keys], bias, slopes
 
 
-def sequences(problem: Problem, cu_seqlens: CuSeqlens) -> Iterator[Sequence]:
-    """The sequences that have queries and keys.
+def bounds(problem: Problem, cu_seqlens: CuSeqlens) -> tuple[list[slice], list[slice]]:
+    """Where the queries and the keys of each sequence are, read on the host.
 
     Raises:
         ValueError: cumulated lengths that do not start at 0, fall, or end beyond the rows.
     """
-    bounds = []
+    found = []
     for name, cu, total in zip(("q", "k"), cu_seqlens, (problem.total_q, problem.total_k), strict=True):
         ends = cu.tolist()
         if ends[0] != 0 or any(b < a for a, b in itertools.pairwise(ends)) or ends[-1] > (total or 0):
             raise ValueError(f"cu_seqlens_{name} must rise from 0 to at most {total}, got {ends}")
-        bounds.append([slice(a, b) for a, b in itertools.pairwise(ends)])
+        found.append([slice(a, b) for a, b in itertools.pairwise(ends)])
+    return found[0], found[1]
+
+
+def sequences(problem: Problem, cu_seqlens: CuSeqlens) -> Iterator[Sequence]:
+    """The sequences that have queries and keys.
+
+    Raises:
+        ValueError: as `bounds`.
+    """
     batch, *rest = problem.origin
-    for index, (rows, keys) in enumerate(zip(*bounds, strict=True)):
+    for index, (rows, keys) in enumerate(zip(*bounds(problem, cu_seqlens), strict=True)):
         seqlen_q, seqlen_k = rows.stop - rows.start, keys.stop - keys.start
         if seqlen_q and seqlen_k:
             shape = problem.bias_shape
@@ -85,6 +94,8 @@ def forward(
 ) -> Tensor:
     """out (total_q, nheads, head_dim_v); rows of no sequence are zero. Differentiable where the backend is."""
     if backend.PACKED:
+        if cu_seqlens[0].device.type == "cpu":
+            bounds(problem, cu_seqlens)  # where looking costs nothing
         given: dict[str, Any] = {"cu_seqlens": cu_seqlens}
         return backend.forward(problem, q, k, v, bias, slopes, seed, **given)
     out = q.new_zeros(q.shape[0], problem.nheads, problem.head_dim_v)

@@ -123,7 +123,9 @@ def _make_problem(
         batch = q_shape[0]
     else:
         batch, total_q, total_k = sequences, seqlen_q, seqlen_k
-        seqlen_q, seqlen_k, q_offset = max_seqlen_q or seqlen_q, max_seqlen_k or seqlen_k, 0
+        # hints: what they leave out is computed all the same
+        seqlen_q, seqlen_k = (min(hint or n, n) for hint, n in ((max_seqlen_q, seqlen_q), (max_seqlen_k, seqlen_k)))
+        q_offset = 0
     if sigmoid_bias is None and bias_shape is None:
         sigmoid_bias = -math.log(seqlen_k) if seqlen_k else 0.0
     return Problem(

@@ -69,8 +69,8 @@ _LARGE = {
 }
 # 16-bit in 99 KB (sm_86, sm_89, sm_120) or AMD's 64 KB of shared memory, not measured: they fit
 _SMALL = {
-    "fwd": {64: Tile(128, 64, 4, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
-    "dkdv": {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 1)},
+    "fwd": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "dkdv": {64: Tile(16, 128, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 64, 8, 1)},
     "dq": {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
 }
 _FLOAT32 = {
