@@ -382,7 +382,7 @@ def _attention(
     left, right = window_size
     if backend != "reference":
         _refuse_tangents(q, k, v, bias, alibi_slopes)
-        return torch.ops.flashsigmoid.fwd(
+        return op.forward(
             q, k, v, bias, alibi_slopes, seed, *(cu_seqlens or (None, None)),
             number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, *max_seqlens, backend,
         )  # fmt: skip

@@ -1,10 +1,12 @@
 """The torch.library ops flashsigmoid::fwd and flashsigmoid::bwd: schema, fake and autograd, for every fused backend.
 
-Nothing is computed here: each op builds the `Problem`, selects a backend and calls it. Imports torch only.
+Nothing is computed here: each op builds the `Problem`, selects a backend and calls it. `forward` is the op where something
+listens to the dispatcher, and the same without the dispatcher where nothing does. Imports torch only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,6 +23,7 @@ _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? seed, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
+_TENSOR_COUNT = len(_TENSORS.split(", "))
 SCALAR_NAMES = tuple(field.split()[1] for field in _SCALARS.split(", "))
 
 torch.library.define(
@@ -48,7 +51,6 @@ def full_precision(device: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-@torch.library.impl("flashsigmoid::fwd", "default")
 def _fwd(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> Tensor:
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     backend = named.pop("backend")
@@ -62,7 +64,6 @@ def _fwd(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> Tensor:
         return packed.forward(module, problem, q, k, v, bias, slopes, seed, (cu_q, cu_k))
 
 
-@torch.library.impl("flashsigmoid::bwd", "default")
 def _bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     backend = named.pop("backend")
@@ -89,7 +90,6 @@ def _bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Tenso
     return dq, dk, dv, dbias, dslopes
 
 
-@torch.library.impl("flashsigmoid::fwd_fp8", "default")
 def _fwd_fp8(q, k, v, q_scale, k_scale, v_scale, bias, slopes, *scalars) -> Tensor:
     named = dict(zip((*SCALAR_NAMES, "out_dtype"), scalars, strict=True))
     out_dtype = named.pop("out_dtype")
@@ -124,14 +124,49 @@ def _fake_bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[
     return grad(q), grad(k), grad(v), grad(bias), grad(slopes)
 
 
+def forward(*inputs) -> Tensor:
+    """flashsigmoid::fwd; in plain eager mode past the dispatcher, which costs more than the kernels of a short call."""
+    if not _is_plain(inputs[:_TENSOR_COUNT]):
+        return torch.ops.flashsigmoid.fwd(*inputs)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:_TENSOR_COUNT]):
+        return _Attention.apply(*inputs)  # pyright: ignore[reportReturnType]
+    return _fwd(*inputs)
+
+
+def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing would see the op: no compiler, tracer, transform, mode or kind of tensor of its own."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """flashsigmoid::fwd and ::bwd, called directly."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        _save_fwd(ctx, inputs, None)
+        return _fwd(*inputs)
+
+    @staticmethod
+    def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _autograd_fwd(ctx, dout)
+
+
 def _save_fwd(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.scalars = inputs[8:]
+    ctx.save_for_backward(*inputs[:_TENSOR_COUNT])
+    ctx.scalars = inputs[_TENSOR_COUNT:]
 
 
 def _autograd_fwd(ctx, dout: Tensor):
     saved = ctx.saved_tensors
-    dq, dk, dv, dbias, dslopes = torch.ops.flashsigmoid.bwd(dout, *saved, *ctx.scalars)
+    # with grad enabled a second derivative may be asked for: the op says that there is none
+    bwd = _bwd if not torch.is_grad_enabled() and _is_plain((dout, *saved)) else torch.ops.flashsigmoid.bwd
+    dq, dk, dv, dbias, dslopes = bwd(dout, *saved, *ctx.scalars)
     bias, slopes = saved[3:5]
     no_grad = (None,) * (3 + len(SCALAR_NAMES))
     return dq, dk, dv, dbias if bias is not None else None, dslopes if slopes is not None else None, *no_grad
@@ -143,5 +178,8 @@ def _autograd_bwd(ctx, *grads):
     )
 
 
+torch.library.impl("flashsigmoid::fwd", "default", _fwd)
+torch.library.impl("flashsigmoid::bwd", "default", _bwd)
+torch.library.impl("flashsigmoid::fwd_fp8", "default", _fwd_fp8)
 torch.library.register_autograd("flashsigmoid::fwd", _autograd_fwd, setup_context=_save_fwd)
 torch.library.register_autograd("flashsigmoid::bwd", _autograd_bwd)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -44,6 +44,13 @@ class Problem:
     total_q: int | None = None  # packed rows of all sequences: batch sequences, seqlen_q and seqlen_k the longest
     total_k: int | None = None
     arch: str | None = None  # "sm_90", "gfx942", ...: of a GPU, where it is there
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     @property
     def band(self) -> tuple[int | None, int | None]:
@@ -104,7 +111,9 @@ def make_problem(
 
     With `cu_seqlens_q` q, k and v are packed, (total, nheads, head_dim), and the longest sequence defaults to all rows.
     """
-    return _make_problem(
+    # sizes that a compiler traces are no keys
+    make = _make_problem if torch.compiler.is_compiling() else _remembered
+    return make(
         tuple(q.shape), tuple(v.shape), q.dtype, q.device, None if bias is None else tuple(bias.shape),
         None if slopes is None else tuple(slopes.shape), sigmoid_bias, scale, causal, window_left, window_right,
         q_offset, dropout_p, tuple(origin), sigmoid, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
@@ -153,6 +162,9 @@ def _make_problem(
         total_k=total_k,
         arch=_arch(device),
     )
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_make_problem)
 
 
 def _arch(device: torch.device) -> str | None:

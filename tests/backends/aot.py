@@ -147,6 +147,7 @@ class Compiler:
     def run(self, call: Call) -> list[Compiled]:
         """The kernels of one call, in the order of their launches."""
         self.call, self.launched = call, []
+        launch._plan.cache_clear()  # it remembers tiles
         dtype = getattr(torch, call.dtype)
         torch.set_float32_matmul_precision(call.matmul_precision)
         dim_v = call.head_dim if call.head_dim_v is None else call.head_dim_v

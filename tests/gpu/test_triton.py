@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -83,8 +84,8 @@ def check(
 ) -> None:
     """Everything that a forward and a backward give, inside the budget."""
     q, k, v, dout = tensors
-    # float32 has heavy tails: the one largest score decides the maximum, and of few rows a few draws may be lucky
-    draws = draws or (32 if q.shape[1] < 16 else 16 if q.dtype == torch.float32 else 4)
+    # the one largest score or result decides the maximum, and a few draws may be lucky, of few rows the more
+    draws = draws or (32 if q.shape[1] < 16 else 16)
     expected, seen = oracle(q, k, v, dout, **options), witness(q, k, v, dout, draws=draws, **options)
     given: dict[str, Any] = {**options, "sigmoid": sigmoid}
     for name, result in compute(q, k, v, dout, backend="triton", **given).items():
@@ -416,8 +417,7 @@ def check_packed(
     results = compute_packed(q, k, v, dout, seed=5, backend="triton", sigmoid=sigmoid, **cu, **options)
     if options.get("dropout_p"):
         options = options | Options(seed=draw_seed(5, DEVICE))
-    draws = 16 if q.dtype == torch.float32 else 4
-    expected, seen = oracle_and_witness(q, k, v, dout, lengths_q, lengths_k, draws, options)
+    expected, seen = oracle_and_witness(q, k, v, dout, lengths_q, lengths_k, 16, options)
     for name, result in results.items():
         assert_within_budget(f"{name} of {what}", result, expected[name], seen[name])
 
@@ -516,8 +516,10 @@ def test_nan_in_one_sequence_does_not_reach_another() -> None:
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     """torch raises where the host would wait for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that this mode does not see everything yet
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -872,10 +874,10 @@ def test_three_kernels_are_compiled_for_a_class_of_problems(bias, dtype, head_di
 
 
 def test_three_kernels_are_compiled_for_packed_problems() -> None:
-    """Of five to eight sequences: `locate` works on a power of two of them."""
+    """Of five to eight sequences, since `locate` works on a power of two of them, and a total that takes one tile."""
     before = kernels_compiled()
     seen = {}
-    for lengths in (LENGTHS[0], (64,) * 5, (1, 2, 3, 4, 500, 333), (1000, 0, 0, 0, 0, 0, 1)):
+    for lengths in (LENGTHS[0], (150,) * 5, (1, 2, 3, 4, 500, 333), (1000, 0, 0, 0, 0, 0, 1)):
         tensors = packed_tensors(lengths, lengths, (4, 2), (64, 64), torch.bfloat16)
         cu = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), cumulated(lengths, DEVICE))
         options = {"sigmoid_bias": torch.randn(4, device=DEVICE), "window_size": (333, 3), "dropout_p": 0.1}

@@ -95,6 +95,16 @@ def to_registers(x, keep):
 
 
 @triton.jit
+def add_product(acc, x, y, PRECISION: tl.constexpr, IS_LONG: tl.constexpr):
+    """acc + x y. The matrix units truncate when they add: in a long sum each product is added on its own, rounded."""
+    if IS_LONG:
+        # not a plain sum, which the compiler would give back to the matrix units
+        return tl.fma(tl.dot(x, y, input_precision=PRECISION), 1.0, acc)
+    else:
+        return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def weights(
     s, p, j, c, b, slope, left, right, FORMULA: tl.constexpr, HAS_SLOPES: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import keep_mask, key_parts, load_rows, locate, row_parts, store_rows, to_registers, weights
+from .blocks import add_product, keep_mask, key_parts, load_rows, locate, row_parts, store_rows, to_registers, weights
 from .fwd import NOT_SPECIALIZED
 
 
@@ -24,7 +24,7 @@ def _bwd_dkdv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_QUADS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, SEQUENCES: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys of one key head: dV = A^T dO, dK = scale dS^T Q, over all rows and all query heads of the group.
 
@@ -111,12 +111,12 @@ def _bwd_dkdv_kernel(
                         BLOCK_M, BLOCK_N, HAS_QUADS,
                     ).T  # fmt: skip
                     dropped = tl.where(kept, a * keep_scale, 0.0)
-                dv_acc = tl.dot(dropped.to(dout_block.dtype), dout_block, dv_acc, input_precision=PRECISION)
+                dv_acc = add_product(dv_acc, dropped.to(dout_block.dtype), dout_block, PRECISION, IS_LONG)
                 da = tl.dot(v_block, dout_block.T, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
                 if HAS_DROPOUT:
                     da = tl.where(kept, da * keep_scale, 0.0)
                 ds = (a - a * a) * da
-                dk_acc = tl.dot(ds.to(q_block.dtype), q_block, dk_acc, input_precision=PRECISION)
+                dk_acc = add_product(dk_acc, ds.to(q_block.dtype), q_block, PRECISION, IS_LONG)
     row = start_k + n
     store_rows(dk, dk_strides, lead, head_k, row, stop_k, dk_acc * scale, BLOCK_N, HEAD_DIM, BLOCK_D)
     store_rows(dv, dv_strides, lead, head_k, row, stop_k, dv_acc, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
@@ -133,7 +133,7 @@ def _bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_QUADS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, SEQUENCES: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one head: dQ = scale dS K over all keys, and the sums of dS and of -dS |p - j| of every row.
 
@@ -220,7 +220,7 @@ def _bwd_dq_kernel(
                 sums += tl.sum(ds, 1)
             if HAS_SLOPES:
                 sums_slope -= tl.sum(ds * tl.abs(p - j).to(tl.float32), 1)
-            dq_acc = tl.dot(ds.to(k_block.dtype), k_block, dq_acc, input_precision=PRECISION)
+            dq_acc = add_product(dq_acc, ds.to(k_block.dtype), k_block, PRECISION, IS_LONG)
 
     dq_acc *= scale
     at = lead.to(tl.int64) * sums_stride_b + head.to(tl.int64) * sums_stride_h

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import keep_mask, key_parts, load_rows, locate, store_rows, to_registers, weights
+from .blocks import add_product, keep_mask, key_parts, load_rows, locate, store_rows, to_registers, weights
 
 # a kernel is compiled for dtypes, options and the alignment of q, k, v and dout, not for a size
 NOT_SPECIALIZED = [
@@ -26,7 +26,7 @@ def _fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_QUADS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, SEQUENCES: tl.constexpr,
-    IN_REGISTERS: tl.constexpr,
+    IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
 
@@ -103,7 +103,7 @@ def _fwd_kernel(
             v_block = load_rows(
                 v, v_strides, lead, head_k, row, stop_k, BLOCK_N, HEAD_DIM_V, BLOCK_DV, DESCRIPTORS, part == 1
             )
-            acc = tl.dot(a.to(v_block.dtype), v_block, acc, input_precision=PRECISION)
+            acc = add_product(acc, a.to(v_block.dtype), v_block, PRECISION, IS_LONG)
 
     acc *= out_scale
     store_rows(out, out_strides, lead, head, start_q + m, stop_q, acc, BLOCK_M, HEAD_DIM_V, BLOCK_DV)

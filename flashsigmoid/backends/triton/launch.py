@@ -25,6 +25,9 @@ _bwd_dkdv_kernel: Any = bwd._bwd_dkdv_kernel
 _bwd_dq_kernel: Any = bwd._bwd_dq_kernel
 
 _UNLIMITED = 2**30  # a window this wide sees every key
+# terms of a sum from which what the matrix units truncate is more than what the dtype rounds
+_LONG = {torch.float16: 2**16, torch.bfloat16: 2**19, torch.float32: 0}
+_HAVE_DESCRIPTORS = ("sm_90", "sm_100", "sm_103", "sm_120")
 CuSeqlens = tuple[Tensor, Tensor] | None
 
 
@@ -83,7 +86,7 @@ class Call:
     def fwd(self, tile: Tile | None = None) -> Tensor:
         q, problem = self.qkv[0], self.problem
         out = q.new_empty(*q.shape[:-1], problem.head_dim_v)
-        plan = _plan(problem, "fwd", tile or choose_tile(problem, "fwd"), _precision(problem))
+        plan = _plan(problem, "fwd", tile, _precision(problem))
         tensors = (out, self.bias, self.slopes, self.seed, *self.cu_seqlens)
         strides = (*self.bias_strides, *self.slopes_strides, *self.origin)
         plan.launch(_fwd_kernel, plan.blocks_q * self.programs, self.qkv, tensors, 1, strides, 1.0 / plan.formula.gain)
@@ -92,7 +95,7 @@ class Call:
     def dkdv(self, dout: Tensor, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
         (_, k, v), problem = self.qkv, self.problem
         dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-        plan = _plan(problem, "dkdv", tile or choose_tile(problem, "dkdv"), _precision(problem))
+        plan = _plan(problem, "dkdv", tile, _precision(problem))
         tensors = (dk, dv, self.bias, self.slopes, self.seed, *self.cu_seqlens)
         strides = (*self.bias_strides, *self.slopes_strides, *self.origin)
         programs = plan.blocks_k * self.programs // problem.group
@@ -109,7 +112,7 @@ class Call:
         new = q.new_zeros if problem.is_packed else q.new_empty
         row_sums = None if self.bias is None else new(shape, dtype=torch.float32)
         slope_sums = None if self.slopes is None else new(shape, dtype=torch.float32)
-        plan = _plan(problem, "dq", tile or choose_tile(problem, "dq"), _precision(problem))
+        plan = _plan(problem, "dq", tile, _precision(problem))
         tensors = (dq, self.bias, self.slopes, row_sums, slope_sums, self.seed, *self.cu_seqlens)
         strides = (*self.bias_strides, *self.slopes_strides, *sums_strides, *self.origin)
         programs = plan.blocks_q * self.programs
@@ -148,8 +151,9 @@ class _Plan:
 
         Of Triton's way to a kernel most is finding it, some 50 us: a launch that is known goes straight to it.
         """
-        described = (None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in (*loaded, *tensors))
-        key = (loaded[0].device, *described)
+        # outputs are new: contiguous, aligned, of a dtype that the problem decides
+        sides_key = tuple([None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors[outputs:]])
+        key = (loaded[0].device, sides_key, tuple([(x.stride(), x.data_ptr() % 16) for x in loaded]))
         with on_device(loaded[0]):
             known = self.launches.get(key)
             if known is not None:
@@ -194,7 +198,8 @@ def _with_base(descriptor: TensorDescriptor, x: Tensor | None) -> TensorDescript
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, kernel: str, tile: Tile, precision: str) -> _Plan:
+def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str) -> _Plan:
+    tile = tile or choose_tile(problem, kernel)
     arch = problem.arch or ""
     pack = max(2, min(32, tile.block_m * tile.block_n // (32 * tile.num_warps)))
     formula = make_formula(
@@ -212,6 +217,8 @@ def _plan(problem: Problem, kernel: str, tile: Tile, precision: str) -> _Plan:
     b = problem.sigmoid_bias
     sizes = (problem.batch, problem.nheads, problem.group)
     has_dropout = problem.dropout_p > 0
+    terms = problem.seqlen_q * problem.group if kernel == "dkdv" else problem.seqlen_k
+    is_long = terms > _LONG[problem.dtype]
     constants = {
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
@@ -228,7 +235,8 @@ def _plan(problem: Problem, kernel: str, tile: Tile, precision: str) -> _Plan:
         "HAS_LEFT": left is not None,
         "HAS_RIGHT": right is not None,
         "SEQUENCES": triton.next_power_of_2(problem.batch) if problem.is_packed else 0,
-        "IN_REGISTERS": tile.in_registers,
+        "IN_REGISTERS": 0 if is_long else tile.in_registers,
+        "IS_LONG": is_long,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,  # Triton's default is about to change
@@ -245,7 +253,7 @@ def _plan(problem: Problem, kernel: str, tile: Tile, precision: str) -> _Plan:
         sizes=(*sizes, total_q, total_k, problem.q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(problem.scale * formula.unit, 0.0 if b is None else b * formula.unit + formula.shift),
         dropout=(1.0 / (1.0 - problem.dropout_p), threshold(problem.dropout_p)),
-        has_descriptors=arch in ("sm_90", "sm_100", "sm_103", "sm_120") and not problem.is_packed,
+        has_descriptors=tile.descriptors and arch in _HAVE_DESCRIPTORS and not problem.is_packed,
         constants=constants,
     )
 
@@ -266,7 +274,7 @@ def on_device(x: Tensor):
     if index not in ready:
         torch.zeros(1, device=x.device)  # a launch of the runtime makes the context current
         ready.add(index)
-    return torch.cuda.device(index)
+    return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -299,7 +307,7 @@ def _descriptor(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
 
 
 def _precision(problem: Problem) -> str:
-    """Of float32 products: three products of tf32 parts make one of float32; torch's own switch allows one alone."""
+    """Of float32 products: six products of bfloat16 parts make one of float32; torch's own switch allows one of tf32."""
     if problem.dtype != torch.float32 or not (problem.arch or "").startswith("sm_"):
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
