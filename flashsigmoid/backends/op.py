@@ -1,7 +1,7 @@
 """The torch.library ops flashsigmoid::fwd and flashsigmoid::bwd: schema, fake and autograd, for every fused backend.
 
-Nothing is computed here: each op builds the `Problem`, selects a backend and calls it. `forward` is the op where something
-listens to the dispatcher, and the same without the dispatcher where nothing does. Imports torch only.
+Nothing is computed here: each op builds the `Problem`, selects a backend and calls it. `forward` is the op, or the same
+past the dispatcher where nothing listens to it. Imports torch only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import packed, select
-from .problem import BackendUnsupported, make_problem
+from .problem import BackendUnsupported, Problem, make_problem
 
 _SCALARS = (
     "float? sigmoid_bias, float? scale, bool causal, SymInt? window_left, SymInt? window_right, SymInt? q_offset, "
@@ -24,6 +24,7 @@ _TENSORS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 _TENSOR_COUNT = len(_TENSORS.split(", "))
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 SCALAR_NAMES = tuple(field.split()[1] for field in _SCALARS.split(", "))
 
 torch.library.define(
@@ -51,10 +52,22 @@ def full_precision(device: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _fwd(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> Tensor:
+def _problem(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Problem, str]:
+    """The problem, and the backend that was asked for."""
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     backend = named.pop("backend")
-    problem = make_problem(q, k, v, bias=bias, slopes=slopes, cu_seqlens_q=cu_q, **named)
+    return make_problem(q, k, v, bias=bias, slopes=slopes, cu_seqlens_q=cu_q, **named), backend
+
+
+def _fwd(*inputs) -> Tensor:
+    return _compute_fwd(*_problem(*inputs), *inputs[:_TENSOR_COUNT])
+
+
+def _bwd(dout, *inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _compute_bwd(*_problem(*inputs), dout, *inputs[:_TENSOR_COUNT])
+
+
+def _compute_fwd(problem: Problem, backend: str, q, k, v, bias, slopes, seed, cu_q, cu_k) -> Tensor:
     if problem.is_empty:
         return q.new_zeros(*q.shape[:-1], problem.head_dim_v)
     with full_precision(problem.device):
@@ -64,12 +77,11 @@ def _fwd(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> Tensor:
         return packed.forward(module, problem, q, k, v, bias, slopes, seed, (cu_q, cu_k))
 
 
-def _bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    named = dict(zip(SCALAR_NAMES, scalars, strict=True))
-    backend = named.pop("backend")
-    problem = make_problem(q, k, v, bias=bias, slopes=slopes, cu_seqlens_q=cu_q, **named)
+def _compute_bwd(
+    problem: Problem, backend: str, dout, q, k, v, bias, slopes, seed, cu_q, cu_k
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if problem.is_empty:
-        grads = _fake_bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars)
+        grads = _fake_bwd(dout, q, k, v, bias, slopes)
         return tuple(x.zero_() for x in grads)  # pyright: ignore[reportReturnType]
     with full_precision(problem.device):
         module = select(problem, backend)
@@ -117,7 +129,7 @@ def _fake_fwd_fp8(q, k, v, *rest) -> Tensor:
 
 
 @torch.library.register_fake("flashsigmoid::bwd")
-def _fake_bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_bwd(dout, q, k, v, bias, slopes, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def grad(x: Tensor | None) -> Tensor:
         return q.new_empty(0) if x is None else x.new_empty(x.shape)
 
@@ -126,11 +138,16 @@ def _fake_bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[
 
 def forward(*inputs) -> Tensor:
     """flashsigmoid::fwd; in plain eager mode past the dispatcher, which costs more than the kernels of a short call."""
-    if not _is_plain(inputs[:_TENSOR_COUNT]):
+    tensors = inputs[:_TENSOR_COUNT]
+    if not _is_plain(tensors):
         return torch.ops.flashsigmoid.fwd(*inputs)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:_TENSOR_COUNT]):
-        return _Attention.apply(*inputs)  # pyright: ignore[reportReturnType]
-    return _fwd(*inputs)
+    problem, backend = _problem(*inputs)
+    if torch.is_grad_enabled():
+        for x in tensors:
+            if x is not None and x.requires_grad:
+                scalars = inputs[_TENSOR_COUNT:]
+                return _Attention.apply(problem, backend, scalars, *tensors)  # pyright: ignore[reportReturnType]
+    return _compute_fwd(problem, backend, *tensors)
 
 
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
@@ -138,9 +155,10 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
         and torch._C._get_tracing_state() is None
-        and all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+        and _PLAIN.issuperset(map(type, tensors))
+        and not (tensors[0] is not None and tensors[0].is_meta)
     )
 
 
@@ -148,13 +166,20 @@ class _Attention(torch.autograd.Function):
     """flashsigmoid::fwd and ::bwd, called directly."""
 
     @staticmethod
-    def forward(ctx, *inputs):  # pyright: ignore[reportIncompatibleMethodOverride]
-        _save_fwd(ctx, inputs, None)
-        return _fwd(*inputs)
+    def forward(ctx, problem, backend, scalars, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(*tensors)
+        ctx.problem, ctx.backend, ctx.scalars = problem, backend, scalars
+        return _compute_fwd(problem, backend, *tensors)
 
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _autograd_fwd(ctx, dout)
+        # with grad enabled a second derivative may be asked for: the op says that there is none
+        if torch.is_grad_enabled() or not _is_plain((dout,)):
+            return None, None, None, *_autograd_fwd(ctx, dout)[:_TENSOR_COUNT]
+        saved = ctx.saved_tensors
+        dq, dk, dv, dbias, dslopes = _compute_bwd(ctx.problem, ctx.backend, dout, *saved)
+        sides = dbias if saved[3] is not None else None, dslopes if saved[4] is not None else None
+        return None, None, None, dq, dk, dv, *sides, None, None, None
 
 
 def _save_fwd(ctx, inputs, output) -> None:
@@ -164,9 +189,7 @@ def _save_fwd(ctx, inputs, output) -> None:
 
 def _autograd_fwd(ctx, dout: Tensor):
     saved = ctx.saved_tensors
-    # with grad enabled a second derivative may be asked for: the op says that there is none
-    bwd = _bwd if not torch.is_grad_enabled() and _is_plain((dout, *saved)) else torch.ops.flashsigmoid.bwd
-    dq, dk, dv, dbias, dslopes = bwd(dout, *saved, *ctx.scalars)
+    dq, dk, dv, dbias, dslopes = torch.ops.flashsigmoid.bwd(dout, *saved, *ctx.scalars)
     bias, slopes = saved[3:5]
     no_grad = (None,) * (3 + len(SCALAR_NAMES))
     return dq, dk, dv, dbias if bias is not None else None, dslopes if slopes is not None else None, *no_grad

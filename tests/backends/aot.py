@@ -38,7 +38,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NAMES = {"fwd": "_fwd_kernel", "dkdv": "_bwd_dkdv_kernel", "dq": "_bwd_dq_kernel"}
+NAMES = ("_fwd_kernel", "_bwd_kernel")
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
@@ -66,7 +66,7 @@ class Call:
     dropout_p: float = 0.0
     origin: tuple[int, ...] = (0, 0, 0, 0)
     sigmoid: str = "auto"
-    kernel: str | None = None  # "fwd", "dkdv" or "dq"; None: all three
+    kernel: str | None = None  # "fwd", "dkdv", "dq" or "all"; None: what is launched
     tile: tuple[int, ...] | None = None  # a Tile's fields; None: from tiles.py
 
 
@@ -84,6 +84,7 @@ class Compiled:
     products: int = 0  # matrix instructions in the machine code
     tma_loads: int = 0
     waits: int = 0  # for wgmma
+    undefined: int = 0  # uniform registers that are read before anything wrote them: the assembler's fault
     notes: list[str] = field(default_factory=list)  # the assembler's, beyond its statistics
 
 
@@ -114,7 +115,7 @@ class Compiler:
         self.call = Call()
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.runtime.driver.set_active(Driver(TARGETS[arch]))
-        self.kernels = {name: getattr(launch, name) for name in NAMES.values()}
+        self.kernels = {name: getattr(launch, name) for name in NAMES}
         for name, kernel in self.kernels.items():
             kernel.device_caches.clear()
             setattr(launch, name, _Launcher(self, name))
@@ -129,19 +130,20 @@ class Compiler:
         return choose_tile(problem, kernel) if self.call.tile is None else Tile(*self.call.tile)
 
     def compile(self, name: str, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
-        if self.call.kernel is not None and name != NAMES[self.call.kernel]:
+        part = kwargs.get("PART", "fwd")
+        if self.call.kernel not in (None, part):
             return
         log = io.StringIO()
         try:
             with contextlib.redirect_stdout(log):
                 kernel = self.kernels[name].warmup(*args, grid=grid, **kwargs)
         except Exception as error:  # the other kernels of the call are still of interest
-            self.launched.append(Compiled(name, -1, error=f"{type(error).__name__}: {error}"))
+            self.launched.append(Compiled(part, -1, error=f"{type(error).__name__}: {error}"))
             return
         if id(kernel) not in self.binaries:
-            one = Compiled(name, len(self.binaries), shared_bytes=kernel.metadata.shared)
+            one = Compiled(part, len(self.binaries), shared_bytes=kernel.metadata.shared)
             self.binaries[id(kernel)] = kernel, one
-            _examine(one, kernel, log.getvalue(), self.code and self.code / f"{name}.{self.arch}.{one.binary}.txt")
+            _examine(one, kernel, log.getvalue(), self.code and self.code / f"{part}.{self.arch}.{one.binary}.txt")
         self.launched.append(self.binaries[id(kernel)][1])
 
     def run(self, call: Call) -> list[Compiled]:
@@ -232,10 +234,28 @@ def _examine(one: Compiled, kernel: Any, log: str, path: Path | None) -> None:
         one.products = len(re.findall(r"\b(?:H|Q|HG|QG|UTC[A-Z]*)MMA\b", code))
         one.tma_loads = len(re.findall(r"\bUTMALDG\b", code))
         one.waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code))
+        one.undefined = len(set(_undefined(code)))
         statistics = r"bytes gmem|Compiling entry|Function properties|bytes stack frame|Used \d+ reg|Compile time|^\s*$"
         one.notes = [line.strip() for line in log.splitlines() if not re.search(statistics, line)]
     if path is not None:
         path.write_text(code)
+
+
+def _undefined(code: str) -> Iterator[str]:
+    """Uniform registers that no earlier line wrote; those of HGMMA are skipped, which names more than it reads."""
+    written: set[int] = set()
+    for operation, operands in re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s+(.*?);", code):
+        first, _, rest = operands.partition(",")
+        target = re.fullmatch(r"UR(\d+)", first.strip())
+        is_store = operation.startswith(("ST", "UST", "UTMA", "UBLK", "SYNCS"))
+        if operation.startswith("HGMMA"):
+            continue
+        for register in re.findall(r"\bUR(\d+)", operands if is_store or not target else rest):
+            if int(register) not in written:
+                yield f"UR{register}"
+        if target and not is_store:
+            width = 4 if ".128" in operation else 2 if ".64" in operation or "WIDE" in operation else 1
+            written |= set(range(int(target[1]), int(target[1]) + width))
 
 
 def _sum(pattern: str, text: str) -> int:

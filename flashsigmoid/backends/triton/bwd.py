@@ -1,4 +1,4 @@
-"""The backward kernels: dK and dV by blocks of keys, dQ by blocks of rows. No atomics: the same bits at every call.
+"""The backward kernel: dK and dV by blocks of keys, dQ by blocks of rows. No atomics: the same bits at every call.
 
 Nothing of the forward is needed but its inputs. One pass that adds dQ atomically needs five products instead of seven,
 and was slower wherever it was measured (docs/log.md).
@@ -13,9 +13,9 @@ from .blocks import add_product, keep_mask, key_parts, load_rows, locate, row_pa
 from .fwd import NOT_SPECIALIZED
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def _bwd_dkdv_kernel(
-    dout, q, k, v, dk, dv, bias, slopes, seed, cu_q, cu_k,
+@triton.jit
+def _dkdv(
+    pid, dout, q, k, v, dk, dv, bias, slopes, seed, cu_q, cu_k,
     dout_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides,
     bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
     origin_b, origin_h, origin_m, origin_n,
@@ -30,7 +30,7 @@ def _bwd_dkdv_kernel(
 
         dS = (dO V^T) * A * (1 - A)        scores are transposed, (BLOCK_N, BLOCK_M)
 
-    Grid: (blocks of keys * nheads_k * batch,), or (blocks of all sequences * nheads_k,) where rows are packed.
+    pid counts blocks of keys * nheads_k * batch, or blocks of all sequences * nheads_k where rows are packed.
     Accumulators: float32.
     """
     nheads_k = nheads // group
@@ -38,7 +38,6 @@ def _bwd_dkdv_kernel(
         blocks = tl.cdiv(seqlen_k, BLOCK_N) + batch
     else:
         blocks = tl.cdiv(seqlen_k, BLOCK_N)
-    pid = tl.program_id(0)
     block = pid % blocks
     head_k = (pid // blocks) % nheads_k
     sequence = pid // (blocks * nheads_k)
@@ -122,9 +121,9 @@ def _bwd_dkdv_kernel(
     store_rows(dv, dv_strides, lead, head_k, row, stop_k, dv_acc, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def _bwd_dq_kernel(
-    dout, q, k, v, dq, bias, slopes, row_sums, slope_sums, seed, cu_q, cu_k,
+@triton.jit
+def _dq(
+    pid, dout, q, k, v, dq, bias, slopes, row_sums, slope_sums, seed, cu_q, cu_k,
     dout_strides, q_strides, k_strides, v_strides, dq_strides,
     bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
     sums_stride_b, sums_stride_h, sums_stride_m, origin_b, origin_h, origin_m, origin_n,
@@ -137,13 +136,12 @@ def _bwd_dq_kernel(
 ):  # fmt: skip
     """BLOCK_M rows of one head: dQ = scale dS K over all keys, and the sums of dS and of -dS |p - j| of every row.
 
-    Grid as the forward's. Accumulators: float32.
+    pid as the forward's. Accumulators: float32.
     """
     if SEQUENCES:
         blocks = tl.cdiv(seqlen_q, BLOCK_M) + batch
     else:
         blocks = tl.cdiv(seqlen_q, BLOCK_M)
-    pid = tl.program_id(0)
     block = pid % blocks
     head = (pid // blocks) % nheads
     sequence = pid // (blocks * nheads)
@@ -230,3 +228,46 @@ def _bwd_dq_kernel(
     if HAS_SLOPES:
         tl.store(slope_sums + at, sums_slope, mask=offs_m < rows)
     store_rows(dq, dq_strides, lead, head, start_q + m, stop_q, dq_acc, BLOCK_M, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def _bwd_kernel(
+    dout, q, k, v, dq, dk, dv, bias, slopes, row_sums, slope_sums, seed, cu_q, cu_k,
+    dout_strides, q_strides, k_strides, v_strides, dq_strides, dk_strides, dv_strides,
+    bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
+    sums_stride_b, sums_stride_h, sums_stride_m, origin_b, origin_h, origin_m, origin_n,
+    batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, scale, keep_scale, threshold,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_QUADS: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, SEQUENCES: tl.constexpr,
+    IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """PART "dkdv" or "dq"; or "all", short sequences in one launch: the programs of dK dV, then those of dQ.
+
+    Grid: (programs,). A part's results are None in the other's launch.
+    """
+    pid = tl.program_id(0)
+    split = 0
+    if PART == "all":
+        split = tl.cdiv(seqlen_k, BLOCK_N) * (nheads // group) * batch
+    if PART == "dkdv" or (PART == "all" and pid < split):
+        _dkdv(
+            pid, dout, q, k, v, dk, dv, bias, slopes, seed, cu_q, cu_k,
+            dout_strides, q_strides, k_strides, v_strides, dk_strides, dv_strides,
+            bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
+            origin_b, origin_h, origin_m, origin_n,
+            batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, scale, keep_scale, threshold,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FORMULA, PRECISION, HAS_BIAS, HAS_SLOPES,
+            HAS_DROPOUT, HAS_QUADS, HAS_LEFT, HAS_RIGHT, DESCRIPTORS, SEQUENCES, IN_REGISTERS, IS_LONG,
+        )  # fmt: skip
+    else:
+        _dq(
+            pid - split, dout, q, k, v, dq, bias, slopes, row_sums, slope_sums, seed, cu_q, cu_k,
+            dout_strides, q_strides, k_strides, v_strides, dq_strides,
+            bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
+            sums_stride_b, sums_stride_h, sums_stride_m, origin_b, origin_h, origin_m, origin_n,
+            batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, scale, keep_scale, threshold,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FORMULA, PRECISION, HAS_BIAS, HAS_SLOPES,
+            HAS_DROPOUT, HAS_QUADS, HAS_LEFT, HAS_RIGHT, DESCRIPTORS, SEQUENCES, IN_REGISTERS, IS_LONG,
+        )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,12 +18,11 @@ from ..philox import threshold
 from ..problem import Problem, bias_rows
 from . import bwd, fwd
 from .sigmoid import Formula, make_formula
-from .tiles import Tile, choose_formula, choose_tile
+from .tiles import Tile, choose_formula, choose_tile, is_one_launch
 
 # to a type checker a kernel is its Python function
 _fwd_kernel: Any = fwd._fwd_kernel
-_bwd_dkdv_kernel: Any = bwd._bwd_dkdv_kernel
-_bwd_dq_kernel: Any = bwd._bwd_dq_kernel
+_bwd_kernel: Any = bwd._bwd_kernel
 
 _UNLIMITED = 2**30  # a window this wide sees every key
 # terms of a sum from which what the matrix units truncate is more than what the dtype rounds
@@ -58,6 +58,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv, and the sums of dS and of -dS |p - j| of every row."""
     call = Call(problem, q, k, v, bias, slopes, seed, cu_seqlens)
+    if is_one_launch(problem):
+        return call.bwd(dout)
     dk, dv = call.dkdv(dout)
     dq, row_sums, slope_sums = call.dq(dout)
     return dq, dk, dv, row_sums, slope_sums
@@ -93,31 +95,37 @@ class Call:
         return out
 
     def dkdv(self, dout: Tensor, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-        (_, k, v), problem = self.qkv, self.problem
-        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-        plan = _plan(problem, "dkdv", tile, _precision(problem))
-        tensors = (dk, dv, self.bias, self.slopes, self.seed, *self.cu_seqlens)
-        strides = (*self.bias_strides, *self.slopes_strides, *self.origin)
-        programs = plan.blocks_k * self.programs // problem.group
-        plan.launch(_bwd_dkdv_kernel, programs, (dout, *self.qkv), tensors, 2, strides, problem.scale)
-        return dk, dv
+        return self._bwd("dkdv", dout, tile)[1:3]
 
     def dq(self, dout: Tensor, tile: Tile | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        q, problem = self.qkv[0], self.problem
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-        nheads, rows = problem.nheads, problem.seqlen_q
-        shape = q.shape[:2] if problem.is_packed else (problem.batch, nheads, rows)
+        dq, _, _, *sums = self._bwd("dq", dout, tile)
+        return dq, *sums
+
+    def bwd(self, dout: Tensor, tile: Tile | None = None):
+        """dq, dk, dv and the sums by one launch."""
+        return self._bwd("all", dout, tile)
+
+    def _bwd(self, part: str, dout: Tensor, tile: Tile | None) -> tuple[Any, ...]:
+        (q, k, v), problem = self.qkv, self.problem
+        plan = _plan(problem, part, tile, _precision(problem))
+        nheads, rows, programs = problem.nheads, problem.seqlen_q, 0
+        dq = dk = dv = row_sums = slope_sums = None
+        if part != "dq":
+            programs += plan.blocks_k * self.programs // problem.group
+            dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        if part != "dkdv":
+            programs += plan.blocks_q * self.programs
+            dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+            shape = q.shape[:2] if problem.is_packed else (problem.batch, nheads, rows)
+            # no program comes to packed rows behind the last sequence
+            new = q.new_zeros if problem.is_packed else q.new_empty
+            row_sums = None if self.bias is None else new(shape, dtype=torch.float32)
+            slope_sums = None if self.slopes is None else new(shape, dtype=torch.float32)
         sums_strides = (0, 1, nheads) if problem.is_packed else (nheads * rows, rows, 1)
-        # no program comes to packed rows behind the last sequence
-        new = q.new_zeros if problem.is_packed else q.new_empty
-        row_sums = None if self.bias is None else new(shape, dtype=torch.float32)
-        slope_sums = None if self.slopes is None else new(shape, dtype=torch.float32)
-        plan = _plan(problem, "dq", tile, _precision(problem))
-        tensors = (dq, self.bias, self.slopes, row_sums, slope_sums, self.seed, *self.cu_seqlens)
+        tensors = (dq, dk, dv, self.bias, self.slopes, row_sums, slope_sums, self.seed, *self.cu_seqlens)
         strides = (*self.bias_strides, *self.slopes_strides, *sums_strides, *self.origin)
-        programs = plan.blocks_q * self.programs
-        plan.launch(_bwd_dq_kernel, programs, (dout, *self.qkv), tensors, 1, strides, problem.scale)
-        return dq, row_sums, slope_sums
+        plan.launch(_bwd_kernel, programs, (dout, *self.qkv), tensors, 3, strides, problem.scale)
+        return dq, dk, dv, row_sums, slope_sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,25 +160,22 @@ class _Plan:
         Of Triton's way to a kernel most is finding it, some 50 us: a launch that is known goes straight to it.
         """
         # outputs are new: contiguous, aligned, of a dtype that the problem decides
-        sides_key = tuple([None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors[outputs:]])
-        key = (loaded[0].device, sides_key, tuple([(x.stride(), x.data_ptr() % 16) for x in loaded]))
+        others = [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors[outputs:]]
+        described = [(x.stride(), x.data_ptr() % 16) for x in loaded]
+        key = (threading.get_ident(), loaded[0].device, *described, *others)
         with on_device(loaded[0]):
             known = self.launches.get(key)
             if known is not None:
-                rows = loaded if known.descriptors is None else map(_with_base, known.descriptors, loaded)
-                known.compiled[(programs, 1, 1)](*rows, *tensors, *known.rest)
+                known.compiled[(programs, 1, 1)](*known.rows(loaded), *tensors, *known.rest)
                 return
             descriptors = self.descriptors(loaded)
-            strides = (*map(_strides, loaded), *(_strides(x) for x in tensors[:outputs] if x is not None))
+            strides = tuple((0, 0, 0, 0) if x is None else _strides(x) for x in (*loaded, *tensors[:outputs]))
             rest = (*strides, *sides, *self.sizes, *self.numbers, factor, *self.dropout)
-            rows = loaded if descriptors is None else descriptors
             constants = self.constants | {"DESCRIPTORS": descriptors is not None}
-            compiled = kernel[(programs,)](*rows, *tensors, *rest, **constants)
+            compiled = kernel[(programs,)](*(descriptors or loaded), *tensors, *rest, **constants)
             if compiled is not None:  # the interpreter compiles nothing
                 names = kernel.arg_names[len(loaded) + len(tensors) + len(rest) :]
-                kept = None if descriptors is None else tuple(_with_base(x, None) for x in descriptors)
-                known = _Launch(compiled, kept, (*rest, *(constants[name] for name in names)))
-                self.launches[key] = known
+                self.launches[key] = _Launch(compiled, descriptors, (*rest, *(constants[name] for name in names)))
 
     def descriptors(self, loaded: tuple[Tensor, ...]) -> tuple[TensorDescriptor, ...] | None:
         """Of ([dout,] q, k, v), in blocks; None if they are loaded by pointers."""
@@ -181,20 +186,22 @@ class _Plan:
         return tuple(_descriptor(x, *block) for x, block in zip(loaded, blocks, strict=True))
 
 
-@dataclass(frozen=True)
 class _Launch:
-    """A compiled kernel and its arguments after the tensors."""
+    """A compiled kernel and its arguments after the tensors, of one thread."""
 
-    compiled: Any
-    descriptors: tuple[TensorDescriptor, ...] | None  # of tensors with these strides, which are put in their place
-    rest: tuple[Any, ...]
+    def __init__(self, compiled: Any, descriptors: tuple[TensorDescriptor, ...] | None, rest: tuple[Any, ...]):
+        self.compiled = compiled
+        self.descriptors = descriptors
+        self.rest = rest
+        self.rows(())
 
-
-def _with_base(descriptor: TensorDescriptor, x: Tensor | None) -> TensorDescriptor:
-    """The descriptor, of another tensor; it was checked when it was made."""
-    copy = object.__new__(TensorDescriptor)
-    copy.__dict__.update(descriptor.__dict__, base=x)
-    return copy
+    def rows(self, loaded: tuple[Tensor, ...]) -> tuple[Any, ...]:
+        """The tensors, or their descriptors: those of the first launch, checked then, with these tensors in them."""
+        if self.descriptors is None:
+            return loaded
+        for descriptor, x in itertools.zip_longest(self.descriptors, loaded):
+            descriptor.base = x
+        return self.descriptors
 
 
 @functools.lru_cache(maxsize=4096)
@@ -214,10 +221,17 @@ def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str) -> _
     spare = problem.batch if problem.is_packed else 0  # every sequence may end in a block that is not full
     left, right = problem.band
     dim, dim_v = (max(16, triton.next_power_of_2(x)) for x in (problem.head_dim, problem.head_dim_v))
+    if (
+        arch == "sm_90"
+    ):  # one swizzle for both: the assembler of Triton 3.6 confuses the descriptors of two (docs/log.md)
+        dim, dim_v = max(dim, min(dim_v, 64)), max(dim_v, min(dim, 64))
     b = problem.sigmoid_bias
     sizes = (problem.batch, problem.nheads, problem.group)
     has_dropout = problem.dropout_p > 0
-    terms = problem.seqlen_q * problem.group if kernel == "dkdv" else problem.seqlen_k
+    terms = max(
+        0 if kernel in ("fwd", "dq") else problem.seqlen_q * problem.group,
+        0 if kernel == "dkdv" else problem.seqlen_k,
+    )
     is_long = terms > _LONG[problem.dtype]
     constants = {
         "HEAD_DIM": problem.head_dim,
@@ -241,6 +255,8 @@ def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str) -> _
         "num_stages": tile.num_stages,
         "enable_fp_fusion": True,  # Triton's default is about to change
     }
+    if kernel != "fwd":
+        constants["PART"] = kernel
     if tile.maxnreg is not None:
         constants["maxnreg"] = tile.maxnreg
     return _Plan(
@@ -253,12 +269,13 @@ def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str) -> _
         sizes=(*sizes, total_q, total_k, problem.q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(problem.scale * formula.unit, 0.0 if b is None else b * formula.unit + formula.shift),
         dropout=(1.0 / (1.0 - problem.dropout_p), threshold(problem.dropout_p)),
-        has_descriptors=tile.descriptors and arch in _HAVE_DESCRIPTORS and not problem.is_packed,
+        has_descriptors=not tile.by_pointers and arch in _HAVE_DESCRIPTORS and not problem.is_packed,
         constants=constants,
     )
 
 
 _threads = threading.local()
+_HERE = nullcontext()
 
 
 def on_device(x: Tensor):
@@ -268,13 +285,13 @@ def on_device(x: Tensor):
     the threads of autograd in their first backward.
     """
     if not x.is_cuda:
-        return nullcontext()
+        return _HERE
     index = x.device.index
     ready = _threads.__dict__.setdefault("devices", set())
     if index not in ready:
         torch.zeros(1, device=x.device)  # a launch of the runtime makes the context current
         ready.add(index)
-    return nullcontext() if torch.cuda.current_device() == index else torch.cuda.device(index)
+    return _HERE if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -307,7 +324,7 @@ def _descriptor(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
 
 
 def _precision(problem: Problem) -> str:
-    """Of float32 products: six products of bfloat16 parts make one of float32; torch's own switch allows one of tf32."""
+    """Of float32 products: six of bfloat16 parts make one of float32; torch's own switch allows one of tf32."""
     if problem.dtype != torch.float32 or not (problem.arch or "").startswith("sm_"):
         return "ieee"
     return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"

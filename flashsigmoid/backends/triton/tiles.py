@@ -22,7 +22,7 @@ class Tile:
     num_stages: int
     in_registers: int = 0  # how many of the loop's fixed left operands are kept there: q, dout; k, v
     maxnreg: int | None = None
-    descriptors: bool = True  # load by the tensor memory accelerator, where there is one
+    by_pointers: bool = False  # even where there is a tensor memory accelerator
 
 
 def choose_formula(problem: Problem, kernel: str) -> str:
@@ -38,7 +38,7 @@ def choose_formula(problem: Problem, kernel: str) -> str:
     b = problem.sigmoid_bias
     if problem.sigmoid == "exact" or (b is not None and b > -4.6):
         return "pair"
-    narrow = {"fwd": -6.2, "dkdv": -7.2, "dq": -7.2}[kernel] - (0.0 if problem.dtype == torch.bfloat16 else 1.4)
+    narrow = (-6.2 if kernel == "fwd" else -7.2) - (0.0 if problem.dtype == torch.bfloat16 else 1.4)
     return "wide" if b is None or b > narrow else "narrow"
 
 
@@ -48,7 +48,11 @@ _ANY = 2**31
 _LARGE = {
     "fwd": {
         64: (
-            ((512, Tile(64, 64, 4, 2)), (1024, Tile(64, 64, 4, 3, 1)), (_ANY, Tile(128, 64, 4, 4, 1))),
+            (
+                (512, Tile(64, 32, 4, 3, by_pointers=True)),
+                (1024, Tile(64, 64, 4, 3, 1)),
+                (_ANY, Tile(128, 64, 4, 4, 1)),
+            ),
             ((2048, Tile(64, 64, 4, 3, 1)), (_ANY, Tile(128, 64, 4, 3, 1))),
         ),
         128: (((_ANY, Tile(64, 64, 4, 3, 1)),), ((_ANY, Tile(64, 64, 4, 3, 1)),)),
@@ -86,14 +90,18 @@ _FLOAT32 = {
     "dkdv": {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
     "dq": {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
 }
+# dK dV and dQ in one launch: of sequences up to 512 and head_dim up to 64, measured on an H100
+_ONE_LAUNCH = Tile(64, 64, 4, 2)
 _INTERPRETED = Tile(128, 128, 4, 1)
 
 
 def choose_tile(problem: Problem, kernel: str) -> Tile:
-    """The tile of the kernel "fwd", "dkdv" or "dq"; fewer rows where there are fewer."""
+    """The tile of the kernel "fwd", "dkdv", "dq" or "all", the last two in one; fewer rows where there are fewer."""
     dim = max(64, _power_of_2(max(problem.head_dim, problem.head_dim_v)))
     if problem.arch == "cpu":
         tile = _INTERPRETED
+    elif kernel == "all":
+        tile = _ONE_LAUNCH
     elif problem.dtype == torch.float32:
         tile = (_FLOAT32_LARGE if problem.arch == "sm_90" else _FLOAT32)[kernel][dim]
     elif problem.arch in ("sm_80", "sm_90", "sm_100", "sm_103"):
@@ -102,6 +110,12 @@ def choose_tile(problem: Problem, kernel: str) -> Tile:
         tile = _SMALL[kernel][dim]
     rows = max(16, _power_of_2(problem.seqlen_q))
     return tile if tile.block_m <= rows else replace(tile, block_m=rows)
+
+
+def is_one_launch(problem: Problem) -> bool:
+    """Whether the backward of these sequences is so short that a second launch would cost more than it brings."""
+    is_small = max(problem.seqlen_q, problem.seqlen_k) <= 512 and max(problem.head_dim, problem.head_dim_v) <= 64
+    return is_small and problem.dtype != torch.float32 and problem.arch in ("sm_90", "cpu") and not problem.is_packed
 
 
 def _power_of_2(n: int) -> int:
