@@ -91,9 +91,9 @@ def _against(module: Backend, problem: Problem, backend: str) -> str | None:
     if backend == "auto" and module.NAME == "triton":
         if problem.device == "cpu":
             return "device must be a GPU, got cpu"  # the interpreter runs only when asked for
-        largest, limit = max(problem.head_dim, problem.head_dim_v), 128 if problem.arch == "sm_90" else 64
-        if problem.dtype == torch.float32 and largest > limit:
-            return f"float32 spills registers beyond head_dim {limit} and runs only when asked for, got {largest}"
+        largest = max(problem.head_dim, problem.head_dim_v)
+        if problem.dtype == torch.float32 and largest > 64:
+            return f"float32 spills registers beyond head_dim 64 and runs only when asked for, got {largest}"
     return module.unsupported(problem)
 
 

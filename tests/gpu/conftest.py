@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def freed() -> Iterator[None]:
-    """Workers share the GPU's memory: none keeps gigabytes of its last test."""
+    """Workers share the GPU's memory: none keeps gigabytes of its last test, nor goes on when CUDA is lost to it."""
     yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:  # every later test of this process would fail, whatever it tests
+        os._exit(1)
     if torch.cuda.memory_reserved() > 2**30:
         torch.cuda.empty_cache()
 

@@ -84,8 +84,9 @@ def check(
 ) -> None:
     """Everything that a forward and a backward give, inside the budget."""
     q, k, v, dout = tensors
-    # the one largest score or result decides the maximum, and a few draws may be lucky, of few rows the more
-    draws = draws or (32 if q.shape[1] < 16 else 16)
+    # the one largest score or result decides the maximum, and a few draws may be lucky, of few rows the more;
+    # those of float32, which add one term after the other, take longest and are furthest from the budget
+    draws = draws or (32 if min(q.shape[1], k.shape[1]) < 16 else 4 if q.dtype == torch.float32 else 16)
     expected, seen = oracle(q, k, v, dout, **options), witness(q, k, v, dout, draws=draws, **options)
     given: dict[str, Any] = {**options, "sigmoid": sigmoid}
     for name, result in compute(q, k, v, dout, backend="triton", **given).items():
@@ -252,7 +253,7 @@ def test_shapes_of_the_authors_own_test(dtype, head_dim, causal, window_size, sl
             seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=heads, head_dims=(head_dim, head_dim), dtype=dtype,
             causal=causal, window_size=window_size, slopes=slopes,
         )  # fmt: skip
-        check(case, case.tensors(seed=seqlen_q), case.options(seed=seqlen_k), draws=1)
+        check(case, case.tensors(seed=seqlen_q), case.options(seed=seqlen_k), draws=2 if seqlen_q > 512 else 8)
 
 
 SCORES = ("N(0,1)", "N(-4,1)", "N(0,9)", "N(0,1) and ALiBi")
