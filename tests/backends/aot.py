@@ -55,7 +55,7 @@ class Call:
     nheads: int = 4
     nheads_k: int = 4
     is_packed: bool = False  # batch sequences in batch * seqlen rows
-    is_aligned: bool = True  # to 16 bytes
+    layout: str = "aligned"  # to 16 bytes; "unaligned", "strided" (every other channel) or "broadcast" (all but q)
     bias: str | None = None  # "row" or "head": a tensor with a value for each
     sigmoid_bias: float | None = None  # None: -log(seqlen)
     has_slopes: bool = False
@@ -155,10 +155,10 @@ class Compiler:
         dim_v = call.head_dim if call.head_dim_v is None else call.head_dim_v
         lead = (call.batch * call.seqlen,) if call.is_packed else (call.batch, call.seqlen)
         q, k, v, dout = (
-            _empty((*lead, n, dim), dtype, call.is_aligned)
-            for n, dim in (
-                (call.nheads, call.head_dim), (call.nheads_k, call.head_dim), (call.nheads_k, dim_v),
-                (call.nheads, dim_v),
+            _empty((*lead, n, dim), dtype, call.layout, broadcast)
+            for n, dim, broadcast in (
+                (call.nheads, call.head_dim, 0), (call.nheads_k, call.head_dim, 1), (call.nheads_k, dim_v, 1),
+                (call.nheads, dim_v, 4),
             )
         )  # fmt: skip
         bias = slopes = seed = cu_seqlens = None
@@ -209,10 +209,16 @@ def compiler(arch: str, code: Path | None = None) -> Iterator[Compiler]:
             one.close()
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, is_aligned: bool) -> torch.Tensor:
-    if is_aligned:
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout: str, broadcast: int) -> torch.Tensor:
+    """A tensor in a layout; "broadcast" repeats one element along the first so many dimensions."""
+    if layout == "aligned":
         return torch.empty(shape, dtype=dtype)
-    return torch.empty((*shape[:-1], shape[-1] + 1), dtype=dtype)[..., 1:]
+    if layout == "unaligned":
+        return torch.empty((*shape[:-1], shape[-1] + 1), dtype=dtype)[..., 1:]
+    if layout == "strided":
+        return torch.empty((*shape[:-1], 2 * shape[-1]), dtype=dtype)[..., ::2]
+    assert layout == "broadcast", layout
+    return torch.empty((*(1,) * broadcast, *shape[broadcast:])[: len(shape)], dtype=dtype).expand(shape)
 
 
 def _examine(one: Compiled, kernel: Any, log: str, path: Path | None) -> None:

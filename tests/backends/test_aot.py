@@ -31,10 +31,11 @@ CLASSES: dict[str, dict[str, Any]] = {
     "window": {"causal": True, "window_left": 100, "dropout_p": 0.1, "dtype": "float16", "head_dim": 64},
     "odd quads": {"dropout_p": 0.1, "origin": [0, 0, 0, 1], "bias": "head", "window_right": 3},
     "packed": {"is_packed": True, "causal": True, "bias": "row"},
-    "pointers": {"is_aligned": False, "head_dim": 96, "head_dim_v": 32, "dtype": "float16"},
+    "pointers": {"layout": "unaligned", "head_dim": 96, "head_dim_v": 32, "dtype": "float16"},
     "exact": {"sigmoid": "exact"},
     "fast": {"sigmoid": "fast"},
     "float32": {"dtype": "float32"},
+    "broadcast": {"layout": "broadcast", "dtype": "float32", "head_dim_v": 128},
 }
 
 

@@ -700,10 +700,10 @@ def test_forward_and_backward_replay_in_a_graph(dtype) -> None:
         out = sigmoid_attention_shard(
             *leaves[:3], sigmoid_bias=leaves[3], q_offset=-30, causal=True, dropout_p=0.2, seed=seed, backend="triton"
         )
-        return out, *torch.autograd.grad(out, leaves, dout)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
     graph, results = captured(call)
-    before = [x.detach().clone() for x in call()]
+    before = [x.clone() for x in call()]
     with torch.no_grad():
         for x in (*leaves, dout):
             x.copy_(torch.randn_like(x))
@@ -723,7 +723,7 @@ def test_a_graph_replays_with_other_lengths() -> None:
         out = sigmoid_attention_varlen(
             *leaves[:3], cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, sigmoid_bias=leaves[3], causal=True, backend="triton"
         )
-        return out, *torch.autograd.grad(out, leaves, dout)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
     graph, results = captured(call)
     cu_q.copy_(cumulated((300, 0, 1, 77, 5, 200, 0, 100), DEVICE))

@@ -6,7 +6,7 @@ import functools
 import itertools
 import threading
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class Call:
     def fwd(self, tile: Tile | None = None) -> Tensor:
         q, problem = self.qkv[0], self.problem
         out = q.new_empty(*q.shape[:-1], problem.head_dim_v)
-        plan = _plan(problem, "fwd", tile, _precision(problem))
+        plan = _plan(problem, "fwd", tile, _precision(problem), _have_dense_rows(*self.qkv))
         tensors = (out, self.bias, self.slopes, self.seed, *self.cu_seqlens)
         strides = (*self.bias_strides, *self.slopes_strides, *self.origin)
         plan.launch(_fwd_kernel, plan.blocks_q * self.programs, self.qkv, tensors, 1, strides, 1.0 / plan.formula.gain)
@@ -107,7 +107,7 @@ class Call:
 
     def _bwd(self, part: str, dout: Tensor, tile: Tile | None) -> tuple[Any, ...]:
         (q, k, v), problem = self.qkv, self.problem
-        plan = _plan(problem, part, tile, _precision(problem))
+        plan = _plan(problem, part, tile, _precision(problem), _have_dense_rows(dout, q, k, v))
         nheads, rows, programs = problem.nheads, problem.seqlen_q, 0
         dq = dk = dv = row_sums = slope_sums = None
         if part != "dq":
@@ -205,9 +205,21 @@ class _Launch:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str) -> _Plan:
+def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str, has_dense_rows: bool) -> _Plan:
     tile = tile or choose_tile(problem, kernel)
     arch = problem.arch or ""
+    total_q = problem.seqlen_q if problem.total_q is None else problem.total_q
+    total_k = problem.seqlen_k if problem.total_k is None else problem.total_k
+    spare = problem.batch if problem.is_packed else 0  # every sequence may end in a block that is not full
+    left, right = problem.band
+    dim, dim_v = (max(16, triton.next_power_of_2(x)) for x in (problem.head_dim, problem.head_dim_v))
+    if arch == "sm_90":
+        # One swizzle for all operands: the assembler of Triton 3.6 confuses the descriptors of two (docs/log.md). It is
+        # decided by a block's inner side, up to 64, which without dense rows may be either.
+        dim, dim_v = max(dim, min(dim_v, 64)), max(dim_v, min(dim, 64))
+        if not has_dense_rows and max(tile.block_m, tile.block_n) >= 64:
+            dim, dim_v, block_m, block_n = (max(64, x) for x in (dim, dim_v, tile.block_m, tile.block_n))
+            tile = replace(tile, block_m=block_m, block_n=block_n, num_stages=1)
     pack = max(2, min(32, tile.block_m * tile.block_n // (32 * tile.num_warps)))
     formula = make_formula(
         choose_formula(problem, kernel),
@@ -216,15 +228,6 @@ def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str) -> _
         pack,
         has_asm=arch.startswith("sm_"),
     )
-    total_q = problem.seqlen_q if problem.total_q is None else problem.total_q
-    total_k = problem.seqlen_k if problem.total_k is None else problem.total_k
-    spare = problem.batch if problem.is_packed else 0  # every sequence may end in a block that is not full
-    left, right = problem.band
-    dim, dim_v = (max(16, triton.next_power_of_2(x)) for x in (problem.head_dim, problem.head_dim_v))
-    if (
-        arch == "sm_90"
-    ):  # one swizzle for both: the assembler of Triton 3.6 confuses the descriptors of two (docs/log.md)
-        dim, dim_v = max(dim, min(dim_v, 64)), max(dim_v, min(dim, 64))
     b = problem.sigmoid_bias
     sizes = (problem.batch, problem.nheads, problem.group)
     has_dropout = problem.dropout_p > 0
@@ -298,6 +301,11 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     """Strides of (batch, seqlen, nheads, head_dim); packed rows have no batch."""
     strides = x.stride()
     return strides if len(strides) == 4 else (0, *strides)
+
+
+def _have_dense_rows(*tensors: Tensor) -> bool:
+    """Whether the channels of a row lie side by side."""
+    return all(x.stride(-1) == 1 for x in tensors)
 
 
 def _are_aligned(*tensors: Tensor) -> bool:
