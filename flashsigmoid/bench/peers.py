@@ -63,7 +63,7 @@ class Ours(Candidate):
 
 
 class FlashAttention3(Candidate):
-    """Its operators, called without its autograd: (batch, seqlen, nheads, head_dim), forward, then backward on lse."""
+    """Its operators in an autograd function, as its package has them: (batch, seqlen, nheads, head_dim)."""
 
     name, kind = "fa3", "softmax"
 
@@ -80,8 +80,8 @@ class FlashAttention3(Candidate):
             return "this build has no window"
         return "no ALiBi" if shape.alibi else None
 
-    def prepare(self, inputs: Inputs, work: str) -> Step:
-        shape, (q, k, v, dout) = inputs.shape, (inputs.q, inputs.k, inputs.v, inputs.dout)
+    def attention(self, inputs: Inputs) -> Attention:
+        shape = inputs.shape
         options: dict[str, Any] = {"softmax_scale": shape.scale, "is_causal": shape.causal}
         if shape.has_window:
             # is_causal beside a window on the left may drop the window: causal is a window of 0 on the right
@@ -89,25 +89,20 @@ class FlashAttention3(Candidate):
             options |= {"is_causal": False, "window_size_left": left, "window_size_right": right}
         if shape.lengths:
             options |= inputs.packed
+        return lambda q, k, v: _FlashAttention3.apply(q, k, v, options)  # pyright: ignore[reportReturnType]
 
-        def forward() -> tuple[Tensor, Tensor]:
-            out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **options)
-            return out, lse
 
-        def backward(out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-            return tuple(torch.ops.flash_attn_3.bwd(dout, q, k, v, out, lse, **options)[:3])
+class _FlashAttention3(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, options):  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, num_splits=1, **options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = options
+        return out
 
-        if work == "forward":
-            return lambda: forward()[:1]
-        if work == "backward":
-            saved = forward()
-            return lambda: backward(*saved)
-
-        def both() -> tuple[Tensor, ...]:
-            out, lse = forward()
-            return out, *backward(out, lse)
-
-        return both
+    @staticmethod
+    def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *torch.ops.flash_attn_3.bwd(dout, *ctx.saved_tensors, **ctx.options)[:3], None
 
 
 class TritonSigmoid(Candidate):

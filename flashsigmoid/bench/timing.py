@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -125,7 +126,12 @@ def _captured(function: Callable[[], object], calls: int, stream: torch.cuda.Str
                 function()
     except RuntimeError as error:
         raise CaptureError(f"no CUDA graph: {error}") from error
-    return graph.replay
+    return partial(_replay, graph, function)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, function: Callable[[], object]) -> None:
+    """The function is held, not called: the graph reads the memory of the tensors that only it may hold."""
+    graph.replay()
 
 
 def _synchronize(device: str) -> None:
