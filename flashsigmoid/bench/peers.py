@@ -62,6 +62,29 @@ class Ours(Candidate):
         }
 
 
+class OursFp8(Candidate):
+    """sigmoid_attention_fp8, forward: q, k, v are rounded to e4m3 with a factor for every head before it is timed."""
+
+    name, kind = "triton fp8", "sigmoid"
+
+    def unavailable(self, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
+        if device != "cuda" or torch.cuda.get_device_capability() < (9, 0):
+            return "needs CUDA and compute capability 9.0"
+        return "no packed sequences" if shape.lengths else None
+
+    def prepare(self, inputs: Inputs, work: str) -> Step:
+        if work != "forward":
+            raise BackendUnsupported("forward only")
+        shape, tensors, factors = inputs.shape, [], []
+        for x in (inputs.q, inputs.k, inputs.v):
+            largest = x.abs().amax((1, 3), keepdim=True).float() / torch.finfo(torch.float8_e4m3fn).max
+            tensors.append((x.float() / largest).to(torch.float8_e4m3fn))
+            factors.append(largest[:, 0, :, 0].contiguous())
+        options = {"causal": shape.causal, "window_size": shape.window_size, "alibi_slopes": inputs.slopes}
+        fp8 = functional.sigmoid_attention_fp8
+        return lambda: (fp8(*tensors, *factors, sigmoid_bias=shape.bias, **options),)
+
+
 class FlashAttention3(Candidate):
     """Its operators in an autograd function, as its package has them: (batch, seqlen, nheads, head_dim)."""
 
@@ -142,6 +165,7 @@ def candidates() -> dict[str, Candidate]:
     """Everybody by name, ours first."""
     everybody = (
         *map(Ours, backends.NAMES),
+        OursFp8(),
         *SDPA,
         FlashAttention3(),
         Flex("softmax"),

@@ -14,9 +14,10 @@ from flashsigmoid.record import RecordWriter
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-tests.jsonl"
 # these take a minute each: workers begin with them (--maxschedchunk 1 gives each worker few)
-LONGEST = ("until_the_time_is_up", "the_sanitizer_finds_nothing", "memory_is_that")
+LONGEST = ("until_the_time_is_up", "the_sanitizer_finds_nothing", "memory_is_that", "of_long_sequences")
 outcomes: dict[str, str] = {}
-errors: list[dict[str, Any]] = []
+MEASURED = ("error_over_budget", "peak_bytes")
+measured: list[tuple[str, dict[str, Any]]] = []
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,11 +43,11 @@ def freed() -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remember how each test ended, and the errors it measured: `record_property("error_over_budget", {...})`."""
+    """Remember how each test ended, and what it measured: `record_property("error_over_budget", {"value": ...})`."""
     if report.when == "call" or report.outcome != "passed":
         outcomes[report.nodeid] = report.outcome
     if report.when == "call":
-        errors.extend(tags for name, tags in report.user_properties if name == "error_over_budget")
+        measured.extend((name, tags) for name, tags in report.user_properties if name in MEASURED)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -58,6 +59,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             writer.write("test", test=test, outcome=outcome)
         for outcome in ("passed", "failed", "skipped"):
             writer.write(f"tests/{outcome}", sum(each == outcome for each in outcomes.values()))
-        for tags in sorted(errors, key=lambda tags: [str(tag) for key, tag in tags.items() if key != "value"]):
-            value = tags["value"]
-            writer.write("error_over_budget", value, unit="times", **{k: x for k, x in tags.items() if k != "value"})
+        for name, tags in sorted(measured, key=lambda one: [str(x) for key, x in one[1].items() if key != "value"]):
+            value, unit = tags["value"], "times" if name == "error_over_budget" else "bytes"
+            writer.write(name, value, unit=unit, **{key: x for key, x in tags.items() if key != "value"})

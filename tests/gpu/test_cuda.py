@@ -31,7 +31,10 @@ def test_inside_the_budget(dtype, causal, dropout_p, seqlen_q, seqlen_k, head_di
     )
     if dropout_p:
         options |= Options(dropout_p=dropout_p, seed=torch.tensor([2**40 + 3], device="cuda"), origin=(1, 2, 3, 4))
-    expected, seen = oracle(*tensors, **options), witness(*tensors, draws=32, **options)
+    expected, seen = (
+        oracle(*tensors, **options),
+        witness(*tensors, draws=8 if dtype == torch.float32 else 32, **options),
+    )
     for backend in NAMES if dtype != torch.float64 else ("blocked", "reference"):
         for name, result in compute(*tensors, backend=backend, **options).items():
             assert_within_budget(f"{backend} {name}", result, expected[name], seen[name])
