@@ -25,10 +25,23 @@ test-long: $(VENV)/.test
 # on a machine with a GPU, by its own Python with torch and triton: GPU=python3.12 PEERS="--load-library libfa3.so"
 GPU ?= python3
 RESULTS := benchmarks/results
+BENCH = $(GPU) -m flashsigmoid bench --device cuda $(PEERS)
+FAST := --peer triton --peer fa3 --peer 'sdpa flash' --peer 'sdpa cudnn'
+KERNELS := --work forward --work backward
 gpu:
 	$(GPU) -m pytest tests/gpu -n logical --maxprocesses 14 --maxschedchunk 1
-	$(GPU) -m flashsigmoid bench 'lm-*' vit gqa cross window varlen long --device cuda $(PEERS) \
-	  --out $(RESULTS)/triton-bfloat16.jsonl --plot docs/images/speed.png
+	$(BENCH) 'vit-*' $(FAST) --peer triton-sigmoid --out $(RESULTS)/triton-vit-bfloat16.jsonl
+	$(BENCH) 'vit-*' $(FAST) --no-graphs --work both --out $(RESULTS)/triton-vit-eager-bfloat16.jsonl
+	$(BENCH) 'lm-1k-d64*' 'lm-1k-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/triton-1k-bfloat16.jsonl
+	$(BENCH) lm-4k-d64 lm-4k-d64-causal 'lm-4k-d128*' 'lm-16k-d64*' 'lm-16k-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) \
+	  --out $(RESULTS)/triton-bfloat16.jsonl
+	$(BENCH) gqa window varlen cross 'lm-4k-d256*' 'lm-16k-d256*' long $(FAST) $(KERNELS) \
+	  --out $(RESULTS)/triton-more-bfloat16.jsonl
+	$(BENCH) 'lm-1k-d128*' 'lm-4k-d128*' 'lm-16k-d128*' --peer triton --peer 'triton fp8' --work forward \
+	  --out $(RESULTS)/triton-fp8.jsonl
+	$(GPU) -m flashsigmoid.report.accuracy $(RESULTS)/gpu-tests.jsonl docs/images/accuracy.png
+	$(GPU) -m flashsigmoid.report.speed $(RESULTS)/triton-1k-bfloat16.jsonl $(RESULTS)/triton-bfloat16.jsonl docs/images/speed.png
+	$(GPU) -m flashsigmoid.report.tables docs/numerics.md
 
 lint: $(VENV)/.test
 	$(PY) -m ruff check .

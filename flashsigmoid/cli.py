@@ -411,8 +411,13 @@ def bench(
     from .record import read_records
 
     if list_problems:
-        for shape in PROBLEMS.values():
-            print(shape)
+        rows = [shape.row() for shape in PROBLEMS.values()]
+        table = Table()
+        for name in rows[0]:
+            table.add_column(name, no_wrap=name == "problem")
+        for row in rows:
+            table.add_row(*row.values())
+        Console().print(table)
         print(f"peers: {', '.join(candidates())}")
         return
     if plot is not None and plot.suffix not in (".png", ".svg"):

@@ -70,6 +70,19 @@ class Shape:
         square = sum(n * n for n in self.lengths) if self.lengths else self.batch * self.seqlen_q * self.seqlen_k
         return square / 2.0 if self.causal else float(square)
 
+    def row(self) -> dict[str, str]:
+        """What it is, in words, for a table."""
+        mask = ["causal"] * self.causal + [f"window {self.window_size}"] * self.has_window + ["ALiBi"] * self.alibi
+        one = self.seqlen_q == self.seqlen_k
+        return {
+            "problem": self.name,
+            "batch": f"{len(self.lengths)} packed" if self.lengths else str(self.batch),
+            "seqlen": str(self.seqlen_q) if one else f"{self.seqlen_q}, {self.seqlen_k} keys",
+            "nheads": str(self.nheads) if self.group == 1 else f"{self.nheads}, {self.nheads_k} of keys",
+            "head_dim": str(self.head_dim),
+            "mask": ", ".join(mask),
+        }
+
     def flop(self, work: str) -> float:
         """Operations: forward 4 d, backward 10 d, both 14 d per visible pair of every query head."""
         return _PRODUCTS[work] * self.head_dim * self.nheads * self.pairs

@@ -1,7 +1,11 @@
-"""Records of `flashsigmoid bench` as numbers side by side and as a figure: speed beside error beside memory."""
+"""Records of `flashsigmoid bench` as numbers side by side and as a figure: speed beside error beside memory.
+
+`python -m flashsigmoid.report.speed RECORDS... FIGURE` draws files that are there.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..record import Record, RecordFile
+from ..record import Record, RecordFile, read_records
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5608f", "#a67c00", "#3a3a3a", "#56b4e9", "#e69f00")
-_MARKERS = "os^Dv<>Px*hd"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b5608f", "#a67c00", "#3a3a3a", "#56b4e9", "#e69f00")
+MARKERS = "os^Dv<>Px*hd"
 _ROW_INCHES, _MARGIN_INCHES = 0.42, 1.9
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -89,7 +93,7 @@ def write_plot(records: Sequence[Record], path: str | Path) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure(records).savefig(path, dpi=160, facecolor="white")
 
 
@@ -105,15 +109,19 @@ def figure(records: Sequence[Record]) -> Figure:
         own = [(height, row[peer]) for height, row in enumerate(cells.values()) if peer in row]
         # candidates of one row lie a little apart, so that equal numbers stay visible
         shift = 0.6 * ((index + 0.5) / len(peers) - 0.5)
-        style = {"color": _COLOURS[index % len(_COLOURS)], "marker": _MARKERS[index % len(_MARKERS)]}
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
         for height, cell in own:
             speed.plot([cell.low_tflops, cell.high_tflops], [height + shift] * 2, color=style["color"], linewidth=1)
         _marks(speed, ((height + shift, cell.tflops) for height, cell in own), style, peer)
         _marks(error, ((height + shift, cell.error_rms) for height, cell in own), style, peer)
         _marks(memory, ((height + shift, cell.peak_mib) for height, cell in own), style, peer)
+    ceilings: dict[str, float] = {}  # of several runs the highest
     for record in records:
         if record.name == "ceiling_tflops" and record.value is not None:
-            speed.axvline(record.value, color="#888888", linestyle="--", linewidth=1, label=str(record.tags["peer"]))
+            name = str(record.tags["peer"])
+            ceilings[name] = max(record.value, ceilings.get(name, 0.0))
+    for name, ceiling in ceilings.items():
+        speed.axvline(ceiling, color="#888888", linestyle="--", linewidth=1, label=name)
     speed.set_yticks(range(len(cells)), [f"{problem} {_WORKS[work]}" for problem, work in cells])
     speed.set_ylim(len(cells) - 0.5, -0.5)
     speed.set_xlim(left=0)
@@ -133,3 +141,8 @@ def _marks(axes: Axes, points: Iterable[tuple[float, float | None]], style: dict
     known = [(x, y) for y, x in points if x is not None and x > 0]
     if known:
         axes.plot(*zip(*known, strict=True), linestyle="none", markersize=5, label=label, **style)  # pyright: ignore
+
+
+if __name__ == "__main__":
+    *sources, target = sys.argv[1:]
+    write_plot([record for source in sources for record in read_records(source).records], target)
