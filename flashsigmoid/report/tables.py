@@ -70,7 +70,7 @@ def errors(path: str | Path) -> str:
 
 def faults(path: str | Path) -> str:
     """The record of planted faults: times over the error budget, a table per backend and dtype."""
-    records = [r for r in read_records(path).records if r.name == "error_over_budget"]
+    records = [r for r in read_records(path).records if r.name == "error_over_budget" and "fault" in r.tags]
     parts = []
     for backend, dtype in dict.fromkeys((r.tags["backend"], r.tags["dtype"]) for r in records):
         own = [r for r in records if (r.tags["backend"], r.tags["dtype"]) == (backend, dtype)]

@@ -1040,7 +1040,7 @@ def test_every_planted_fault_is_caught_in_every_tensor(dtype, monkeypatch, recor
     show("triton", dtype, rows)
     for fault, row in rows.items():
         for tensor, value in row.items():
-            tags = {"fault": fault, "tensor": tensor, "dtype": str(dtype).removeprefix("torch.")}
+            tags = {"backend": "triton", "fault": fault, "tensor": tensor, "dtype": str(dtype).removeprefix("torch.")}
             record_property("error_over_budget", {"value": value, **tags})
     assert_every_fault_is_caught(rows)
 
