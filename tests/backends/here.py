@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import pytest
@@ -28,6 +29,7 @@ def can(backend: str, problem: Problem) -> bool:
 def interpret_in_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
     """Let the interpreter's kernels work in such tiles, powers of two from 16."""
     if IS_INTERPRETED:
-        from flashsigmoid.backends.triton import tiles
+        from flashsigmoid.backends.triton import launch, tiles
 
         monkeypatch.setattr(tiles, "_INTERPRETED", tiles.Tile(block_m, block_n, 4, 1))
+        monkeypatch.setattr(launch, "_plan", functools.lru_cache(launch._plan.__wrapped__))  # it remembers tiles
