@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flashsigmoid import BackendUnsupported, explain, sigmoid_attention
@@ -219,10 +219,80 @@ def test_forward_mode_is_right_or_one_clear_error() -> None:
 
 def test_vmap_is_a_loop() -> None:
     q = torch.stack([Q, Q.flip(0)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that it loops
-        out = torch.vmap(lambda q: sigmoid_attention(q, K, V, causal=True))(q)
+    out = torch.vmap(lambda q: sigmoid_attention(q, K, V, causal=True))(q)
     torch.testing.assert_close(out, torch.stack([sigmoid_attention(each, K, V, causal=True) for each in q]))
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_op_and_a_plain_call_computes_the_same() -> None:
+    """Plain calls go past the dispatcher; whoever listens to it hears the op, in the backward too."""
+    leaves = [x.requires_grad_() for x in (*make_qkv(2, 9, 11, 4, 2, 8)[:3], torch.randn(4))]
+    dout = torch.randn(2, 9, 4, 8)
+
+    def call() -> list[torch.Tensor]:
+        out = sigmoid_attention(*leaves[:3], sigmoid_bias=leaves[3], causal=True, backend="blocked")
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    plain = call()
+    assert "_Attention" in type(plain[0].grad_fn).__name__
+    with Seen() as seen:
+        listened = call()
+    assert [name for name in seen.names if "flashsigmoid" in name] == [
+        "flashsigmoid.fwd.default", "flashsigmoid.bwd.default",
+    ]  # fmt: skip
+    for a, b in zip(plain, listened, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_input_changed_before_the_backward_is_an_error() -> None:
+    q, k, v = (x.requires_grad_() for x in make_qkv(1, 5, 7, 2, 1, 8)[:3])
+    changed = k * 1.0
+    out = sigmoid_attention(q, changed, v)
+    changed.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_function_transforms_are_right_or_one_clear_error() -> None:
+    """grad, vjp, gradients of each sample by vmap of grad, of tensors and of a bias; no second derivative."""
+    q, k, v, dout = make_qkv(3, 5, 7, 2, 1, 8, dtype=torch.float64)
+    bias = torch.randn(2, dtype=torch.float64)
+
+    def call(q, k, v, bias):
+        return sigmoid_attention(q, k, v, sigmoid_bias=bias, causal=True)
+
+    def loss(q, k, v, bias, dout):
+        return (call(q, k, v, bias) * dout).sum()
+
+    def grads(q, k, v, bias, dout):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, bias)]
+        return torch.autograd.grad(loss(*leaves, dout), leaves)
+
+    expected = grads(q, k, v, bias, dout)
+    _, pull = torch.func.vjp(call, q, k, v, bias)
+    for found in (torch.func.grad(loss, (0, 1, 2, 3))(q, k, v, bias, dout), pull(dout)):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    samples = [x.unsqueeze(1) for x in (q, k, v, dout)]
+    each = torch.vmap(torch.func.grad(loss, (0, 1, 2, 3)), in_dims=(0, 0, 0, None, 0))
+    found = each(*samples[:3], bias, samples[3])
+    for index in range(3):
+        alone = grads(*(x[index] for x in samples[:3]), bias, samples[3][index])
+        for a, b in zip(found, alone, strict=True):
+            torch.testing.assert_close(a[index], b)
+    with pytest.raises(BackendUnsupported, match="double backward needs backend='reference'"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q, k, v, bias, dout).sum())(q)
 
 
 def test_only_wanted_gradients() -> None:

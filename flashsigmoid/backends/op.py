@@ -140,6 +140,8 @@ def forward(*inputs) -> Tensor:
     """flashsigmoid::fwd; in plain eager mode past the dispatcher, which costs more than the kernels of a short call."""
     tensors = inputs[:_TENSOR_COUNT]
     if not _is_plain(tensors):
+        if _is_transformed():
+            return _Transformed.apply(inputs[_TENSOR_COUNT:], *tensors)  # pyright: ignore[reportReturnType]
         return torch.ops.flashsigmoid.fwd(*inputs)
     problem, backend = _problem(*inputs)
     if torch.is_grad_enabled():
@@ -162,6 +164,15 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
+def _is_transformed() -> bool:
+    """Whether this is inside of a transform of torch.func that runs eagerly, which the op's own autograd refuses."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+
 class _Attention(torch.autograd.Function):
     """flashsigmoid::fwd and ::bwd, called directly."""
 
@@ -180,6 +191,59 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv, dbias, dslopes = _compute_bwd(ctx.problem, ctx.backend, dout, *saved)
         sides = dbias if saved[3] is not None else None, dslopes if saved[4] is not None else None
         return None, None, None, dq, dk, dv, *sides, None, None, None
+
+
+class _Transformed(torch.autograd.Function):
+    """flashsigmoid::fwd under the transforms of torch.func: differentiable once, and vmap is a loop."""
+
+    @staticmethod
+    def forward(scalars, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _fwd(*tensors, *scalars)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.scalars = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors
+        grads = _TransformedBackward.apply(ctx.scalars, dout, *saved)
+        return None, *(None if x is None else dx for x, dx in zip(saved[:5], grads, strict=True)), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, scalars, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.stack(_looped(_Transformed, info, in_dims, scalars, tensors)), 0
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """flashsigmoid::bwd under the transforms of torch.func."""
+
+    @staticmethod
+    def forward(scalars, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _bwd(*tensors, *scalars)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # pyright: ignore[reportIncompatibleMethodOverride]
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return _autograd_bwd(ctx, *grads)
+
+    @staticmethod
+    def vmap(info, in_dims, scalars, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
+        results = _looped(_TransformedBackward, info, in_dims, scalars, tensors)
+        return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * 5
+
+
+def _looped(function, info, in_dims, scalars, tensors) -> list:
+    return [
+        function.apply(
+            scalars, *(x if d is None else x.select(d, i) for x, d in zip(tensors, in_dims[1:], strict=True))
+        )
+        for i in range(info.batch_size)
+    ]
 
 
 def _save_fwd(ctx, inputs, output) -> None:
