@@ -20,7 +20,7 @@ from .candidate import make_inputs
 from .problems import PROBLEMS, Shape, choose
 from .timing import Sample, by_events, interleaved
 
-KERNELS = ("fwd", "dkdv", "dq")
+KERNELS = ("fwd", "dkdv", "dq", "all")  # "all": dkdv and dq in one launch, of problems that take it
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,14 @@ def tune(
     for name in names:
         if PROBLEMS[name].lengths:
             raise ValueError(f"--tune takes dense problems, got {name}")
-    _compile_in_parallel(names, dtype, kernels)
+    pairs = [
+        (name, kernel)
+        for name, kernel in itertools.product(names, kernels)
+        if kernel != "all" or _is_one_launch(PROBLEMS[name], dtype)
+    ]
+    _compile_in_parallel(pairs, dtype)
     choices = []
-    for name, kernel in itertools.product(names, kernels):
+    for name, kernel in pairs:
         choices.append(_choose(PROBLEMS[name], kernel, dtype, rounds))
         show(choices[-1])
     return choices
@@ -74,10 +79,13 @@ def candidates(kernel: str, head_dim: int, itemsize: int) -> Iterator[tuple[int,
     """(block_m, block_n, num_warps, num_stages, in_registers) worth trying."""
     sizes = (32, 64, 128) if itemsize == 2 else (16, 32, 64)
     for block_m, block_n, warps, stages in itertools.product(sizes, sizes, (4, 8), (1, 2, 3, 4)):
-        rows = block_n if kernel == "dkdv" else block_m  # of the accumulators
-        sums = head_dim * (2 if kernel == "dkdv" else 1) + (block_m if kernel == "dkdv" else block_n)
+        by_keys = kernel in ("dkdv", "all")
+        rows = block_n if by_keys else block_m  # of the accumulators
+        sums = head_dim * (2 if by_keys else 1) + (block_m if by_keys else block_n)
         fixed = (rows if kernel == "fwd" else 2 * rows) * head_dim * itemsize
-        loaded = 2 * (block_m if kernel == "dkdv" else block_n) * head_dim * itemsize * stages
+        loaded = 2 * (block_m if by_keys else block_n) * head_dim * itemsize * stages
+        if kernel == "all" and block_m < 8 * warps:
+            continue
         if rows < 8 * warps or rows * sums > 220 * 32 * warps or fixed + loaded > 227 * 1024:
             continue  # no rows for every warp; more registers or shared memory than there are
         for in_registers in (0, 1) if kernel == "fwd" else (0, 1, 2):
@@ -90,7 +98,9 @@ def _choose(shape: Shape, kernel: str, dtype: torch.dtype, rounds: int) -> Choic
     problem = _problem(shape, dtype)
     shipped = astuple(choose_tile(problem, kernel))
     stream = torch.cuda.Stream()
-    tiles = dict.fromkeys((shipped, *((*each, None) for each in candidates(kernel, shape.head_dim, dtype.itemsize))))
+    tiles = dict.fromkeys(
+        (shipped, *((*each, None, False) for each in candidates(kernel, shape.head_dim, dtype.itemsize)))
+    )
     by_text = {_text(tile): tile for tile in tiles}
     samples: dict[str, Sample] = {}
     for text, tile in by_text.items():
@@ -135,14 +145,21 @@ def _call(shape: Shape, dtype: torch.dtype, kernel: str, tile: tuple[int | None,
     chosen = Tile(*tile)  # pyright: ignore[reportArgumentType]
     if kernel == "fwd":
         return lambda: call.fwd(chosen)
-    return lambda: getattr(call, kernel)(inputs.dout, chosen)
+    launch = call.bwd if kernel == "all" else getattr(call, kernel)
+    return lambda: launch(inputs.dout, chosen)
 
 
-def _compile_in_parallel(names: list[str], dtype: torch.dtype, kernels: tuple[str, ...]) -> None:
+def _is_one_launch(shape: Shape, dtype: torch.dtype) -> bool:
+    from ..backends.triton.tiles import is_one_launch
+
+    return is_one_launch(_problem(shape, dtype))
+
+
+def _compile_in_parallel(pairs: list[tuple[str, str]], dtype: torch.dtype) -> None:
     """Fill Triton's cache from many processes, one candidate after the other in each."""
     jobs = [
         (name, kernel, tile)
-        for name, kernel in itertools.product(names, kernels)
+        for name, kernel in pairs
         for tile in candidates(kernel, PROBLEMS[name].head_dim, dtype.itemsize)
     ]
     workers = max(1, (os.cpu_count() or 2) - 1)
@@ -155,7 +172,7 @@ def _compile(job: tuple[str, str, tuple[int, ...]], dtype: torch.dtype) -> None:
     small = replace(PROBLEMS[name], batch=1, nheads=1, nheads_k=1)
     # whatever does not compile or fit is left out when it is timed
     with suppress(Exception):
-        _call(small, dtype, kernel, (*tile, None))()
+        _call(small, dtype, kernel, (*tile, None, False))()
         torch.cuda.synchronize()
 
 
