@@ -75,6 +75,14 @@ def test_the_measured_tiles_on_sm_90(head_dim, causal) -> None:
         assert not one["notes"], one["notes"]
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_packed_rows_on_sm_90(head_dim) -> None:
+    for one in compiled("sm_90", json.dumps({"head_dim": head_dim, "causal": True, "is_packed": True, "batch": 16})):
+        check("sm_90", one, spilled=160)
+        assert one["waits"] < one["products"] / 2
+        assert not one["notes"], one["notes"]
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
 def test_other_architectures(arch) -> None:
     for one in compiled(arch, json.dumps({"head_dim": 64, "causal": True})):

@@ -72,6 +72,13 @@ _LARGE = {
         256: (((_ANY, Tile(128, 32, 8, 3)),), ((_ANY, Tile(128, 32, 8, 3)),)),
     },
 }
+# what packed rows, loaded by pointers, change: wgmma stays in flight and few registers spill, by the machine code; not
+# measured
+_PACKED = {
+    ("fwd", 64): {"in_registers": 0},
+    ("dkdv", 64): {"block_m": 32},
+    ("dkdv", 128): {"block_m": 32, "block_n": 128, "num_warps": 8, "num_stages": 2, "in_registers": 0},
+}
 # 16-bit in 99 KB (sm_86, sm_89, sm_120) or AMD's 64 KB of shared memory, not measured: they fit
 _SMALL = {
     "fwd": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -106,6 +113,8 @@ def choose_tile(problem: Problem, kernel: str) -> Tile:
         tile = (_FLOAT32_LARGE if problem.arch == "sm_90" else _FLOAT32)[kernel][dim]
     elif problem.arch in ("sm_80", "sm_90", "sm_100", "sm_103"):
         tile = next(tile for longest, tile in _LARGE[kernel][dim][problem.causal] if problem.seqlen_q <= longest)
+        if problem.is_packed:
+            tile = replace(tile, **_PACKED.get((kernel, dim), {}))
     else:
         tile = _SMALL[kernel][dim]
     rows = max(16, _power_of_2(problem.seqlen_q))
