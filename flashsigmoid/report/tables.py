@@ -110,7 +110,7 @@ def rewrite(text: str) -> str:
 
 
 def _speed(cell: Speed) -> str:
-    over = "" if cell.over_softmax is None else f" ({cell.over_softmax:.2f})"
+    over = "" if cell.over_softmax is None else f"\u00a0({cell.over_softmax:.2f})"  # a page breaks no number
     return f"{cell.tflops:.0f}{over}" if cell.tflops >= 10 else f"{cell.tflops:.2g}{over}"
 
 
