@@ -166,7 +166,7 @@ class _Plan:
         with on_device(loaded[0]):
             known = self.launches.get(key)
             if known is not None:
-                known.compiled[(programs, 1, 1)](*known.rows(loaded), *tensors, *known.rest)
+                known.run(programs, loaded, tensors)
                 return
             descriptors = self.descriptors(loaded)
             strides = tuple((0, 0, 0, 0) if x is None else _strides(x) for x in (*loaded, *tensors[:outputs]))
@@ -191,17 +191,21 @@ class _Launch:
 
     def __init__(self, compiled: Any, descriptors: tuple[TensorDescriptor, ...] | None, rest: tuple[Any, ...]):
         self.compiled = compiled
-        self.descriptors = descriptors
+        self.descriptors = descriptors  # those of the first launch, checked then
         self.rest = rest
-        self.rows(())
+        self._put(())
 
-    def rows(self, loaded: tuple[Tensor, ...]) -> tuple[Any, ...]:
-        """The tensors, or their descriptors: those of the first launch, checked then, with these tensors in them."""
-        if self.descriptors is None:
-            return loaded
-        for descriptor, x in itertools.zip_longest(self.descriptors, loaded):
+    def run(self, programs: int, loaded: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> None:
+        """The same on other tensors of the same strides; none of them is held afterwards."""
+        self._put(loaded)
+        try:
+            self.compiled[(programs, 1, 1)](*(self.descriptors or loaded), *tensors, *self.rest)
+        finally:
+            self._put(())
+
+    def _put(self, loaded: tuple[Tensor, ...]) -> None:
+        for descriptor, x in itertools.zip_longest(self.descriptors or (), loaded if self.descriptors else ()):
             descriptor.base = x
-        return self.descriptors
 
 
 @functools.lru_cache(maxsize=4096)
