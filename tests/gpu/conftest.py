@@ -13,8 +13,11 @@ import torch
 from flashsigmoid.record import RecordWriter
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-tests.jsonl"
-# these take a minute each: workers begin with them (--maxschedchunk 1 gives each worker few)
-LONGEST = ("until_the_time_is_up", "the_sanitizer_finds_nothing", "memory_is_that", "of_long_sequences")
+# these take half a minute and more: workers begin with them (--maxschedchunk 1 gives each worker few)
+LONGEST = (
+    "until_the_time_is_up", "the_sanitizer_finds_nothing", "memory_is_that", "of_long_sequences", "planted_fault",
+    "inductor", "opcheck", "told_apart",
+)  # fmt: skip
 outcomes: dict[str, str] = {}
 MEASURED = ("error_over_budget", "peak_bytes")
 measured: list[tuple[str, dict[str, Any]]] = []
