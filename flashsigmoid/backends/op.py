@@ -140,7 +140,7 @@ def forward(*inputs) -> Tensor:
     """flashsigmoid::fwd; in plain eager mode past the dispatcher, which costs more than the kernels of a short call."""
     tensors = inputs[:_TENSOR_COUNT]
     if not _is_plain(tensors):
-        if _is_transformed():
+        if _is_eager() and _is_transformed():
             return _Transformed.apply(inputs[_TENSOR_COUNT:], *tensors)  # pyright: ignore[reportReturnType]
         return torch.ops.flashsigmoid.fwd(*inputs)
     problem, backend = _problem(*inputs)
@@ -155,22 +155,22 @@ def forward(*inputs) -> Tensor:
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing would see the op: no compiler, tracer, transform, mode or kind of tensor of its own."""
     return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
+        _is_eager()
+        and not _is_transformed()
         and torch._C._get_tracing_state() is None
         and _PLAIN.issuperset(map(type, tensors))
         and not (tensors[0] is not None and tensors[0].is_meta)
     )
 
 
+def _is_eager() -> bool:
+    """Neither compiled nor under a dispatch mode."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
 def _is_transformed() -> bool:
-    """Whether this is inside of a transform of torch.func that runs eagerly, which the op's own autograd refuses."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-    )
+    """Inside of a transform of torch.func, which the op's own autograd refuses."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _Attention(torch.autograd.Function):
@@ -188,9 +188,7 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled() or not _is_plain((dout,)):
             return None, None, None, *_autograd_fwd(ctx, dout)[:_TENSOR_COUNT]
         saved = ctx.saved_tensors
-        dq, dk, dv, dbias, dslopes = _compute_bwd(ctx.problem, ctx.backend, dout, *saved)
-        sides = dbias if saved[3] is not None else None, dslopes if saved[4] is not None else None
-        return None, None, None, dq, dk, dv, *sides, None, None, None
+        return None, None, None, *_given(saved, _compute_bwd(ctx.problem, ctx.backend, dout, *saved))
 
 
 class _Transformed(torch.autograd.Function):
@@ -208,8 +206,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved = ctx.saved_tensors
-        grads = _TransformedBackward.apply(ctx.scalars, dout, *saved)
-        return None, *(None if x is None else dx for x, dx in zip(saved[:5], grads, strict=True)), None, None, None
+        return None, *_given(saved, _TransformedBackward.apply(ctx.scalars, dout, *saved))
 
     @staticmethod
     def vmap(info, in_dims, scalars, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -253,10 +250,13 @@ def _save_fwd(ctx, inputs, output) -> None:
 
 def _autograd_fwd(ctx, dout: Tensor):
     saved = ctx.saved_tensors
-    dq, dk, dv, dbias, dslopes = torch.ops.flashsigmoid.bwd(dout, *saved, *ctx.scalars)
-    bias, slopes = saved[3:5]
-    no_grad = (None,) * (3 + len(SCALAR_NAMES))
-    return dq, dk, dv, dbias if bias is not None else None, dslopes if slopes is not None else None, *no_grad
+    return *_given(saved, torch.ops.flashsigmoid.bwd(dout, *saved, *ctx.scalars)), *(None,) * len(SCALAR_NAMES)
+
+
+def _given(tensors, grads) -> tuple[Tensor | None, ...]:
+    """A gradient for each tensor of the op: of q, k, v, and of the bias and the slopes where they are given."""
+    found = [None if x is None else dx for x, dx in zip(tensors[: len(grads)], grads, strict=True)]
+    return *found, *(None,) * (_TENSOR_COUNT - len(grads))
 
 
 def _autograd_bwd(ctx, *grads):

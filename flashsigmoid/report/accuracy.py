@@ -1,4 +1,7 @@
-"""python -m flashsigmoid.report.accuracy RECORDS FIGURE: errors of `tests/gpu` over the budget, against the length."""
+"""Errors of `tests/gpu` over the budget, against the length: python -m flashsigmoid.report.accuracy RECORDS FIGURE.
+
+Names of tensors after the figure select some of them.
+"""
 
 from __future__ import annotations
 
