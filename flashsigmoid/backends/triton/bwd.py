@@ -108,7 +108,7 @@ def _dkdv(
                     kept = keep_mask(
                         seed, threshold, sequence + origin_b, head + origin_h, m + origin_m, n + origin_n,
                         BLOCK_M, BLOCK_N, HAS_QUADS,
-                    ).T  # fmt: skip
+                    ).to(tl.int8).T.to(tl.int1)  # AMD exchanges no single bits  # fmt: skip
                     dropped = tl.where(kept, a * keep_scale, 0.0)
                 dv_acc = add_product(dv_acc, dropped.to(dout_block.dtype), dout_block, PRECISION, IS_LONG)
                 da = tl.dot(v_block, dout_block.T, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
