@@ -220,7 +220,7 @@ def drawn() -> tuple[Case, ...]:
 def test_drawn_cases_cover_every_pair_inside_the_budget(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = drawn()[index]
     if case.has_small_tiles:
-        interpret_in_tiles(monkeypatch, 16, 32 if index % 2 else 16)
+        interpret_in_tiles(monkeypatch, 16, 32 if index % 2 else 16, has_descriptors=index % 3 > 0)
     lengths_q, lengths_k = LENGTHS[case.lengths]
     tensors, options = case.tensors(index), case.options(index)
     given: dict[str, Any] = {**options, "cu_seqlens_q": cumulated(lengths_q), "cu_seqlens_k": cumulated(lengths_k)}
@@ -364,9 +364,10 @@ def test_max_seqlen_never_changes_the_result(backend) -> None:
             assert_within_budget(f"{name} with {longest}", result, expected[name], seen[name])
 
 
+@pytest.mark.parametrize("has_descriptors", [False, True])
 @pytest.mark.parametrize("backend", NAMES)
-def test_nan_in_one_sequence_does_not_reach_another(backend, monkeypatch) -> None:
-    interpret_in_tiles(monkeypatch, 16, 16)
+def test_nan_in_one_sequence_does_not_reach_another(backend, has_descriptors, monkeypatch) -> None:
+    interpret_in_tiles(monkeypatch, 16, 16, has_descriptors=has_descriptors)
     lengths_q, lengths_k = (7, 5, 20), (20, 9, 12)
     tensors = [x[0] for x in make_qkv(1, 32, 41, 2, 1, 8)]
     options: dict[str, Any] = {"causal": True, "sigmoid_bias": torch.randn(32, 2), "alibi_slopes": torch.rand(3, 2)}

@@ -26,10 +26,14 @@ def can(backend: str, problem: Problem) -> bool:
     return backends.load(backend).unsupported(problem) is None
 
 
-def interpret_in_tiles(monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int) -> None:
-    """Let the interpreter's kernels work in such tiles, powers of two from 16."""
+def interpret_in_tiles(
+    monkeypatch: pytest.MonkeyPatch, block_m: int, block_n: int, *, has_descriptors: bool = False
+) -> None:
+    """Let the interpreter's kernels work in such tiles, powers of two from 16, loaded as on sm_90 or by pointers."""
     if IS_INTERPRETED:
         from flashsigmoid.backends.triton import launch, tiles
 
         monkeypatch.setattr(tiles, "_INTERPRETED", tiles.Tile(block_m, block_n, 4, 1))
+        if has_descriptors:
+            monkeypatch.setattr(launch, "_HAVE_DESCRIPTORS", ("cpu",))
         monkeypatch.setattr(launch, "_plan", functools.lru_cache(launch._plan.__wrapped__))  # it remembers tiles

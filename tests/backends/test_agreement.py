@@ -144,7 +144,7 @@ def test_drawn_cases(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(blocked, "_tile", lambda problem: TILE)
         monkeypatch.setattr(blocked, "_strip", lambda problem: STRIP)
         monkeypatch.setattr(blocked, "_scores", lambda problem: case.slab * TILE[0] * TILE[1])
-        interpret_in_tiles(monkeypatch, 32, 64 if case.slab == 1 else 16)
+        interpret_in_tiles(monkeypatch, 32, 64 if case.slab == 1 else 16, has_descriptors=index % 3 > 0)
     check(case, index)
 
 

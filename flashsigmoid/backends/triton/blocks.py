@@ -44,13 +44,20 @@ def load_rows(
     DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
+    SEQUENCES: tl.constexpr = 0,
     IS_WHOLE: tl.constexpr = False,
 ):
-    """Rows [row, row + BLOCK) of one head, (BLOCK, BLOCK_DIM); zeros beyond DIM, and from `stop` on unless IS_WHOLE."""
+    """Rows [row, row + BLOCK) of one head, (BLOCK, BLOCK_DIM); zeros beyond DIM, and from `stop` on unless IS_WHOLE.
+
+    A descriptor gives zeros beyond the tensor, but the end of one of SEQUENCES packed ones is not the tensor's.
+    """
+    offs = tl.arange(0, BLOCK)
     if DESCRIPTOR:
-        return x.load([batch, head, row, 0]).reshape(BLOCK, BLOCK_DIM)
+        block = x.load([batch, head, row, 0]).reshape(BLOCK, BLOCK_DIM)
+        if SEQUENCES > 0 and not IS_WHOLE:
+            block = tl.where((row + offs < stop)[:, None], block, 0.0)
+        return block
     else:
-        offs = tl.arange(0, BLOCK)
         cols = tl.arange(0, BLOCK_DIM)
         start = batch.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1] + head.to(tl.int64) * strides[2]
         ptrs = x + start + offs.to(tl.int64)[:, None] * strides[1] + cols.to(tl.int64)[None, :] * strides[3]
@@ -92,6 +99,21 @@ def to_registers(x, keep):
     Loaded ones stay in shared memory, whose bandwidth then bounds the products of narrow blocks.
     """
     return tl.where(keep[:, None], x, 0.0)
+
+
+@triton.jit
+def load_bias(
+    bias, stride_b, stride_h, stride_m, batch, head, row, stop, BLOCK: tl.constexpr, FORMULA: tl.constexpr,
+    IS_ROW: tl.constexpr,
+):  # fmt: skip
+    """b of one head in the formula's units: a number, or if IS_ROW (BLOCK,) of the rows [row, stop)."""
+    start = bias + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+    if IS_ROW:
+        offs = tl.arange(0, BLOCK)
+        b = tl.load(start + row.to(tl.int64) * stride_m + offs * stride_m, mask=row + offs < stop, other=0.0)
+    else:
+        b = tl.load(start)
+    return b.to(tl.float32) * FORMULA.unit + FORMULA.shift
 
 
 @triton.jit

@@ -9,7 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import add_product, keep_mask, key_parts, load_rows, locate, row_parts, store_rows, to_registers, weights
+from .blocks import (
+    add_product,
+    keep_mask,
+    key_parts,
+    load_bias,
+    load_rows,
+    locate,
+    row_parts,
+    store_rows,
+    to_registers,
+    weights,
+)
 from .fwd import NOT_SPECIALIZED
 
 
@@ -22,9 +33,9 @@ def _dkdv(
     batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, scale, keep_scale, threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_QUADS: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, SEQUENCES: tl.constexpr,
-    IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ROW_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_QUADS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SEQUENCES: tl.constexpr, IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys of one key head: dV = A^T dO, dK = scale dS^T Q, over all rows and all query heads of the group.
 
@@ -79,30 +90,36 @@ def _dkdv(
         if HAS_SLOPES:
             slope = tl.load(slopes + sequence * slopes_stride_b + head * slopes_stride_h).to(tl.float32)
             slope *= FORMULA.unit
+        if HAS_BIAS and not HAS_ROW_BIAS:
+            b = load_bias(
+                bias, bias_stride_b, bias_stride_h, bias_stride_m, sequence, head, start_q, stop_q, BLOCK_M, FORMULA,
+                False,
+            )  # fmt: skip
         for part in tl.static_range(0 if HAS_RIGHT else 1, 3):
             start, end = (lo, tl.minimum(whole, stop)) if part == 0 else ((whole, rest) if part == 1 else (rest, stop))
             for m in range(start, end, BLOCK_M):
                 row = start_q + m
                 q_block = load_rows(
-                    q, q_strides, lead, head, row, stop_q, BLOCK_M, HEAD_DIM, BLOCK_D, DESCRIPTORS, part == 1
-                )
+                    q, q_strides, lead, head, row, stop_q, BLOCK_M, HEAD_DIM, BLOCK_D, DESCRIPTORS,
+                    SEQUENCES, part == 1,
+                )  # fmt: skip
                 s = tl.dot(k_block, q_block.T, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
                 offs_m = m + tl.arange(0, BLOCK_M)
                 p = (offs_m + q_offset)[None, :]
-                if HAS_BIAS:
-                    bias_row = bias + sequence.to(tl.int64) * bias_stride_b + head.to(tl.int64) * bias_stride_h
-                    bias_row += (start_q + offs_m).to(tl.int64) * bias_stride_m
-                    bias_m = tl.load(bias_row, mask=offs_m < rows, other=0.0).to(tl.float32)
-                    b_m = (bias_m * FORMULA.unit + FORMULA.shift)[None, :]
-                else:
-                    b_m = b
+                b_m = b
+                if HAS_ROW_BIAS:
+                    b_m = load_bias(
+                        bias, bias_stride_b, bias_stride_h, bias_stride_m, sequence, head, row, stop_q, BLOCK_M,
+                        FORMULA, True,
+                    )[None, :]  # fmt: skip
                 a = weights(
                     s, p, j, c, b_m, slope, left, right, FORMULA, HAS_SLOPES, HAS_LEFT and part != 1,
                     HAS_RIGHT and part != 1,
                 )  # fmt: skip
                 dout_block = load_rows(
-                    dout, dout_strides, lead, head, row, stop_q, BLOCK_M, HEAD_DIM_V, BLOCK_DV, DESCRIPTORS, part == 1
-                )
+                    dout, dout_strides, lead, head, row, stop_q, BLOCK_M, HEAD_DIM_V, BLOCK_DV, DESCRIPTORS,
+                    SEQUENCES, part == 1,
+                )  # fmt: skip
                 dropped = a
                 if HAS_DROPOUT:
                     kept = keep_mask(
@@ -130,9 +147,9 @@ def _dq(
     batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, scale, keep_scale, threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_QUADS: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, SEQUENCES: tl.constexpr,
-    IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ROW_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_QUADS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SEQUENCES: tl.constexpr, IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one head: dQ = scale dS K over all keys, and the sums of dS and of -dS |p - j| of every row.
 
@@ -173,10 +190,12 @@ def _dq(
     if HAS_SLOPES:
         slope = tl.load(slopes + sequence * slopes_stride_b + head * slopes_stride_h).to(tl.float32) * FORMULA.unit
     if HAS_BIAS:
-        bias_row = bias + sequence.to(tl.int64) * bias_stride_b + head.to(tl.int64) * bias_stride_h
-        bias_row += (start_q + offs_m).to(tl.int64) * bias_stride_m
-        bias_m = tl.load(bias_row, mask=offs_m < rows, other=0.0).to(tl.float32)  # (BLOCK_M,)
-        b = (bias_m * FORMULA.unit + FORMULA.shift)[:, None]
+        b = load_bias(
+            bias, bias_stride_b, bias_stride_h, bias_stride_m, sequence, head, start_q + m, stop_q, BLOCK_M, FORMULA,
+            HAS_ROW_BIAS,
+        )  # fmt: skip
+    if HAS_ROW_BIAS:
+        b = b[:, None]
 
     q_block = load_rows(q, q_strides, lead, head, start_q + m, stop_q, BLOCK_M, HEAD_DIM, BLOCK_D, DESCRIPTORS)
     dout_block = load_rows(
@@ -196,16 +215,18 @@ def _dq(
         for n in range(start, end, BLOCK_N):
             row = start_k + n
             k_block = load_rows(
-                k, k_strides, lead, head_k, row, stop_k, BLOCK_N, HEAD_DIM, BLOCK_D, DESCRIPTORS, part == 1
-            )
+                k, k_strides, lead, head_k, row, stop_k, BLOCK_N, HEAD_DIM, BLOCK_D, DESCRIPTORS,
+                SEQUENCES, part == 1,
+            )  # fmt: skip
             s = tl.dot(q_block, k_block.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
             j = (n + tl.arange(0, BLOCK_N))[None, :]
             a = weights(
                 s, p, j, c, b, slope, left, right, FORMULA, HAS_SLOPES, HAS_LEFT and part != 1, HAS_RIGHT and part != 1
             )
             v_block = load_rows(
-                v, v_strides, lead, head_k, row, stop_k, BLOCK_N, HEAD_DIM_V, BLOCK_DV, DESCRIPTORS, part == 1
-            )
+                v, v_strides, lead, head_k, row, stop_k, BLOCK_N, HEAD_DIM_V, BLOCK_DV, DESCRIPTORS,
+                SEQUENCES, part == 1,
+            )  # fmt: skip
             da = tl.dot(dout_block, v_block.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
             if HAS_DROPOUT:
                 kept = keep_mask(
@@ -239,9 +260,9 @@ def _bwd_kernel(
     batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, scale, keep_scale, threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_QUADS: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, SEQUENCES: tl.constexpr,
-    IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr, PART: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ROW_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_QUADS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SEQUENCES: tl.constexpr, IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """PART "dkdv" or "dq"; or "all", short sequences in one launch: the programs of dK dV, then those of dQ.
 
@@ -258,8 +279,8 @@ def _bwd_kernel(
             bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
             origin_b, origin_h, origin_m, origin_n,
             batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, scale, keep_scale, threshold,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FORMULA, PRECISION, HAS_BIAS, HAS_SLOPES,
-            HAS_DROPOUT, HAS_QUADS, HAS_LEFT, HAS_RIGHT, DESCRIPTORS, SEQUENCES, IN_REGISTERS, IS_LONG,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FORMULA, PRECISION, HAS_BIAS, HAS_ROW_BIAS,
+            HAS_SLOPES, HAS_DROPOUT, HAS_QUADS, HAS_LEFT, HAS_RIGHT, DESCRIPTORS, SEQUENCES, IN_REGISTERS, IS_LONG,
         )  # fmt: skip
     else:
         _dq(
@@ -268,6 +289,6 @@ def _bwd_kernel(
             bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
             sums_stride_b, sums_stride_h, sums_stride_m, origin_b, origin_h, origin_m, origin_n,
             batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, scale, keep_scale, threshold,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FORMULA, PRECISION, HAS_BIAS, HAS_SLOPES,
-            HAS_DROPOUT, HAS_QUADS, HAS_LEFT, HAS_RIGHT, DESCRIPTORS, SEQUENCES, IN_REGISTERS, IS_LONG,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FORMULA, PRECISION, HAS_BIAS, HAS_ROW_BIAS,
+            HAS_SLOPES, HAS_DROPOUT, HAS_QUADS, HAS_LEFT, HAS_RIGHT, DESCRIPTORS, SEQUENCES, IN_REGISTERS, IS_LONG,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import add_product, keep_mask, key_parts, load_rows, locate, store_rows, to_registers, weights
+from .blocks import add_product, keep_mask, key_parts, load_bias, load_rows, locate, store_rows, to_registers, weights
 
 # a kernel is compiled for dtypes, options and the alignment of q, k, v and dout, not for a size
 NOT_SPECIALIZED = [
@@ -24,9 +24,9 @@ def _fwd_kernel(
     batch, nheads, group, seqlen_q, seqlen_k, q_offset, left, right, c, b, out_scale, keep_scale, threshold,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_QUADS: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr, SEQUENCES: tl.constexpr,
-    IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ROW_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    HAS_QUADS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    SEQUENCES: tl.constexpr, IN_REGISTERS: tl.constexpr, IS_LONG: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
 
@@ -71,10 +71,12 @@ def _fwd_kernel(
     if HAS_SLOPES:
         slope = tl.load(slopes + sequence * slopes_stride_b + head * slopes_stride_h).to(tl.float32) * FORMULA.unit
     if HAS_BIAS:
-        bias_row = bias + sequence.to(tl.int64) * bias_stride_b + head.to(tl.int64) * bias_stride_h
-        bias_row += (start_q + offs_m).to(tl.int64) * bias_stride_m
-        bias_m = tl.load(bias_row, mask=offs_m < rows, other=0.0).to(tl.float32)  # (BLOCK_M,)
-        b = (bias_m * FORMULA.unit + FORMULA.shift)[:, None]
+        b = load_bias(
+            bias, bias_stride_b, bias_stride_h, bias_stride_m, sequence, head, start_q + m, stop_q, BLOCK_M, FORMULA,
+            HAS_ROW_BIAS,
+        )  # fmt: skip
+    if HAS_ROW_BIAS:
+        b = b[:, None]
 
     q_block = load_rows(q, q_strides, lead, head, start_q + m, stop_q, BLOCK_M, HEAD_DIM, BLOCK_D, DESCRIPTORS)
     if IN_REGISTERS:
@@ -87,8 +89,9 @@ def _fwd_kernel(
         for n in range(start, end, BLOCK_N):
             row = start_k + n
             k_block = load_rows(
-                k, k_strides, lead, head_k, row, stop_k, BLOCK_N, HEAD_DIM, BLOCK_D, DESCRIPTORS, part == 1
-            )
+                k, k_strides, lead, head_k, row, stop_k, BLOCK_N, HEAD_DIM, BLOCK_D, DESCRIPTORS,
+                SEQUENCES, part == 1,
+            )  # fmt: skip
             s = tl.dot(q_block, k_block.T, input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
             j = (n + tl.arange(0, BLOCK_N))[None, :]
             a = weights(
@@ -101,8 +104,9 @@ def _fwd_kernel(
                 )  # fmt: skip
                 a = tl.where(kept, a * keep_scale, 0.0)
             v_block = load_rows(
-                v, v_strides, lead, head_k, row, stop_k, BLOCK_N, HEAD_DIM_V, BLOCK_DV, DESCRIPTORS, part == 1
-            )
+                v, v_strides, lead, head_k, row, stop_k, BLOCK_N, HEAD_DIM_V, BLOCK_DV, DESCRIPTORS,
+                SEQUENCES, part == 1,
+            )  # fmt: skip
             acc = add_product(acc, a.to(v_block.dtype), v_block, PRECISION, IS_LONG)
 
     acc *= out_scale

@@ -250,6 +250,7 @@ def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str, has_
         "FORMULA": formula,
         "PRECISION": precision,
         "HAS_BIAS": problem.bias_shape is not None,
+        "HAS_ROW_BIAS": problem.has_row_bias,
         "HAS_SLOPES": problem.slopes_shape is not None,
         "HAS_DROPOUT": has_dropout,
         "HAS_QUADS": problem.origin[3] % 4 == 0,
@@ -276,7 +277,7 @@ def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str, has_
         sizes=(*sizes, total_q, total_k, problem.q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(problem.scale * formula.unit, 0.0 if b is None else b * formula.unit + formula.shift),
         dropout=(1.0 / (1.0 - problem.dropout_p), threshold(problem.dropout_p)),
-        has_descriptors=not tile.by_pointers and arch in _HAVE_DESCRIPTORS and not problem.is_packed,
+        has_descriptors=not tile.by_pointers and arch in _HAVE_DESCRIPTORS,
         constants=constants,
     )
 
@@ -325,11 +326,11 @@ def _are_aligned(*tensors: Tensor) -> bool:
 
 
 def _descriptor(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
-    """x as (batch, nheads, seqlen, head_dim), in blocks (1, 1, rows, dim).
+    """x as (batch, nheads, seqlen, head_dim), packed rows as one batch of all, in blocks (1, 1, rows, dim).
 
     The ones must lead: Triton 3.6 transposes square blocks that are reshaped from (1, rows, 1, dim).
     """
-    x = x.transpose(1, 2)
+    x = (x if x.dim() == 4 else x[None]).transpose(1, 2)
     # a dimension of one element may have any stride, which the hardware would still check
     strides = [16 if n == 1 and i < 3 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))]
     return TensorDescriptor(x, list(x.shape), strides, [1, 1, rows, dim])

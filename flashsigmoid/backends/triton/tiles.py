@@ -21,7 +21,7 @@ class Tile:
     num_warps: int
     num_stages: int
     in_registers: int = 0  # how many of the loop's fixed left operands are kept there: q, dout; k, v
-    maxnreg: int | None = None
+    maxnreg: int | None = None  # sm_90 and q, k, v alone: more programs run at once
     by_pointers: bool = False  # even where there is a tensor memory accelerator
 
 
@@ -43,42 +43,40 @@ def choose_formula(problem: Problem, kernel: str) -> str:
 
 
 _ANY = 2**31
-# 16-bit, at least 160 KB of shared memory, measured on an H200: kernel -> head_dim up to -> (full, causal), each by
-# seqlen_q up to
+# 16-bit in 227 KB of shared memory, or 163 KB (sm_80) up to head_dim 128, measured on an H200 and H100s:
+# kernel -> head_dim up to -> (full, causal), each by seqlen_q up to
 _LARGE = {
     "fwd": {
         64: (
             (
                 (512, Tile(64, 32, 4, 3, by_pointers=True)),
-                (1024, Tile(64, 64, 4, 3, 1)),
-                (_ANY, Tile(128, 64, 4, 4, 1)),
+                (8192, Tile(64, 64, 4, 3, 1, 128)),
+                (_ANY, Tile(128, 64, 4, 3, 1, 240)),
             ),
-            ((2048, Tile(64, 64, 4, 3, 1)), (_ANY, Tile(128, 64, 4, 3, 1))),
+            ((_ANY, Tile(64, 64, 4, 3, 1, 128)),),
         ),
-        128: (((_ANY, Tile(64, 64, 4, 3, 1)),), ((_ANY, Tile(64, 64, 4, 3, 1)),)),
-        256: (((_ANY, Tile(128, 64, 8, 2)),), ((_ANY, Tile(128, 64, 8, 2)),)),
+        128: 2 * (((512, Tile(64, 32, 4, 4, 1)), (1024, Tile(64, 32, 4, 3, 1)), (_ANY, Tile(64, 64, 4, 3, 1))),),
+        256: (
+            ((_ANY, Tile(64, 32, 4, 3, 1)),),
+            ((8192, Tile(64, 32, 4, 3, 1)), (_ANY, Tile(128, 64, 8, 2))),
+        ),
     },
     "dkdv": {
         64: (
-            ((512, Tile(32, 64, 4, 3)), (_ANY, Tile(64, 64, 4, 2))),
-            ((1024, Tile(32, 64, 4, 3)), (_ANY, Tile(64, 64, 4, 3))),
+            ((512, Tile(32, 64, 4, 3)), (_ANY, Tile(64, 64, 4, 3))),
+            ((512, Tile(32, 64, 4, 3)), (1024, Tile(64, 64, 4, 2, 0, 168)), (_ANY, Tile(64, 64, 4, 3, 0, 168))),
         ),
-        128: (((_ANY, Tile(64, 64, 4, 3, 1)),), ((_ANY, Tile(64, 64, 4, 3, 1)),)),
-        256: (((_ANY, Tile(64, 64, 8, 2)),), ((_ANY, Tile(64, 64, 8, 2)),)),
+        128: 2 * (((_ANY, Tile(64, 64, 4, 3, 1)),),),
+        256: 2 * (((_ANY, Tile(64, 64, 8, 2)),),),
     },
     "dq": {
         64: (((512, Tile(64, 32, 4, 3)), (_ANY, Tile(64, 64, 4, 2))), ((_ANY, Tile(64, 64, 4, 2)),)),
-        128: (((_ANY, Tile(64, 64, 4, 3, 2)),), ((_ANY, Tile(64, 64, 4, 3, 2)),)),
-        256: (((_ANY, Tile(128, 32, 8, 3)),), ((_ANY, Tile(128, 32, 8, 3)),)),
+        128: 2 * (((_ANY, Tile(64, 64, 4, 3, 1)),),),
+        256: 2 * (((_ANY, Tile(128, 32, 8, 3)),),),
     },
 }
-# what packed rows, loaded by pointers, change: wgmma stays in flight and few registers spill, by the machine code; not
-# measured
-_PACKED = {
-    ("fwd", 64): {"in_registers": 0},
-    ("dkdv", 64): {"block_m": 32},
-    ("dkdv", 128): {"block_m": 32, "block_n": 128, "num_warps": 8, "num_stages": 2, "in_registers": 0},
-}
+# of packed rows, where the ends of sequences are cut in registers; measured on an H100
+_PACKED = {("dkdv", 128): Tile(64, 64, 4, 2), ("dq", 64): Tile(64, 64, 4, 3)}
 # 16-bit in 99 KB (sm_86, sm_89, sm_120) or AMD's 64 KB of shared memory, not measured: they fit
 _SMALL = {
     "fwd": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -111,10 +109,13 @@ def choose_tile(problem: Problem, kernel: str) -> Tile:
         tile = _ONE_LAUNCH
     elif problem.dtype == torch.float32:
         tile = (_FLOAT32_LARGE if problem.arch == "sm_90" else _FLOAT32)[kernel][dim]
-    elif problem.arch in ("sm_80", "sm_90", "sm_100", "sm_103"):
+    elif problem.arch in ("sm_90", "sm_100", "sm_103") or (problem.arch == "sm_80" and dim < 256):
         tile = next(tile for longest, tile in _LARGE[kernel][dim][problem.causal] if problem.seqlen_q <= longest)
         if problem.is_packed:
-            tile = replace(tile, **_PACKED.get((kernel, dim), {}))
+            tile = _PACKED.get((kernel, dim), tile)
+        has_more = problem.dropout_p > 0 or problem.has_row_bias or problem.slopes_shape is not None
+        if has_more or problem.arch != "sm_90":
+            tile = replace(tile, maxnreg=None)
     else:
         tile = _SMALL[kernel][dim]
     rows = max(16, _power_of_2(problem.seqlen_q))
