@@ -45,7 +45,8 @@ def choose_formula(problem: Problem, kernel: str) -> str:
 _ANY = 2**31
 # 16-bit in 227 KB of shared memory, or 163 KB (sm_80) up to head_dim 128, measured on an H200 and H100s:
 # kernel -> head_dim up to -> (full, causal), each by seqlen_q up to
-_LARGE = {
+_Table = dict[int, tuple[tuple[tuple[int, Tile], ...], ...]]
+_LARGE: dict[str, _Table] = {
     "fwd": {
         64: (
             (
