@@ -221,3 +221,21 @@ def test_keep_mask_is_a_function_of_global_indices_only(backend) -> None:
     part = keep_mask(seed, 0.5, (1, 2, 5, 9), (2, 2, 7, 13))
     assert torch.equal(part, whole[1:3, 2:4, 5:12, 9:22])
     assert threshold(0.5) == 2**31
+
+
+@pytest.mark.parametrize("sigmoid", ["auto", "exact", "fast"])
+def test_not_a_number_is_seen_by_those_who_see_it(backend, sigmoid) -> None:
+    q, k, v, _ = make_qkv(1, 20, 20, 2, 2, 8)
+    call = {"causal": True, "sigmoid": sigmoid, "backend": backend}
+    clean = sigmoid_attention(q, k, v, **call)
+    dirty = q.clone()
+    dirty[:, 6] = math.nan
+    out = sigmoid_attention(dirty, k, v, **call)
+    assert out[:, 6].isnan().all()
+    rest = [i for i in range(20) if i != 6]
+    torch.testing.assert_close(out[:, rest], clean[:, rest])
+    dirty = k.clone()
+    dirty[:, 13] = math.nan
+    out = sigmoid_attention(q, dirty, v, **call)
+    assert out[:, 13:].isnan().all()
+    torch.testing.assert_close(out[:, :13], clean[:, :13])

@@ -58,8 +58,9 @@ def execute(formula: Formula, y: np.ndarray) -> tuple[np.ndarray, bool]:
             registers[words[0]] = bits(words[1]).copy()
         elif name == "min.u32":
             registers[words[0]] = np.minimum(bits(words[1]), bits(words[2]))
-        elif name.startswith("min"):
-            put(words[0], np.minimum(number(words[1]), number(words[2])))
+        elif name.startswith("min"):  # without .NaN the other operand is taken
+            least = np.minimum if ".NaN" in name else np.fmin
+            put(words[0], least(number(words[1]), number(words[2])))
         elif name.startswith("mul"):
             put(words[0], number(words[1]) * number(words[2]))
         elif name.startswith("add"):
@@ -135,12 +136,14 @@ def test_every_score_has_its_weight(name) -> None:
 
 
 def test_not_a_number_stays_one() -> None:
-    for name in ("narrow", "wide"):
-        formula = make_formula(name, "fwd", False, 4, has_asm=True)
-        x = np.full((4, LANES), -9.0)
+    for name in ("pair", "narrow", "wide"):
+        pack = 2 if name == "pair" else 4
+        formula = make_formula(name, "fwd", False, pack, has_asm=True)
+        x = np.full((pack, LANES), -9.0)
         x[1, 3] = np.nan
         p, _ = weights(formula, x)
         assert np.isnan(p[1, 3])
+        assert np.isfinite(np.delete(p, 3, axis=1)).all()
 
 
 def test_the_threshold_is_a_bit_pattern_of_the_text() -> None:

@@ -110,7 +110,7 @@ def load_bias(
     start = bias + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     if IS_ROW:
         offs = tl.arange(0, BLOCK)
-        b = tl.load(start + row.to(tl.int64) * stride_m + offs * stride_m, mask=row + offs < stop, other=0.0)
+        b = tl.load(start + row.to(tl.int64) * stride_m + offs * stride_m, mask=row + offs < stop, other=float("-inf"))
     else:
         b = tl.load(start)
     return b.to(tl.float32) * FORMULA.unit + FORMULA.shift
@@ -138,12 +138,12 @@ def weights(
     y = s * c + b
     if HAS_SLOPES:
         y -= slope * tl.abs(p - j).to(tl.float32)
-    a = sigmoid(y, FORMULA)
+    # before the formula: what is not seen, be it NaN, neither decides which one a warp takes nor shares a reciprocal
     if HAS_RIGHT:
-        a = tl.where(j <= p + right, a, 0.0)
+        y = tl.where(j <= p + right, y, float("-inf"))
     if HAS_LEFT:
-        a = tl.where(j >= p - left, a, 0.0)
-    return a
+        y = tl.where(j >= p - left, y, float("-inf"))
+    return sigmoid(y, FORMULA)
 
 
 @triton.jit

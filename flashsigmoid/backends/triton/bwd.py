@@ -112,6 +112,9 @@ def _dkdv(
                         bias, bias_stride_b, bias_stride_h, bias_stride_m, sequence, head, row, stop_q, BLOCK_M,
                         FORMULA, True,
                     )[None, :]  # fmt: skip
+                if SEQUENCES and DESCRIPTORS and not IN_REGISTERS:
+                    # keys of the next sequence, never stored, have no say in which formula a warp takes
+                    b_m = tl.where((offs_n < keys)[:, None], b_m, float("-inf"))
                 a = weights(
                     s, p, j, c, b_m, slope, left, right, FORMULA, HAS_SLOPES, HAS_LEFT and part != 1,
                     HAS_RIGHT and part != 1,
@@ -196,6 +199,9 @@ def _dq(
         )  # fmt: skip
     if HAS_ROW_BIAS:
         b = b[:, None]
+    if SEQUENCES and DESCRIPTORS and not IN_REGISTERS:
+        # rows of the next sequence, never stored, have no say in which formula a warp takes
+        b = tl.where((offs_m < rows)[:, None], b, float("-inf"))
 
     q_block = load_rows(q, q_strides, lead, head, start_q + m, stop_q, BLOCK_M, HEAD_DIM, BLOCK_D, DESCRIPTORS)
     dout_block = load_rows(

@@ -77,6 +77,9 @@ def _fwd_kernel(
         )  # fmt: skip
     if HAS_ROW_BIAS:
         b = b[:, None]
+    if SEQUENCES and DESCRIPTORS and not IN_REGISTERS:
+        # rows of the next sequence, never stored, have no say in which formula a warp takes
+        b = tl.where((offs_m < rows)[:, None], b, float("-inf"))
 
     q_block = load_rows(q, q_strides, lead, head, start_q + m, stop_q, BLOCK_M, HEAD_DIM, BLOCK_D, DESCRIPTORS)
     if IN_REGISTERS:

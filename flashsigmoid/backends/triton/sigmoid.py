@@ -78,7 +78,7 @@ def _block(body: str) -> str:
 
 def _exponentials(pack: int) -> str:
     """$i = 2^y_i, at most 2^62: the product of two denominators stays finite."""
-    return "".join(f"min.ftz.f32 a,${pack + i},0f42780000; ex2.approx.ftz.f32 ${i},a; " for i in range(pack))
+    return "".join(f"min.ftz.NaN.f32 a,${pack + i},0f42780000; ex2.approx.ftz.f32 ${i},a; " for i in range(pack))
 
 
 def _pairs(pack: int, gain: float) -> str:
@@ -112,7 +112,7 @@ def _series_or_pairs(pack: int, threshold: float, gain: float, terms: tuple[floa
         text += "".join(f"fma.rn.ftz.f32 a,a,${i},0f{_bits(c)}; " for c in reversed(rest))
         text += f"mul.ftz.f32 a,a,${i}; fma.rn.ftz.f32 ${i},a,${i},${i}; "
     text += "bra.uni DONE; WIDE: "
-    text += "".join(f"min.ftz.f32 ${i},${i},0f5E800000; " for i in range(pack))  # 2^62
+    text += "".join(f"min.ftz.NaN.f32 ${i},${i},0f5E800000; " for i in range(pack))  # 2^62
     return _block(text + _pairs(pack, gain) + "DONE:")
 
 

@@ -78,6 +78,8 @@ _LARGE: dict[str, _Table] = {
 }
 # of packed rows, where the ends of sequences are cut in registers; measured on an H100
 _PACKED = {("dkdv", 128): Tile(64, 64, 4, 2), ("dq", 64): Tile(64, 64, 4, 3)}
+# what is drawn takes shared memory: one stage less, not measured
+_DROPOUT = {("dq", 256): Tile(128, 32, 8, 2)}
 # 16-bit in 99 KB (sm_86, sm_89, sm_120) or AMD's 64 KB of shared memory, not measured: they fit
 _SMALL = {
     "fwd": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
@@ -114,6 +116,8 @@ def choose_tile(problem: Problem, kernel: str) -> Tile:
         tile = next(tile for longest, tile in _LARGE[kernel][dim][problem.causal] if problem.seqlen_q <= longest)
         if problem.is_packed:
             tile = _PACKED.get((kernel, dim), tile)
+        if problem.dropout_p > 0:
+            tile = _DROPOUT.get((kernel, dim), tile)
         has_more = problem.dropout_p > 0 or problem.has_row_bias or problem.slopes_shape is not None
         if has_more or problem.arch != "sm_90":
             tile = replace(tile, maxnreg=None)
