@@ -77,7 +77,11 @@ _LARGE: dict[str, _Table] = {
     },
 }
 # of packed rows, where the ends of sequences are cut in registers; measured on an H100
-_PACKED = {("dkdv", 128): Tile(64, 64, 4, 2), ("dq", 64): Tile(64, 64, 4, 3)}
+_PACKED = {
+    ("dkdv", 128): Tile(64, 64, 4, 2),
+    ("dkdv", 256): Tile(64, 64, 8, 1),
+    ("dq", 64): Tile(64, 64, 4, 3),
+}
 # what is drawn takes shared memory: one stage less, not measured
 _DROPOUT = {("dq", 256): Tile(128, 32, 8, 2)}
 # 16-bit in 99 KB (sm_86, sm_89, sm_120) or AMD's 64 KB of shared memory, not measured: they fit
