@@ -33,14 +33,14 @@ gpu:
 	$(BENCH) 'vit-*' $(FAST) --peer triton-sigmoid --out $(RESULTS)/triton-vit-bfloat16.jsonl
 	$(BENCH) 'vit-*' $(FAST) --no-graphs --work both --out $(RESULTS)/triton-vit-eager-bfloat16.jsonl
 	$(BENCH) 'lm-1k-d64*' 'lm-1k-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/triton-1k-bfloat16.jsonl
-	$(BENCH) lm-4k-d64 lm-4k-d64-causal 'lm-4k-d128*' 'lm-16k-d64*' 'lm-16k-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) \
-	  --out $(RESULTS)/triton-bfloat16.jsonl
+	$(BENCH) lm-4k-d64 lm-4k-d64-causal 'lm-4k-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/triton-4k-bfloat16.jsonl
+	$(BENCH) 'lm-16k-d64*' 'lm-16k-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/triton-16k-bfloat16.jsonl
 	$(BENCH) gqa window varlen cross 'lm-4k-d256*' 'lm-16k-d256*' long $(FAST) $(KERNELS) \
 	  --out $(RESULTS)/triton-more-bfloat16.jsonl
 	$(BENCH) 'lm-1k-d128*' 'lm-4k-d128*' 'lm-16k-d128*' --peer triton --peer 'triton fp8' --work forward \
 	  --out $(RESULTS)/triton-fp8.jsonl
 	$(GPU) -m flashsigmoid.report.accuracy $(RESULTS)/gpu-tests.jsonl docs/images/accuracy.png
-	$(GPU) -m flashsigmoid.report.speed $(RESULTS)/triton-1k-bfloat16.jsonl $(RESULTS)/triton-bfloat16.jsonl docs/images/speed.png
+	$(GPU) -m flashsigmoid.report.speed $(foreach n,1k 4k 16k,$(RESULTS)/triton-$(n)-bfloat16.jsonl) docs/images/speed.png
 	$(GPU) -m flashsigmoid.report.tables docs/numerics.md
 
 lint: $(VENV)/.test

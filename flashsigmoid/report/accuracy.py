@@ -81,7 +81,7 @@ def _draw(axes: Axes, title: str, lines: Lines) -> None:
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0.0)
     axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="center right")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,10 @@ from .speed import Speed, ceilings_text, speeds
 from .summary import summary_rows
 
 _WORKS = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
+_TENSORS = ("out", "dq", "dk", "dv", "db", "dslopes")
+_FAULTS = (
+    "none", "last 16 keys dropped", "scale off by 1 %", "bias off by 2 %", "zeros", "none, masked", "mask off by one",
+)  # fmt: skip
 _MARKED = re.compile(r"(<!-- table ([\w-]+) (\S+) -->\n).*?(^<!-- end -->$)", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -74,11 +78,11 @@ def faults(path: str | Path) -> str:
     parts = []
     for backend, dtype in dict.fromkeys((r.tags["backend"], r.tags["dtype"]) for r in records):
         own = [r for r in records if (r.tags["backend"], r.tags["dtype"]) == (backend, dtype)]
-        tensors = list(dict.fromkeys(str(r.tags["tensor"]) for r in own))
+        tensors = _in_order({str(r.tags["tensor"]) for r in own}, _TENSORS)
         values = {(r.tags["fault"], r.tags["tensor"]): r for r in own}
         rows = [
-            [str(fault), *(_times(values[fault, tensor]) for tensor in tensors)]
-            for fault in dict.fromkeys(r.tags["fault"] for r in own)
+            [fault, *(_times(values[fault, tensor]) for tensor in tensors)]
+            for fault in _in_order({str(r.tags["fault"]) for r in own}, _FAULTS)
         ]
         parts.append(_table([f"{backend}, {dtype}", *tensors], rows))
     return "\n".join(parts)
@@ -107,6 +111,11 @@ def rewrite(text: str) -> str:
         return f"{opening}\n{KINDS[kind](path)}\n{closing}"
 
     return _MARKED.sub(render, text)
+
+
+def _in_order(names: set[str], known: Sequence[str]) -> list[str]:
+    """As they are known, others behind."""
+    return [name for name in known if name in names] + sorted(names - set(known))
 
 
 def _speed(cell: Speed) -> str:

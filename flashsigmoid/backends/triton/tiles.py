@@ -44,7 +44,7 @@ def choose_formula(problem: Problem, kernel: str) -> str:
 
 _ANY = 2**31
 # 16-bit in 227 KB of shared memory, or 163 KB (sm_80) up to head_dim 128, measured on an H200 and H100s:
-# kernel -> head_dim up to -> (full, causal), each by seqlen_q up to
+# kernel -> head_dim up to -> (full, causal), each by the longer seqlen up to
 _Table = dict[int, tuple[tuple[tuple[int, Tile], ...], ...]]
 _LARGE: dict[str, _Table] = {
     "fwd": {
@@ -117,7 +117,8 @@ def choose_tile(problem: Problem, kernel: str) -> Tile:
     elif problem.dtype == torch.float32:
         tile = (_FLOAT32_LARGE if problem.arch == "sm_90" else _FLOAT32)[kernel][dim]
     elif problem.arch in ("sm_90", "sm_100", "sm_103") or (problem.arch == "sm_80" and dim < 256):
-        tile = next(tile for longest, tile in _LARGE[kernel][dim][problem.causal] if problem.seqlen_q <= longest)
+        seqlen = max(problem.seqlen_q, problem.seqlen_k)
+        tile = next(tile for longest, tile in _LARGE[kernel][dim][problem.causal] if seqlen <= longest)
         if problem.is_packed:
             tile = _PACKED.get((kernel, dim), tile)
         if problem.dropout_p > 0:
