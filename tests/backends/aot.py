@@ -25,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from flashsigmoid.backends.hopper import launch as hopper
 from flashsigmoid.backends.problem import make_problem
 from flashsigmoid.backends.triton import launch
 from flashsigmoid.backends.triton.tiles import Tile, choose_tile
@@ -38,7 +39,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NAMES = ("_fwd_kernel", "_bwd_kernel")
+NAMES = {"_fwd_kernel": launch, "_bwd_kernel": launch, "_hopper_fwd_kernel": hopper}
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
@@ -66,8 +67,9 @@ class Call:
     dropout_p: float = 0.0
     origin: tuple[int, ...] = (0, 0, 0, 0)
     sigmoid: str = "auto"
+    backend: str = "triton"  # or "hopper"
     kernel: str | None = None  # "fwd", "dkdv", "dq" or "all"; None: what is launched
-    tile: tuple[int, ...] | None = None  # a Tile's fields; None: from tiles.py
+    tile: tuple[int, ...] | None = None  # a Tile's fields; None: the backend's own
 
 
 @dataclass
@@ -115,15 +117,15 @@ class Compiler:
         self.call = Call()
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.runtime.driver.set_active(Driver(TARGETS[arch]))
-        self.kernels = {name: getattr(launch, name) for name in NAMES}
+        self.kernels = {name: getattr(module, _in(name)) for name, module in NAMES.items()}
         for name, kernel in self.kernels.items():
             kernel.device_caches.clear()
-            setattr(launch, name, _Launcher(self, name))
+            setattr(NAMES[name], _in(name), _Launcher(self, name))
         launch.choose_tile = self.choose_tile
 
     def close(self) -> None:
         for name, kernel in self.kernels.items():
-            setattr(launch, name, kernel)
+            setattr(NAMES[name], _in(name), kernel)
         launch.choose_tile = choose_tile
 
     def choose_tile(self, problem: Any, kernel: str) -> Tile:
@@ -181,9 +183,19 @@ class Compiler:
             dropout_p=call.dropout_p, origin=call.origin, sigmoid=call.sigmoid, **packed,
         )  # fmt: skip
         problem = replace(problem, arch=self.arch, device="cuda")
+        if call.backend == "hopper":
+            reason = hopper.unsupported(problem)
+            assert reason is None, reason
+            hopper.forward(problem, q, k, v, bias, slopes, call.tile and hopper.Tile(*call.tile))
+            return self.launched
         launch.forward(problem, q, k, v, bias, slopes, seed, cu_seqlens)
         launch.backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)
         return self.launched
+
+
+def _in(name: str) -> str:
+    """What the kernel is called in its module."""
+    return name.replace("_hopper", "")
 
 
 class _Launcher:
@@ -251,6 +263,8 @@ def _undefined(code: str) -> Iterator[str]:
     """Uniform registers that no earlier line wrote; those of HGMMA are skipped, which names more than it reads."""
     written: set[int] = set()
     for operation, operands in re.findall(r"\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s+(.*?);", code):
+        if operation == "ELECT":  # a predicate and a register are written, in this order
+            operands = operands.partition(",")[2].strip()
         first, _, rest = operands.partition(",")
         target = re.fullmatch(r"UR(\d+)", first.strip())
         is_store = operation.startswith(("ST", "UST", "UTMA", "UBLK", "SYNCS"))

@@ -56,6 +56,7 @@ def check(arch: str, one: dict[str, Any], spilled: float = 0) -> None:
     name = f"{one['kernel']} of {one['call']} for {arch}"
     assert not one["error"], f"{name}: {one['error']}"
     assert one["shared_bytes"] <= SHARED[arch] * 1024, f"{name} must fit, got {one['shared_bytes']} bytes"
+    assert one["tensor_memory"] <= 512, f"{name} must fit tensor memory, got {one['tensor_memory']} columns"
     assert one["products"] > 0, f"{name} must use the matrix units"
     assert one["undefined"] == 0, f"{name} must read no uniform register that nothing wrote"
     assert one["spill_bytes"] <= spilled, f"{name} must spill at most {spilled} bytes, got {one['spill_bytes']}"
@@ -89,6 +90,25 @@ def test_a_learnable_bias_costs_no_registers(head_dim) -> None:
     for one in compiled("sm_90", json.dumps({"head_dim": head_dim, "causal": True, "bias": "head"})):
         check("sm_90", one, spilled=200 if one["kernel"] == "dkdv" else 0)
         assert one["waits"] < one["products"] / 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *({"head_dim": dim, "causal": causal} for dim in (64, 128, 256) for causal in (False, True)),
+        {"head_dim": 128, "sigmoid": "exact", "dtype": "float16", "bias": "head"},
+        {"head_dim": 64, "sigmoid": "fast", "window_left": 100, "window_right": 3, "q_offset": 5},
+        {"head_dim": 128, "causal": True, "bias": "row", "has_slopes": True, "window_left": 100, "nheads_k": 1},
+    ],
+    ids=str,
+)
+def test_the_hopper_forward(call) -> None:
+    (one,) = compiled("sm_90", json.dumps({"backend": "hopper", **call}))
+    has_options = len(call) > 2
+    check("sm_90", one, spilled=1024 if has_options or call["head_dim"] == 64 else 0)
+    assert one["tma_loads"] > 0
+    assert one["waits"] < one["products"] / 2
+    assert not one["notes"], one["notes"]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])

@@ -45,7 +45,7 @@ def unsupported(problem: Problem) -> str | None:
 
 def formula(problem: Problem) -> str:
     """How the sigmoid is evaluated, in words."""
-    from .tiles import choose_formula
+    from ..formula import choose_formula
 
     return {
         "full": "exact: 1 / (1 + exp2(-y)) in float32",

@@ -128,12 +128,13 @@ def _dkdv(
                     kept = keep_mask(
                         seed, threshold, sequence + origin_b, head + origin_h, m + origin_m, n + origin_n,
                         BLOCK_M, BLOCK_N, HAS_QUADS,
-                    ).to(tl.int8).T.to(tl.int1)  # AMD exchanges no single bits  # fmt: skip
-                    dropped = tl.where(kept, a * keep_scale, 0.0)
+                    )  # fmt: skip
+                    keep = tl.where(kept, keep_scale, 0.0).T  # numbers: AMD's threads exchange no single bits
+                    dropped = a * keep
                 dv_acc = add_product(dv_acc, dropped.to(dout_block.dtype), dout_block, PRECISION, IS_LONG)
                 da = tl.dot(v_block, dout_block.T, input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
                 if HAS_DROPOUT:
-                    da = tl.where(kept, da * keep_scale, 0.0)
+                    da *= keep
                 ds = (a - a * a) * da
                 dk_acc = add_product(dk_acc, ds.to(q_block.dtype), q_block, PRECISION, IS_LONG)
     row = start_k + n

@@ -12,12 +12,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..formula import Formula, choose_formula, make_formula
+from ..gpu import on_device
 from ..problem import Problem, bias_rows
 from .blocks import key_parts, store_rows, weights
 from .fwd import NOT_SPECIALIZED
-from .launch import on_device
-from .sigmoid import Formula, make_formula
-from .tiles import Tile, choose_formula
+from .tiles import Tile
 
 # (block_m, block_n, num_warps, num_stages) by head_dim up to, H200
 _TILES = {64: Tile(64, 128, 4, 2), 128: Tile(64, 128, 4, 2), 256: Tile(64, 64, 4, 2)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,19 +13,18 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..formula import Formula, choose_formula, make_formula
+from ..gpu import LONG, are_aligned, bias_strides, on_device, slopes_strides
 from ..philox import threshold
-from ..problem import Problem, bias_rows
+from ..problem import Problem
 from . import bwd, fwd
-from .sigmoid import Formula, make_formula
-from .tiles import Tile, choose_formula, choose_tile, is_one_launch
+from .tiles import Tile, choose_tile, is_one_launch
 
 # to a type checker a kernel is its Python function
 _fwd_kernel: Any = fwd._fwd_kernel
 _bwd_kernel: Any = bwd._bwd_kernel
 
 _UNLIMITED = 2**30  # a window this wide sees every key
-# terms of a sum from which what the matrix units truncate is more than what the dtype rounds
-_LONG = {torch.float16: 2**16, torch.bfloat16: 2**19, torch.float32: 0}
 _HAVE_DESCRIPTORS = ("sm_90", "sm_100", "sm_103", "sm_120")
 CuSeqlens = tuple[Tensor, Tensor] | None
 
@@ -77,12 +75,8 @@ class Call:
         self.seed: Tensor | None = seed if has_dropout else None
         self.cu_seqlens = (None, None) if cu_seqlens is None else tuple(x.contiguous() for x in cu_seqlens)
         self.programs = problem.nheads if problem.is_packed else problem.nheads * problem.batch
-        self.bias_strides: tuple[int, ...] = (0, 0, 0)
-        if bias is not None:
-            is_packed_rows = problem.is_packed and problem.has_row_bias
-            rows = bias.t()[None] if is_packed_rows else bias_rows(bias, problem.batch, problem.nheads)
-            self.bias_strides = tuple(s if n > 1 else 0 for s, n in zip(rows.stride(), rows.shape, strict=True))
-        self.slopes_strides = (0, 0) if slopes is None else slopes.expand(problem.batch, problem.nheads).stride()
+        self.bias_strides = bias_strides(problem, bias)
+        self.slopes_strides = slopes_strides(problem, slopes)
         self.origin = problem.origin if has_dropout else (0, 0, 0, 0)
 
     def fwd(self, tile: Tile | None = None) -> Tensor:
@@ -179,7 +173,7 @@ class _Plan:
 
     def descriptors(self, loaded: tuple[Tensor, ...]) -> tuple[TensorDescriptor, ...] | None:
         """Of ([dout,] q, k, v), in blocks; None if they are loaded by pointers."""
-        if not self.has_descriptors or not _are_aligned(*loaded):
+        if not self.has_descriptors or not are_aligned(*loaded):
             return None
         m, n, dim, dim_v = self.tile.block_m, self.tile.block_n, self.dim, self.dim_v
         blocks = ((m, dim_v), (m, dim), (n, dim), (n, dim_v))[-len(loaded) :]
@@ -239,7 +233,7 @@ def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str, has_
         0 if kernel in ("fwd", "dq") else problem.seqlen_q * problem.group,
         0 if kernel == "dkdv" else problem.seqlen_k,
     )
-    is_long = terms > _LONG[problem.dtype]
+    is_long = terms > LONG[problem.dtype]
     constants = {
         "HEAD_DIM": problem.head_dim,
         "HEAD_DIM_V": problem.head_dim_v,
@@ -282,26 +276,6 @@ def _plan(problem: Problem, kernel: str, tile: Tile | None, precision: str, has_
     )
 
 
-_threads = threading.local()
-_HERE = nullcontext()
-
-
-def on_device(x: Tensor):
-    """Where x is, with a CUDA context that is current in this thread; the interpreter has none.
-
-    A thread that has only met cached memory has no current context, and the driver makes no descriptors without one:
-    the threads of autograd in their first backward.
-    """
-    if not x.is_cuda:
-        return _HERE
-    index = x.device.index
-    ready = _threads.__dict__.setdefault("devices", set())
-    if index not in ready:
-        torch.zeros(1, device=x.device)  # a launch of the runtime makes the context current
-        ready.add(index)
-    return _HERE if torch.cuda.current_device() == index else torch.cuda.device(index)
-
-
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Strides of (batch, seqlen, nheads, head_dim); packed rows have no batch."""
     strides = x.stride()
@@ -311,18 +285,6 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 def _have_dense_rows(*tensors: Tensor) -> bool:
     """Whether the channels of a row lie side by side."""
     return all(x.stride(-1) == 1 for x in tensors)
-
-
-def _are_aligned(*tensors: Tensor) -> bool:
-    """Whether the tensor memory accelerator can load them: 16-byte rows, dense channels, no broadcast dimension."""
-    for x in tensors:
-        size = x.element_size()
-        if x.data_ptr() % 16 or x.stride(-1) != 1:
-            return False
-        for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-            if n > 1 and (s <= 0 or s * size % 16):
-                return False
-    return True
 
 
 def _descriptor(x: Tensor, rows: int, dim: int) -> TensorDescriptor:

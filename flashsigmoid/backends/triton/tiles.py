@@ -25,25 +25,8 @@ class Tile:
     by_pointers: bool = False  # even where there is a tensor memory accelerator
 
 
-def choose_formula(problem: Problem, kernel: str) -> str:
-    """ "full", "pair", "narrow", "wide" or "tanh" (sigmoid.py).
-
-    float32 is always "full". "auto" takes a series where the scores of N(0, 1) seldom leave its range, given b; a
-    tensor b is not read, and gets the wide one.
-    """
-    if problem.dtype == torch.float32:
-        return "full"
-    if problem.sigmoid == "fast":
-        return "tanh"
-    b = problem.sigmoid_bias
-    if problem.sigmoid == "exact" or (b is not None and b > -4.6):
-        return "pair"
-    narrow = (-6.2 if kernel == "fwd" else -7.2) - (0.0 if problem.dtype == torch.bfloat16 else 1.4)
-    return "wide" if b is None or b > narrow else "narrow"
-
-
 _ANY = 2**31
-# 16-bit in 227 KB of shared memory, or 163 KB (sm_80) up to head_dim 128, measured on an H200 and H100s:
+# 16-bit on sm_90, measured on an H200 and H100s; up to head_dim 128 they fit sm_80 and sm_100 too:
 # kernel -> head_dim up to -> (full, causal), each by the longer seqlen up to
 _Table = dict[int, tuple[tuple[tuple[int, Tile], ...], ...]]
 _LARGE: dict[str, _Table] = {
@@ -71,7 +54,10 @@ _LARGE: dict[str, _Table] = {
         256: 2 * (((_ANY, Tile(64, 64, 8, 2)),),),
     },
     "dq": {
-        64: (((512, Tile(64, 32, 4, 3)), (_ANY, Tile(64, 64, 4, 2))), ((_ANY, Tile(64, 64, 4, 2)),)),
+        64: (
+            ((512, Tile(64, 32, 4, 3, by_pointers=True)), (_ANY, Tile(64, 64, 4, 2))),
+            ((_ANY, Tile(64, 64, 4, 2)),),
+        ),
         128: 2 * (((_ANY, Tile(64, 64, 4, 3, 1)),),),
         256: 2 * (((_ANY, Tile(128, 32, 8, 3)),),),
     },
@@ -82,14 +68,16 @@ _PACKED = {
     ("dkdv", 256): Tile(64, 64, 8, 1),
     ("dq", 64): Tile(64, 64, 4, 3),
 }
-# what is drawn takes shared memory: one stage less, not measured
-_DROPOUT = {("dq", 256): Tile(128, 32, 8, 2)}
-# 16-bit in 99 KB (sm_86, sm_89, sm_120) or AMD's 64 KB of shared memory, not measured: they fit
+# what is drawn takes shared memory and registers; by the machine code, not measured
+_DROPOUT = {("dkdv", 128): Tile(32, 64, 4, 2), ("dq", 256): Tile(128, 32, 8, 2)}
+# 16-bit elsewhere, in 99 KB (sm_86, sm_89, sm_120) or AMD's 64 KB of shared memory, not measured: they fit
 _SMALL = {
     "fwd": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
     "dkdv": {64: Tile(16, 128, 8, 2), 128: Tile(16, 64, 8, 2), 256: Tile(16, 64, 8, 1)},
     "dq": {64: Tile(128, 32, 8, 2), 128: Tile(64, 32, 8, 2), 256: Tile(64, 16, 8, 2)},
 }
+# sm_100, where the sums of larger blocks want more tensor memory than there is, not measured
+_TENSOR_MEMORY = {("dkdv", 256): Tile(16, 32, 8, 2)}
 # float32 by six bfloat16 products, measured on an H200 and an H100: beyond 64 registers spill
 _FLOAT32_LARGE = {
     "fwd": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(16, 16, 8, 1)},
@@ -116,7 +104,7 @@ def choose_tile(problem: Problem, kernel: str) -> Tile:
         tile = _ONE_LAUNCH
     elif problem.dtype == torch.float32:
         tile = (_FLOAT32_LARGE if problem.arch == "sm_90" else _FLOAT32)[kernel][dim]
-    elif problem.arch in ("sm_90", "sm_100", "sm_103") or (problem.arch == "sm_80" and dim < 256):
+    elif problem.arch == "sm_90" or (problem.arch in ("sm_80", "sm_100", "sm_103") and dim < 256):
         seqlen = max(problem.seqlen_q, problem.seqlen_k)
         tile = next(tile for longest, tile in _LARGE[kernel][dim][problem.causal] if seqlen <= longest)
         if problem.is_packed:
@@ -128,6 +116,8 @@ def choose_tile(problem: Problem, kernel: str) -> Tile:
             tile = replace(tile, maxnreg=None)
     else:
         tile = _SMALL[kernel][dim]
+        if problem.arch in ("sm_100", "sm_103"):
+            tile = _TENSOR_MEMORY.get((kernel, dim), tile)
     rows = max(16, _power_of_2(problem.seqlen_q))
     return tile if tile.block_m <= rows else replace(tile, block_m=rows)
 

@@ -1,0 +1,144 @@
+"""From a Problem and its tensors to the Hopper kernels: descriptors, tiles, grids."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..formula import Formula, choose_formula, make_formula
+from ..gpu import LONG, are_aligned, bias_strides, on_device, slopes_strides
+from ..problem import Problem
+from . import fwd
+
+_fwd_kernel: Any = fwd._fwd_kernel
+
+_UNLIMITED = 2**30  # a window this wide sees every key
+_L2_BYTES = 32 * 2**20  # of K and V that stay in the cache while programs of a few heads run
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program: `warpgroups` of 64 query rows, block_n keys a step, a ring of `stages`, a power of two."""
+
+    warpgroups: int
+    block_n: int
+    stages: int
+    registers: int  # of a thread that multiplies
+
+
+# the schedules of probes on an H200; these kernels are not measured yet
+_FWD = {64: Tile(4, 64, 4, 112), 128: Tile(3, 64, 4, 160), 256: Tile(2, 64, 2, 240)}
+
+
+def unsupported(problem: Problem) -> str | None:
+    """None where these kernels can compute the problem, else the reason."""
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        return "the package triton has no gluon"
+    if problem.arch != "sm_90":
+        return f"the device must be of compute capability 9.0, got {problem.arch or problem.device}"
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype must be float16 or bfloat16, got {problem.dtype}"
+    if problem.head_dim not in _FWD or problem.head_dim_v != problem.head_dim:
+        return f"head_dim and that of v must be the same of 64, 128, 256, got {problem.head_dim}, {problem.head_dim_v}"
+    if problem.dropout_p > 0:
+        return f"dropout_p must be 0, got {problem.dropout_p}"
+    if problem.is_packed:
+        return "sequences must not be packed"
+    if problem.seqlen_k > LONG[problem.dtype]:
+        return f"a sum of {problem.dtype} must have at most {LONG[problem.dtype]} keys, got {problem.seqlen_k}"
+    return None
+
+
+def forward(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """out, contiguous (batch, seqlen_q, nheads, head_dim); q, k and v must be as `are_aligned` has them."""
+    assert are_aligned(q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
+    plan = _plan(problem, tile or _FWD[problem.head_dim])
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    with on_device(q):
+        n = plan.tile.block_n
+        described = [_descriptor(x, rows) for x, rows in ((q, 64), (k, n), (v, n), (out, 64))]
+        strides = bias_strides(problem, bias), slopes_strides(problem, slopes)
+        _fwd_kernel[plan.grid](
+            *described, bias, slopes, *strides, plan.sizes, plan.band, *plan.numbers, **plan.constants
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    tile: Tile
+    formula: Formula
+    grid: tuple[int]
+    sizes: tuple[int, ...]
+    band: tuple[int, int, int]
+    numbers: tuple[float, float, float]  # scale and b in the formula's units, and the factor of the sums
+    constants: dict[str, Any]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem: Problem, tile: Tile) -> _Plan:
+    formula = make_formula(
+        choose_formula(problem, "fwd"), "fwd", problem.dtype == torch.float16, tile.block_n // 2, has_asm=True
+    )
+    left, right = problem.band
+    heads = problem.batch * problem.nheads
+    blocks = triton.cdiv(problem.seqlen_q, 64 * tile.warpgroups)
+    together = 1
+    if left is not None or right is not None:
+        # rows that see most keys start first, of as many heads as L2 holds
+        fit = _L2_BYTES * problem.group // (4 * problem.seqlen_k * problem.head_dim)
+        together = max(x for x in range(1, min(max(1, fit), heads) + 1) if heads % x == 0)
+    b = problem.sigmoid_bias
+    return _Plan(
+        tile=tile,
+        formula=formula,
+        grid=(blocks * heads,),
+        sizes=(blocks, together, problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k),
+        band=(problem.q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
+        numbers=(
+            problem.scale * formula.unit,
+            0.0 if b is None else b * formula.unit + formula.shift,
+            1.0 / formula.gain,
+        ),
+        constants={
+            "WARPGROUPS": tile.warpgroups,
+            "STAGES": tile.stages,
+            "REGISTERS": tile.registers,
+            "DIM": problem.head_dim,
+            "BLOCK_N": tile.block_n,
+            "FORMULA": formula,
+            "HAS_BIAS": problem.bias_shape is not None,
+            "HAS_ROW_BIAS": problem.has_row_bias,
+            "HAS_SLOPES": problem.slopes_shape is not None,
+            "HAS_LEFT": left is not None,
+            "HAS_RIGHT": right is not None,
+            "num_warps": 4,
+        },
+    )
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """x as (batch, nheads, seqlen, head_dim), in blocks (1, 1, rows, head_dim)."""
+    x = x.transpose(1, 2)
+    block = [1, 1, rows, x.shape[-1]]
+    dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
+    layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)  # pyright: ignore[reportCallIssue]
+    # a dimension of one element may have any stride, which the hardware would still check
+    strides = [16 if n == 1 and i < 3 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))]
+    return TensorDescriptor(x, list(x.shape), strides, block, layout)
