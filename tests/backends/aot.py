@@ -39,7 +39,7 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NAMES = {"_fwd_kernel": launch, "_bwd_kernel": launch, "_hopper_fwd_kernel": hopper}
+NAMES = {"_fwd_kernel": launch, "_bwd_kernel": launch, "_hopper_fwd_kernel": hopper, "_hopper_bwd_kernel": hopper}
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
@@ -68,7 +68,7 @@ class Call:
     origin: tuple[int, ...] = (0, 0, 0, 0)
     sigmoid: str = "auto"
     backend: str = "triton"  # or "hopper"
-    kernel: str | None = None  # "fwd", "dkdv", "dq" or "all"; None: what is launched
+    kernel: str | None = None  # "fwd", "dkdv", "dq" or "all", hopper's "bwd"; None: what is launched
     tile: tuple[int, ...] | None = None  # a Tile's fields; None: the backend's own
 
 
@@ -132,7 +132,7 @@ class Compiler:
         return choose_tile(problem, kernel) if self.call.tile is None else Tile(*self.call.tile)
 
     def compile(self, name: str, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
-        part = kwargs.get("PART", "fwd")
+        part = kwargs.get("PART", "bwd" if "bwd" in name else "fwd")
         if self.call.kernel not in (None, part):
             return
         log = io.StringIO()
@@ -186,7 +186,10 @@ class Compiler:
         if call.backend == "hopper":
             reason = hopper.unsupported(problem)
             assert reason is None, reason
-            hopper.forward(problem, q, k, v, bias, slopes, call.tile and hopper.Tile(*call.tile))
+            tile = call.tile and hopper.Tile(*call.tile)
+            hopper.forward(problem, q, k, v, bias, slopes, tile)
+            if hopper.unsupported_backward(problem) is None:
+                hopper.backward(problem, dout, q, k, v, tile)
             return self.launched
         launch.forward(problem, q, k, v, bias, slopes, seed, cu_seqlens)
         launch.backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)

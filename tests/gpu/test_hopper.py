@@ -31,7 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def forward(q, k, v, options: dict[str, Any], sigmoid: str) -> torch.Tensor:
+def compute(q, k, v, dout, options: dict[str, Any], sigmoid: str) -> dict[str, torch.Tensor]:
+    """out, and dq, dk, dv where there is a backward."""
     from flashsigmoid.backends.hopper import launch
 
     b = options.get("sigmoid_bias", -math.log(k.shape[1]))
@@ -44,13 +45,16 @@ def forward(q, k, v, options: dict[str, Any], sigmoid: str) -> torch.Tensor:
         dropout_p=0.0, origin=(0, 0, 0, 0), sigmoid=sigmoid,
     )  # fmt: skip
     assert launch.unsupported(problem) is None
-    return launch.forward(problem, q, k, v, bias, slopes)
+    results = {"out": launch.forward(problem, q, k, v, bias, slopes)}
+    if launch.unsupported_backward(problem) is None:
+        results |= zip(("dq", "dk", "dv"), launch.backward(problem, dout, q, k, v), strict=True)
+    return results
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_forward(name, head_dim, dtype) -> None:
+def test_forward_and_backward(name, head_dim, dtype) -> None:
     """Every size and formula of a class of options; GQA of two."""
     for (seqlen_q, seqlen_k), sigmoid in itertools.product(SIZES, ("auto", "exact", "fast")):
         q, k, v, dout = make_qkv(2, seqlen_q, seqlen_k, 4, 2, head_dim, dtype=dtype, device=DEVICE)
@@ -60,14 +64,15 @@ def test_forward(name, head_dim, dtype) -> None:
                 shape = [seqlen_q if n == "rows" else n for n in options[key]]
                 options[key] = spread(*shape, device=DEVICE) - (5.0 if key == "sigmoid_bias" else 0.0)
         options.setdefault("sigmoid_bias", -math.log(seqlen_k))
-        expected = oracle(q, k, v, dout, **options)["out"]
-        seen = witness(q, k, v, dout, draws=8, **options)["out"]
-        out = forward(q, k, v, options, sigmoid)
-        assert_within_budget(f"out of {name}, {seqlen_q} x {seqlen_k}, {sigmoid}", out, expected, seen)
+        expected, seen = oracle(q, k, v, dout, **options), witness(q, k, v, dout, draws=8, **options)
+        for tensor, result in compute(q, k, v, dout, options, sigmoid).items():
+            what = f"{tensor} of {name}, {seqlen_q} x {seqlen_k}, {sigmoid}"
+            assert_within_budget(what, result, expected[tensor], seen[tensor])
 
 
 def test_long_rows() -> None:
     q, k, v, dout = make_qkv(1, 300, 40_000, 2, 1, 128, dtype=torch.bfloat16, device=DEVICE)
     options = {"sigmoid_bias": -math.log(40_000), "causal": True}
-    expected, seen = oracle(q, k, v, dout, **options)["out"], witness(q, k, v, dout, **options)["out"]
-    assert_within_budget("out", forward(q, k, v, options, "auto"), expected, seen)
+    expected, seen = oracle(q, k, v, dout, **options), witness(q, k, v, dout, **options)
+    for tensor, result in compute(q, k, v, dout, options, "auto").items():
+        assert_within_budget(tensor, result, expected[tensor], seen[tensor])

@@ -1,4 +1,4 @@
 """Kernels for Hopper (sm_90) in Gluon, which comes with Triton 3.6 and later.
 
-Under construction: the forward compiles and has not run on a GPU, so nothing selects this backend yet.
+Under construction: the kernels compile and have not run on a GPU, so nothing selects this backend yet.
 """

@@ -15,70 +15,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Triton 3.9 renamed the copies
-_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+from .partitions import key_blocks, load, locate, pass_by, store, weights
 
 # a kernel is compiled for dtypes, options and head_dim, not for a size
 NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
-
-
-@gluon.jit
-def _locate(sizes):
-    """(block of rows, head, batch) of this program: of `together` heads the last blocks first, whose rows see most."""
-    blocks, together, nheads = sizes[0], sizes[1], sizes[2]
-    pid = gl.program_id(0)
-    rest = pid % (together * blocks)
-    head = pid // (together * blocks) * together + rest % together
-    return blocks - 1 - rest // together, head % nheads, head // nheads
-
-
-@gluon.jit
-def _key_blocks(
-    m, sizes, band, BLOCK: gl.constexpr, BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr
-):
-    """Blocks of keys that any of the rows [m, m + BLOCK) sees, (lo, whole, rest, hi): all of them see [whole, rest)."""
-    rows, keys = sizes[4], sizes[5]
-    q_offset, left, right = band
-    first = m + q_offset
-    last = gl.minimum(m + BLOCK, rows) - 1 + q_offset
-    lo = 0
-    whole = 0
-    hi = gl.cdiv(keys, BLOCK_N)
-    rest = hi  # a last block that is short is whole: the values beyond it are zeros
-    if HAS_RIGHT:
-        hi = gl.cdiv(gl.minimum(keys, gl.maximum(0, last + right + 1)), BLOCK_N)
-        seen = gl.maximum(0, first + right + 1)
-        rest = gl.where(seen < keys, seen // BLOCK_N, hi)
-    if HAS_LEFT:
-        lo = gl.maximum(0, first - left) // BLOCK_N
-        whole = gl.cdiv(gl.maximum(0, last - left), BLOCK_N)
-    hi = gl.where(m < rows, gl.maximum(lo, hi), lo)
-    return lo, whole, rest, hi
-
-
-@gluon.jit
-def _weights(
-    s, p, n, c, b, slope, band, BLOCK_N: gl.constexpr, FORMULA: gl.constexpr, HAS_SLOPES: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """As blocks.weights of the Triton backend: what is not seen is -inf before the formula."""
-    y = s * c + b
-    if HAS_SLOPES or HAS_LEFT or HAS_RIGHT:
-        _, left, right = band
-        j = (n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT)))[None, :]
-        if HAS_SLOPES:
-            y -= slope * gl.abs(p - j).to(gl.float32)
-        if HAS_RIGHT:
-            y = gl.where(j <= p + right, y, float("-inf"))
-        if HAS_LEFT:
-            y = gl.where(j >= p - left, y, float("-inf"))
-    a = gl.inline_asm_elementwise(
-        FORMULA.asm, FORMULA.constraints, [y], dtype=gl.float32, is_pure=True, pack=FORMULA.pack
-    )
-    if FORMULA.name == "tanh":
-        a = 0.5 * a + 0.5
-    return a
 
 
 @gluon.jit
@@ -89,29 +29,19 @@ def _produce(
 ):  # fmt: skip
     """One warp: Q of all warpgroups, then K and V, the last block first, each pair behind one barrier."""
     qs, ks, vs, q_full, full, empty = memory
-    block, head, batch = _locate(sizes)
+    block, head, batch = locate(sizes)
     m = block * (64 * WARPGROUPS)
     mbarrier.expect(q_full, WARPGROUPS * q.block_type.nbytes)
     for i in gl.static_range(WARPGROUPS):
-        _load(q, [batch, head, m + i * 64, 0], q_full, qs.index(i))
-    lo, _, _, hi = _key_blocks(m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+        load(q, [batch, head, m + i * 64, 0], q_full, qs.index(i))
+    lo, _, _, hi = key_blocks(m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     head_k = head // sizes[3]
     for it in range(hi - lo):
         stage = it & (STAGES - 1)
         mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(stage), 2 * k.block_type.nbytes)
-        _load(k, [batch, head_k, (hi - 1 - it) * BLOCK_N, 0], full.index(stage), ks.index(stage))
-        _load(v, [batch, head_k, (hi - 1 - it) * BLOCK_N, 0], full.index(stage), vs.index(stage))
-
-
-@gluon.jit
-def _pass(it, count, full, empty, STAGES: gl.constexpr):
-    """Let `count` blocks go by that only other warpgroups see. Who has not waited must not arrive: it would count in
-    the phase before."""
-    for i in range(it, it + count):
-        mbarrier.wait(full.index(i & (STAGES - 1)), (i // STAGES) & 1)
-        mbarrier.arrive(empty.index(i & (STAGES - 1)), count=1)
-    return it + gl.maximum(0, count)
+        load(k, [batch, head_k, (hi - 1 - it) * BLOCK_N, 0], full.index(stage), ks.index(stage))
+        load(v, [batch, head_k, (hi - 1 - it) * BLOCK_N, 0], full.index(stage), vs.index(stage))
 
 
 @gluon.jit
@@ -128,7 +58,7 @@ def _step(
     s = warpgroup_mma(q, ks.index(stage).reshape([BLOCK_N, DIM]).permute((1, 0)), zero, use_acc=False, is_async=True)
     acc = warpgroup_mma(a, vs.index(before).reshape([BLOCK_N, DIM]), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
-    a = _weights(s, p, n, c, b, slope, band, BLOCK_N, FORMULA, HAS_SLOPES, HAS_LEFT, HAS_RIGHT, SCORES)
+    a = weights(s, p, n, c, b, slope, band, BLOCK_N, FORMULA, HAS_SLOPES, HAS_LEFT, HAS_RIGHT, SCORES)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(empty.index(before), count=1)
     return acc, gl.convert_layout(a.to(vs.dtype), OPERAND)
@@ -147,11 +77,11 @@ def _consume(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     qs, ks, vs, q_full, full, empty = memory
     rows = sizes[4]
-    block, head, batch = _locate(sizes)
+    block, head, batch = locate(sizes)
     all_m = block * (64 * WARPGROUPS)
     m = all_m + WARPGROUP * 64
-    all_lo, _, _, all_hi = _key_blocks(all_m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-    lo, whole, rest, hi = _key_blocks(m, sizes, band, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    all_lo, _, _, all_hi = key_blocks(all_m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+    lo, whole, rest, hi = key_blocks(m, sizes, band, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT)
     offs = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     p = (m + offs + band[0])[:, None]
     slope = 0.0
@@ -166,7 +96,7 @@ def _consume(
             b = gl.load(bias)
         b = b.to(gl.float32) * FORMULA.unit + FORMULA.shift
 
-    it = _pass(0, all_hi - hi, full, empty, STAGES)
+    it = pass_by(0, all_hi - hi, full, empty, STAGES)
     acc = gl.zeros([64, DIM], gl.float32, SUMS)
     mbarrier.wait(q_full, 0)
     if lo < hi:
@@ -178,7 +108,7 @@ def _consume(
         k_block = ks.index(stage).reshape([BLOCK_N, DIM]).permute((1, 0))
         s = warpgroup_mma(q, k_block, zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
-        a = _weights(s, p, n * BLOCK_N, c, b, slope, band, BLOCK_N, FORMULA, HAS_SLOPES, HAS_LEFT, HAS_RIGHT, SCORES)
+        a = weights(s, p, n * BLOCK_N, c, b, slope, band, BLOCK_N, FORMULA, HAS_SLOPES, HAS_LEFT, HAS_RIGHT, SCORES)
         a = gl.convert_layout(a.to(vs.dtype), OPERAND)
         it += 1
         for part in gl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
@@ -194,12 +124,12 @@ def _consume(
         acc = warpgroup_mma(a, vs.index(before).reshape([BLOCK_N, DIM]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index(before), count=1)
-    _pass(it, all_hi - all_lo - it, full, empty, STAGES)
+    pass_by(it, all_hi - all_lo - it, full, empty, STAGES)
     if m < rows:
         # Q is no longer needed; rows beyond the last are not written
         qs.index(WARPGROUP).reshape([64, DIM]).store((acc * out_scale).to(qs.dtype))
         fence_async_shared()
-        _store(out, [batch, head, m, 0], qs.index(WARPGROUP))
+        store(out, [batch, head, m, 0], qs.index(WARPGROUP))
         tma.store_wait(0)
 
 

@@ -16,9 +16,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..formula import Formula, choose_formula, make_formula
 from ..gpu import LONG, are_aligned, bias_strides, on_device, slopes_strides
 from ..problem import Problem
-from . import fwd
+from . import bwd, fwd
 
 _fwd_kernel: Any = fwd._fwd_kernel
+_bwd_kernel: Any = bwd._bwd_kernel
 
 _UNLIMITED = 2**30  # a window this wide sees every key
 _L2_BYTES = 32 * 2**20  # of K and V that stay in the cache while programs of a few heads run
@@ -26,16 +27,17 @@ _L2_BYTES = 32 * 2**20  # of K and V that stay in the cache while programs of a 
 
 @dataclass(frozen=True)
 class Tile:
-    """One program: `warpgroups` of 64 query rows, block_n keys a step, a ring of `stages`, a power of two."""
+    """One program: `warpgroups` of 64 query rows, or of 64 keys in the backward, `block` keys, or rows, a step."""
 
     warpgroups: int
-    block_n: int
-    stages: int
+    block: int
+    stages: int  # of a ring, a power of two
     registers: int  # of a thread that multiplies
 
 
 # the schedules of probes on an H200; these kernels are not measured yet
 _FWD = {64: Tile(4, 64, 4, 112), 128: Tile(3, 64, 4, 160), 256: Tile(2, 64, 2, 240)}
+_BWD = {64: Tile(2, 128, 2, 240), 128: Tile(2, 64, 2, 240)}
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -57,6 +59,17 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
+def unsupported_backward(problem: Problem) -> str | None:
+    """None where the backward kernel can compute the problem, else the reason: who adds in no order sums no rows."""
+    if problem.head_dim not in _BWD:
+        return f"head_dim must be 64 or 128, got {problem.head_dim}"
+    if problem.bias_shape is not None or problem.slopes_shape is not None:
+        return "sigmoid_bias must be a number, and there must be no alibi_slopes"
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch.use_deterministic_algorithms must be off"
+    return unsupported(problem)
+
+
 def forward(
     problem: Problem,
     q: Tensor,
@@ -71,13 +84,29 @@ def forward(
     plan = _plan(problem, tile or _FWD[problem.head_dim])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with on_device(q):
-        n = plan.tile.block_n
+        n = plan.tile.block
         described = [_descriptor(x, rows) for x, rows in ((q, 64), (k, n), (v, n), (out, 64))]
         strides = bias_strides(problem, bias), slopes_strides(problem, slopes)
         _fwd_kernel[plan.grid](
             *described, bias, slopes, *strides, plan.sizes, plan.band, *plan.numbers, **plan.constants
         )
     return out
+
+
+def backward(
+    problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous; all tensors must be as `are_aligned` has them."""
+    assert are_aligned(dout, q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
+    plan = _plan(problem, tile or _BWD[problem.head_dim], is_backward=True)
+    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    with on_device(q):
+        m, keys = plan.tile.block, 64 * plan.tile.warpgroups
+        described = [_descriptor(x, rows) for x, rows in ((dout, m), (q, m), (k, keys), (v, keys))]
+        results = [_descriptor(dq, 64, 64), _descriptor(dk, keys), _descriptor(dv, keys)]
+        _bwd_kernel[plan.grid](*described, *results, plan.sizes, plan.band, *plan.numbers, **plan.constants)
+    return dq.to(q.dtype), dk, dv
 
 
 @dataclass(frozen=True)
@@ -87,24 +116,51 @@ class _Plan:
     grid: tuple[int]
     sizes: tuple[int, ...]
     band: tuple[int, int, int]
-    numbers: tuple[float, float, float]  # scale and b in the formula's units, and the factor of the sums
+    numbers: tuple[float, float, float]  # scale and b in the formula's units, and a factor of the results
     constants: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, tile: Tile) -> _Plan:
+def _plan(problem: Problem, tile: Tile, is_backward: bool = False) -> _Plan:
+    kernel = "dkdv" if is_backward else "fwd"
     formula = make_formula(
-        choose_formula(problem, "fwd"), "fwd", problem.dtype == torch.float16, tile.block_n // 2, has_asm=True
+        choose_formula(problem, kernel),
+        "bwd" if is_backward else "fwd",
+        problem.dtype == torch.float16,
+        tile.block // 2,
+        has_asm=True,
     )
     left, right = problem.band
-    heads = problem.batch * problem.nheads
+    heads, others = problem.batch * problem.nheads, problem.seqlen_k
     blocks = triton.cdiv(problem.seqlen_q, 64 * tile.warpgroups)
+    if is_backward:
+        heads, others = heads // problem.group, problem.seqlen_q * problem.group
+        blocks = triton.cdiv(problem.seqlen_k, 64 * tile.warpgroups)
     together = 1
     if left is not None or right is not None:
-        # rows that see most keys start first, of as many heads as L2 holds
-        fit = _L2_BYTES * problem.group // (4 * problem.seqlen_k * problem.head_dim)
+        # who sees most starts first, of as many heads as L2 holds the other side of
+        fit = _L2_BYTES * (1 if is_backward else problem.group) // (4 * others * problem.head_dim)
         together = max(x for x in range(1, min(max(1, fit), heads) + 1) if heads % x == 0)
     b = problem.sigmoid_bias
+    constants: dict[str, Any] = {
+        "STAGES": tile.stages,
+        "REGISTERS": tile.registers,
+        "DIM": problem.head_dim,
+        "FORMULA": formula,
+        "HAS_LEFT": left is not None,
+        "HAS_RIGHT": right is not None,
+        "num_warps": 4,
+    }
+    if is_backward:
+        constants |= {"BLOCK_M": tile.block, "REST": 24}
+    else:
+        constants |= {
+            "WARPGROUPS": tile.warpgroups,
+            "BLOCK_N": tile.block,
+            "HAS_BIAS": problem.bias_shape is not None,
+            "HAS_ROW_BIAS": problem.has_row_bias,
+            "HAS_SLOPES": problem.slopes_shape is not None,
+        }
     return _Plan(
         tile=tile,
         formula=formula,
@@ -114,30 +170,17 @@ def _plan(problem: Problem, tile: Tile) -> _Plan:
         numbers=(
             problem.scale * formula.unit,
             0.0 if b is None else b * formula.unit + formula.shift,
-            1.0 / formula.gain,
+            problem.scale if is_backward else 1.0 / formula.gain,
         ),
-        constants={
-            "WARPGROUPS": tile.warpgroups,
-            "STAGES": tile.stages,
-            "REGISTERS": tile.registers,
-            "DIM": problem.head_dim,
-            "BLOCK_N": tile.block_n,
-            "FORMULA": formula,
-            "HAS_BIAS": problem.bias_shape is not None,
-            "HAS_ROW_BIAS": problem.has_row_bias,
-            "HAS_SLOPES": problem.slopes_shape is not None,
-            "HAS_LEFT": left is not None,
-            "HAS_RIGHT": right is not None,
-            "num_warps": 4,
-        },
+        constants=constants,
     )
 
 
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """x as (batch, nheads, seqlen, head_dim), in blocks (1, 1, rows, head_dim)."""
+def _descriptor(x: Tensor, rows: int, dim: int | None = None) -> TensorDescriptor:
+    """x as (batch, nheads, seqlen, head_dim), in blocks (1, 1, rows, dim); None: head_dim."""
     x = x.transpose(1, 2)
-    block = [1, 1, rows, x.shape[-1]]
-    dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
+    block = [1, 1, rows, dim or x.shape[-1]]
+    dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}[x.dtype]
     layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)  # pyright: ignore[reportCallIssue]
     # a dimension of one element may have any stride, which the hardware would still check
     strides = [16 if n == 1 and i < 3 else s for i, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))]

@@ -1,0 +1,249 @@
+"""The backward kernel for Hopper: dK, dV and dQ in one pass over blocks of 128 keys, five products.
+
+Two warpgroups of 64 keys keep dK and dV in registers, one warp loads, one adds dQ to memory. A sigmoid has neither a
+row's maximum nor its sum, so nothing of the forward is needed but its inputs. dQ is added by several programs, in no
+order: the last bits differ from call to call.
+"""
+
+from __future__ import annotations
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .partitions import load, store
+
+NOT_SPECIALIZED = ["sizes", "band"]
+
+
+@builtin
+def _add(descriptor, at, block, _semantic=None):
+    """Add a block of shared memory to what a descriptor describes; Triton has a name for it from 3.9 on only."""
+    at = _semantic._convert_to_ir_values(at, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, block.handle)
+
+
+@gluon.jit
+def _locate(sizes):
+    """(block of keys, key head, batch) of this program: of `together` heads the first blocks first."""
+    blocks, together, heads_k = sizes[0], sizes[1], sizes[2] // sizes[3]
+    pid = gl.program_id(0)
+    rest = pid % (together * blocks)
+    head = pid // (together * blocks) * together + rest % together
+    return rest // together, head % heads_k, head // heads_k
+
+
+@gluon.jit
+def _row_blocks(n, sizes, band, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """Blocks of rows that see any of the keys [n, n + 128): (lo, hi)."""
+    rows, keys = sizes[4], sizes[5]
+    q_offset, left, right = band
+    lo = 0
+    hi = gl.cdiv(rows, BLOCK_M)
+    if HAS_RIGHT:
+        lo = gl.maximum(0, n - right - q_offset) // BLOCK_M
+    if HAS_LEFT:
+        last = gl.minimum(n + 128, keys) - 1
+        hi = gl.cdiv(gl.minimum(rows, gl.maximum(0, last + left - q_offset + 1)), BLOCK_M)
+    return lo, gl.maximum(lo, hi)
+
+
+@gluon.jit
+def _produce(
+    dout, q, k, v, memory, sizes, band,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """One warp: K and V once, then Q and dO of every block of rows, each behind its own barrier."""
+    qs, ks, vs, douts, _, _, kv_full, q_full, dout_full, empty, _, _ = memory
+    block, head_k, batch = _locate(sizes)
+    n = block * 128
+    lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
+    load(k, [batch, head_k, n, 0], kv_full, ks)
+    load(v, [batch, head_k, n, 0], kv_full, vs)
+    group = sizes[3]
+    for it in range(group * (hi - lo)):
+        stage = it & (STAGES - 1)
+        head = head_k * group + it // (hi - lo)
+        m = (lo + it % (hi - lo)) * BLOCK_M
+        mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+        mbarrier.expect(q_full.index(stage), q.block_type.nbytes)
+        load(q, [batch, head, m, 0], q_full.index(stage), qs.index(stage))
+        mbarrier.expect(dout_full.index(stage), dout.block_type.nbytes)
+        load(dout, [batch, head, m, 0], dout_full.index(stage), douts.index(stage))
+
+
+@gluon.jit
+def _reduce(
+    dq, memory, sizes, band,
+    DIM: gl.constexpr, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """One warp adds the two 64 x 64 parts of every block of dQ to memory, in float32."""
+    _, _, _, _, _, dqs, _, _, _, _, dq_full, dq_empty = memory
+    block, head_k, batch = _locate(sizes)
+    lo, hi = _row_blocks(block * 128, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    group = sizes[3]
+    for it in range(group * (hi - lo)):
+        head = head_k * group + it // (hi - lo)
+        m = (lo + it % (hi - lo)) * BLOCK_M
+        mbarrier.wait(dq_full, it & 1)
+        for part in gl.static_range(2):
+            if DIM == 64:
+                _add(dq, [batch, head, m + 64 * part, 0], dqs.index(part))
+            else:
+                _add(dq, [batch, head, m, 64 * part], dqs.index(part))
+        tma.store_wait(0)
+        mbarrier.arrive(dq_empty, count=1)
+
+
+@gluon.jit
+def _meet(x):
+    """Both warpgroups of keys; the loading and the adding warp do not take part."""
+    gl.inline_asm_elementwise("bar.sync 8, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _consume(
+    dk, dv, memory, sizes, band, c, b, scale,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, FORMULA: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """64 keys: dV += A^T dO, dK += dS^T Q, dQ = dS K, with dS = (dO V^T) * A * (1 - A); scores are transposed."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    qs, ks, vs, douts, dss, dqs, kv_full, q_full, dout_full, empty, dq_full, dq_empty = memory
+    block, head_k, batch = _locate(sizes)
+    n = block * 128
+    lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    count = sizes[3] * (hi - lo)
+    q_offset, left, right = band
+    j = (n + 64 * WARPGROUP + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))[:, None]
+    keys = ks.reshape([128, DIM])
+    k_block = keys.slice(64 * WARPGROUP, 64, dim=0)
+    v_block = vs.reshape([128, DIM]).slice(64 * WARPGROUP, 64, dim=0)
+    zero = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
+    zero_part = gl.zeros([64, 64], gl.float32, PART)
+    dk_acc = gl.zeros([64, DIM], gl.float32, SUMS)
+    dv_acc = gl.zeros([64, DIM], gl.float32, SUMS)
+    mbarrier.wait(kv_full, 0)
+    if count > 0:
+        mbarrier.wait(q_full.index(0), 0)
+        first_q = qs.index(0).reshape([BLOCK_M, DIM]).permute((1, 0))
+        s = warpgroup_mma(k_block, first_q, zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        for it in range(count):
+            stage = it & (STAGES - 1)
+            m = (lo + it % (hi - lo)) * BLOCK_M
+            q_block = qs.index(stage).reshape([BLOCK_M, DIM])
+            dout_block = douts.index(stage).reshape([BLOCK_M, DIM])
+            mbarrier.wait(dout_full.index(stage), (it // STAGES) & 1)
+            da = warpgroup_mma(v_block, dout_block.permute((1, 0)), zero, use_acc=False, is_async=True)
+            y = s * c + b
+            if HAS_LEFT or HAS_RIGHT:
+                p = (m + q_offset + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES)))[None, :]
+                if HAS_RIGHT:  # noqa: SIM102  a constant, then a number
+                    if m + q_offset + right < n + 127:
+                        y = gl.where(j <= p + right, y, float("-inf"))
+                if HAS_LEFT:  # noqa: SIM102
+                    if m + BLOCK_M - 1 + q_offset - left > n:
+                        y = gl.where(j >= p - left, y, float("-inf"))
+            a = gl.inline_asm_elementwise(
+                FORMULA.asm, FORMULA.constraints, [y], dtype=gl.float32, is_pure=True, pack=FORMULA.pack
+            )
+            if FORMULA.name == "tanh":
+                a = 0.5 * a + 0.5
+            da = warpgroup_mma_wait(0, deps=[da])
+            a_block = gl.convert_layout(a.to(qs.dtype), OPERAND)
+            ds = ((a - a * a) * da).to(qs.dtype)
+            dv_acc = warpgroup_mma(a_block, dout_block, dv_acc, is_async=True)
+            ds_block = dss.index(it & 1)
+            ds_block.slice(64 * WARPGROUP, 64, dim=0).store(ds)
+            fence_async_shared()
+            dk_acc = warpgroup_mma(gl.convert_layout(ds, OPERAND), q_block, dk_acc, is_async=True)
+            # S of the next block; the last trip repeats its own and drops it
+            after = gl.minimum(it + 1, count - 1)
+            next_stage = after & (STAGES - 1)
+            mbarrier.wait(q_full.index(next_stage), (after // STAGES) & 1)
+            next_q = qs.index(next_stage).reshape([BLOCK_M, DIM]).permute((1, 0))
+            s = warpgroup_mma(k_block, next_q, zero, use_acc=False, is_async=True)
+            _meet(it)
+            dv_acc, dk_acc = warpgroup_mma_wait(1, deps=[dv_acc, dk_acc])
+            mbarrier.arrive(empty.index(stage), count=1)
+            if DIM == 64:
+                mine = ds_block.slice(64 * WARPGROUP, 64, dim=1).permute((1, 0))
+                part = warpgroup_mma(mine, keys, zero_part, use_acc=False, is_async=True)
+            else:
+                mine = keys.slice(64 * WARPGROUP, 64, dim=1)
+                part = warpgroup_mma(ds_block.permute((1, 0)), mine, zero_part, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(1, deps=[s])
+            part = warpgroup_mma_wait(0, deps=[part])
+            mbarrier.wait(dq_empty, (it & 1) ^ 1)
+            dqs.index(WARPGROUP).reshape([64, 64]).store(part * scale)
+            fence_async_shared()
+            mbarrier.arrive(dq_full, count=1)
+    # both are past their reads of K and V, whose memory takes the results
+    _meet(count)
+    k_block.store((dk_acc * scale).to(qs.dtype))
+    v_block.store(dv_acc.to(qs.dtype))
+    fence_async_shared()
+    _meet(count)
+    if WARPGROUP == 0:
+        store(dk, [batch, head_k, n, 0], ks)
+        store(dv, [batch, head_k, n, 0], vs)
+        tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=NOT_SPECIALIZED)
+def _bwd_kernel(
+    dout, q, k, v, dq, dk, dv, sizes, band, c, b, scale,
+    STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
+    FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """128 keys of one key head, over all rows and all query heads of the group.
+
+    Grid: (blocks * nheads_k * batch,). Descriptors of (batch, nheads, seqlen, head_dim): q and dout in BLOCK_M rows, k,
+    v, dk and dv in 128, dq float32, zeros before, in (64, 64). sizes and band as the forward's, `blocks` of keys and
+    `together` of key heads.
+    """
+    DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    qs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, DIM], q.layout)
+    douts = gl.allocate_shared_memory(dout.dtype, [STAGES, 1, 1, BLOCK_M, DIM], dout.layout)
+    ks = gl.allocate_shared_memory(k.dtype, [1, 1, 128, DIM], k.layout)
+    vs = gl.allocate_shared_memory(v.dtype, [1, 1, 128, DIM], v.layout)
+    dss = gl.allocate_shared_memory(q.dtype, [2, 128, BLOCK_M], DS)
+    dqs = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq.layout)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    dq_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    dq_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_full, count=1)
+    mbarrier.init(dq_full, count=2)
+    mbarrier.init(dq_empty, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(dout_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    memory = (qs, ks, vs, douts, dss, dqs, kv_full, q_full, dout_full, empty, dq_full, dq_empty)
+    gl.warp_specialize([
+        (_consume, (
+            dk, dv, memory, sizes, band, c, b, scale, 0, STAGES, DIM, BLOCK_M, FORMULA, HAS_LEFT, HAS_RIGHT,
+        )),
+        (_consume, (
+            dk, dv, memory, sizes, band, c, b, scale, 1, STAGES, DIM, BLOCK_M, FORMULA, HAS_LEFT, HAS_RIGHT,
+        )),
+        (_produce, (dout, q, k, v, memory, sizes, band, STAGES, BLOCK_M, HAS_LEFT, HAS_RIGHT)),
+        (_reduce, (dq, memory, sizes, band, DIM, BLOCK_M, HAS_LEFT, HAS_RIGHT)),
+    ], [4, 1, 1], [REGISTERS, REST, REST])  # fmt: skip
