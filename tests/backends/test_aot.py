@@ -103,12 +103,14 @@ def test_a_learnable_bias_costs_no_registers(head_dim) -> None:
     ids=str,
 )
 def test_the_hopper_kernels(call) -> None:
-    """No tile is measured yet, so that a few spills are no fault, nor at head_dim 64 products that wait."""
+    """The plain forward spills nothing from head_dim 128 on. Else no tile is measured yet, so that a few spills are no
+    fault, nor in the backward at head_dim 64 products that wait."""
     kernels = compiled("sm_90", json.dumps({"backend": "hopper", **call}))
     has_backward = call["head_dim"] < 256 and not ({"bias", "has_slopes"} & call.keys())
     assert [one["kernel"] for one in kernels] == ["fwd", "bwd"][: 1 + has_backward]
     for one in kernels:
-        check("sm_90", one, spilled=1024)
+        is_plain = one["kernel"] == "fwd" and call["head_dim"] >= 128 and call.keys() <= {"head_dim", "causal"}
+        check("sm_90", one, spilled=0 if is_plain else 1024)
         assert one["tma_loads"] > 0
         if one["kernel"] == "fwd" or call["head_dim"] == 128:
             assert one["waits"] < one["products"] / 2

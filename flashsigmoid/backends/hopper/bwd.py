@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .partitions import load, store
+from .partitions import load, sigmoid, store
 
 NOT_SPECIALIZED = ["sizes", "band"]
 
@@ -157,11 +157,7 @@ def _consume(
                 if HAS_LEFT:  # noqa: SIM102
                     if m + BLOCK_M - 1 + q_offset - left > n:
                         y = gl.where(j >= p - left, y, float("-inf"))
-            a = gl.inline_asm_elementwise(
-                FORMULA.asm, FORMULA.constraints, [y], dtype=gl.float32, is_pure=True, pack=FORMULA.pack
-            )
-            if FORMULA.name == "tanh":
-                a = 0.5 * a + 0.5
+            a = sigmoid(y, FORMULA)
             da = warpgroup_mma_wait(0, deps=[da])
             a_block = gl.convert_layout(a.to(qs.dtype), OPERAND)
             ds = ((a - a * a) * da).to(qs.dtype)

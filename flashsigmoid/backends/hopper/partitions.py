@@ -46,6 +46,17 @@ def key_blocks(
 
 
 @gluon.jit
+def sigmoid(y, FORMULA: gl.constexpr):
+    """gain * sigmoid(x) of y = unit * x + shift, elementwise, float32."""
+    a = gl.inline_asm_elementwise(
+        FORMULA.asm, FORMULA.constraints, [y], dtype=gl.float32, is_pure=True, pack=FORMULA.pack
+    )
+    if FORMULA.name == "tanh":
+        a = 0.5 * a + 0.5
+    return a
+
+
+@gluon.jit
 def weights(
     s, p, n, c, b, slope, band, BLOCK_N: gl.constexpr, FORMULA: gl.constexpr, HAS_SLOPES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, LAYOUT: gl.constexpr,
@@ -61,12 +72,7 @@ def weights(
             y = gl.where(j <= p + right, y, float("-inf"))
         if HAS_LEFT:
             y = gl.where(j >= p - left, y, float("-inf"))
-    a = gl.inline_asm_elementwise(
-        FORMULA.asm, FORMULA.constraints, [y], dtype=gl.float32, is_pure=True, pack=FORMULA.pack
-    )
-    if FORMULA.name == "tanh":
-        a = 0.5 * a + 0.5
-    return a
+    return sigmoid(y, FORMULA)
 
 
 @gluon.jit
