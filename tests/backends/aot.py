@@ -140,6 +140,8 @@ class Compiler:
             with contextlib.redirect_stdout(log):
                 kernel = self.kernels[name].warmup(*args, grid=grid, **kwargs)
         except Exception as error:  # the other kernels of the call are still of interest
+            while error.__cause__ is not None:  # where in the kernel it began
+                error = error.__cause__
             self.launched.append(Compiled(part, -1, error=f"{type(error).__name__}: {error}"))
             return
         if id(kernel) not in self.binaries:
@@ -189,7 +191,7 @@ class Compiler:
             tile = call.tile and hopper.Tile(*call.tile)
             hopper.forward(problem, q, k, v, bias, slopes, tile)
             if hopper.unsupported_backward(problem) is None:
-                hopper.backward(problem, dout, q, k, v, tile)
+                hopper.backward(problem, dout, q, k, v, tile) if call.kernel != "fwd" else None
             return self.launched
         launch.forward(problem, q, k, v, bias, slopes, seed, cu_seqlens)
         launch.backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)

@@ -184,7 +184,7 @@ def _consume(
             s = warpgroup_mma_wait(1, deps=[s])
             part = warpgroup_mma_wait(0, deps=[part])
             mbarrier.wait(dq_empty, (it & 1) ^ 1)
-            dqs.index(WARPGROUP).reshape([64, 64]).store(part * scale)
+            dqs.index(WARPGROUP).reshape([64, 64]).store(part)
             fence_async_shared()
             mbarrier.arrive(dq_full, count=1)
     # both are past their reads of K and V, whose memory takes the results

@@ -33,6 +33,9 @@ class Tile:
     block: int
     stages: int  # of a ring, a power of two
     registers: int  # of a thread that multiplies
+    is_split: bool = False  # K and V of the forward each behind their own barriers
+    own_out: bool = False  # memory of its own for out, so that the next Q comes early
+    is_persistent: bool = False  # a program for every multiprocessor, and not for every block
 
 
 # the schedules of probes on an H200; these kernels are not measured yet
@@ -106,7 +109,7 @@ def backward(
         described = [_descriptor(x, rows) for x, rows in ((dout, m), (q, m), (k, keys), (v, keys))]
         results = [_descriptor(dq, 64, 64), _descriptor(dk, keys), _descriptor(dv, keys)]
         _bwd_kernel[plan.grid](*described, *results, plan.sizes, plan.band, *plan.numbers, **plan.constants)
-    return dq.to(q.dtype), dk, dv
+    return torch.mul(dq, problem.scale, out=torch.empty_like(q, memory_format=torch.contiguous_format)), dk, dv
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ def _plan(problem: Problem, tile: Tile, is_backward: bool = False) -> _Plan:
         constants |= {
             "WARPGROUPS": tile.warpgroups,
             "BLOCK_N": tile.block,
+            "IS_SPLIT": tile.is_split,
+            "OWN_OUT": tile.own_out,
             "HAS_BIAS": problem.bias_shape is not None,
             "HAS_ROW_BIAS": problem.has_row_bias,
             "HAS_SLOPES": problem.slopes_shape is not None,
@@ -164,8 +169,8 @@ def _plan(problem: Problem, tile: Tile, is_backward: bool = False) -> _Plan:
     return _Plan(
         tile=tile,
         formula=formula,
-        grid=(blocks * heads,),
-        sizes=(blocks, together, problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k),
+        grid=(min(blocks * heads, 132) if tile.is_persistent else blocks * heads,),
+        sizes=(blocks, together, problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k, blocks * heads),
         band=(problem.q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(
             problem.scale * formula.unit,
