@@ -352,7 +352,7 @@ def explain(
         origin=(0, 0, 0, 0),
         sigmoid=sigmoid,
     )
-    return backends.explain(problem, backend)
+    return backends.explain(problem, backend, (q, k, v))
 
 
 def _attention(

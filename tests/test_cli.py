@@ -208,7 +208,7 @@ def test_bench_times_and_records_a_problem(flashsigmoid, tmp_path):
     assert "blocked" in (tmp_path / "bench.svg").read_text("utf-8")
     assert_one_error(flashsigmoid("bench", "warp"), 1, "problem must be one of cpu-512-d64")
     assert_one_error(flashsigmoid("bench", "--work", "sideways"), 1, "work must be one of forward, backward, both")
-    assert_one_error(flashsigmoid("bench", "--peer", "nobody"), 1, "peer must be one of triton, blocked")
+    assert_one_error(flashsigmoid("bench", "--peer", "nobody"), 1, "peer must be one of hopper, triton, blocked")
     assert_one_error(flashsigmoid("bench", "--device", "tpu"), 1, "device must be one of cpu")
     assert_one_error(flashsigmoid("bench", "--load-library", "none.so"), 1, "--load-library must be a shared library")
     assert_one_error(flashsigmoid("bench", "--plot", "bench.gif"), 1, "--plot must end in .png or .svg")

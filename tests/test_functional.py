@@ -71,7 +71,7 @@ BAD = [
     ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\), got -0.1"),
     ({"dropout_p": math.nan}, r"dropout_p must be in \[0, 1\), got nan"),
     ({"sigmoid": "tanh"}, r"sigmoid must be one of auto, exact, fast, got 'tanh'"),
-    ({"backend": "cuda"}, r"backend must be one of auto, triton, blocked, reference, got 'cuda'"),
+    ({"backend": "cuda"}, r"backend must be one of auto, hopper, triton, blocked, reference, got 'cuda'"),
 ]
 
 
@@ -98,16 +98,18 @@ def test_shard_needs_a_seed_and_a_legal_origin() -> None:
 
 def test_explain_names_the_choice_and_the_reasons() -> None:
     chosen = explain(Q, K, V, causal=True, sigmoid="fast")
-    assert (chosen.backend, set(chosen.reasons)) == ("blocked", {"triton", "reference"})
+    assert (chosen.backend, set(chosen.reasons)) == ("blocked", {"hopper", "triton", "reference"})
     assert str(chosen).splitlines() == [
         "backend: blocked",
         "formula: exact: torch.sigmoid in float32; sigmoid='fast' changes nothing here",
+        "not hopper: the device must be of compute capability 9.0, got cpu",
         "not triton: device must be a GPU, got cpu",
         "not reference: O(seqlen_q * seqlen_k) memory: it runs only when asked for, backend='reference'",
     ]
     asked = explain(Q.double(), K.double(), V.double(), backend="reference")
     assert (asked.backend, asked.formula) == ("reference", "exact: torch.sigmoid in float64")
     assert asked.reasons == {
+        "hopper": "the device must be of compute capability 9.0, got cpu",
         "triton": "dtype must be float16, bfloat16 or float32, got float64",
         "blocked": "backend='reference' was asked for",
     }
@@ -116,9 +118,12 @@ def test_explain_names_the_choice_and_the_reasons() -> None:
 def test_a_named_backend_that_cannot_says_why(monkeypatch) -> None:
     from flashsigmoid.backends import blocked
 
-    monkeypatch.setattr(blocked, "unsupported", lambda problem: f"needs head_dim 64, got head_dim={problem.head_dim}")
+    monkeypatch.setattr(
+        blocked, "unsupported", lambda problem, direction: f"needs head_dim 64, got head_dim={problem.head_dim}"
+    )
     message = "blocked: needs head_dim 64, got head_dim=8"
-    for backend, reason in (("blocked", message), ("auto", f"triton: device must be a GPU, got cpu; {message}")):
+    others = "hopper: the device must be of compute capability 9.0, got cpu; triton: device must be a GPU, got cpu"
+    for backend, reason in (("blocked", message), ("auto", f"{others}; {message}")):
         with pytest.raises(BackendUnsupported, match=reason):
             sigmoid_attention(Q, K, V, backend=backend)
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass
-from typing import Protocol, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from .gpu import are_aligned
 from .problem import BackendUnsupported as BackendUnsupported
 from .problem import Problem as Problem
 
 # fastest first: "auto" takes the first that supports the call. "reference" is never chosen, only asked for.
-AUTO = ("triton", "blocked")
+AUTO = ("hopper", "triton", "blocked")
 NAMES = (*AUTO, "reference")
 
 
@@ -23,9 +25,10 @@ class Backend(Protocol):
 
     NAME: str
     PACKED: bool  # forward and backward take cu_seqlens=(cu_seqlens_q, cu_seqlens_k) and packed rows
+    ALIGNED: bool  # takes only tensors as `gpu.are_aligned` has them
 
-    def unsupported(self, problem: Problem) -> str | None:
-        """None if this backend can compute the problem, else the reason why not."""
+    def unsupported(self, problem: Problem, direction: str = "forward") -> str | None:
+        """None if this backend can compute the problem in the direction, or "backward", else the reason why not."""
         ...
 
     def formula(self, problem: Problem) -> str:
@@ -70,8 +73,8 @@ def load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f".{name}", __package__))
 
 
-def select(problem: Problem, backend: str) -> Backend:
-    """The module that will compute the problem.
+def select(problem: Problem, backend: str, direction: str = "forward", tensors: Sequence[Tensor] = ()) -> Backend:
+    """The module that will compute the problem in the direction, or "backward", of these tensors: q, k, v, dout.
 
     Raises:
         BackendUnsupported: an explicitly named backend cannot, with its reason.
@@ -79,14 +82,16 @@ def select(problem: Problem, backend: str) -> Backend:
     reasons = {}
     for name in AUTO if backend == "auto" else (backend,):
         module = load(name)
-        reason = _against(module, problem, backend)
+        reason = _against(module, problem, backend, direction, tensors)
         if reason is None:
             return module
         reasons[name] = reason
     raise BackendUnsupported("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
 
-def _against(module: Backend, problem: Problem, backend: str) -> str | None:
+def _against(
+    module: Backend, problem: Problem, backend: str, direction: str = "forward", tensors: Sequence[Tensor] = ()
+) -> str | None:
     """Why `select` does not take this backend, itself."""
     if backend == "auto" and module.NAME == "triton":
         if problem.device == "cpu":
@@ -94,7 +99,13 @@ def _against(module: Backend, problem: Problem, backend: str) -> str | None:
         largest = max(problem.head_dim, problem.head_dim_v)
         if problem.dtype == torch.float32 and largest > 64:
             return f"float32 spills registers beyond head_dim 64 and runs only when asked for, got {largest}"
-    return module.unsupported(problem)
+    reason = module.unsupported(problem, direction)
+    if reason is None and backend == "auto" and module.NAME == "hopper":
+        reason = cast(Any, module).slower(problem, direction)
+    if reason is None and module.ALIGNED and not are_aligned(*tensors):
+        strides = ", ".join(str(x.stride()) for x in tensors)
+        return f"rows must begin at multiples of 16 bytes and have dense channels, got strides {strides}"
+    return reason
 
 
 @dataclass(frozen=True)
@@ -105,24 +116,49 @@ class Explanation:
     formula: str
     reasons: dict[str, str]
     problem: Problem
+    backward: str = ""  # who computes the backward; empty: nobody can, and `reasons` of the direction say why
+    backward_reasons: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}", f"formula: {self.formula}"]
         lines += [f"not {name}: {reason}" for name, reason in self.reasons.items()]
+        if self.backward != self.backend:
+            lines.append(f"backward: {self.backward or 'none'}")
+            lines += [f"not {name}: {reason}" for name, reason in self.backward_reasons.items()]
         return "\n".join(lines)
 
 
-def explain(problem: Problem, backend: str = "auto") -> Explanation:
-    """The choice `select` makes for the problem, and the reasons against the others."""
-    chosen = select(problem, backend)
+def explain(problem: Problem, backend: str = "auto", tensors: Sequence[Tensor] = ()) -> Explanation:
+    """The choice `select` makes for the problem and q, k, v, and the reasons against the others."""
+    chosen = select(problem, backend, "forward", tensors)
+    try:
+        backward = select(problem, backend, "backward", tensors)
+    except BackendUnsupported:
+        backward = None
+    return Explanation(
+        chosen.NAME,
+        chosen.formula(problem),
+        _reasons(chosen, problem, backend, "forward", tensors),
+        problem,
+        "" if backward is None else backward.NAME,
+        _reasons(backward, problem, backend, "backward", tensors),
+    )
+
+
+def _reasons(
+    chosen: Backend | None, problem: Problem, backend: str, direction: str, tensors: Sequence[Tensor]
+) -> dict[str, str]:
     reasons = {}
     for name in NAMES:
-        if name == chosen.NAME:
+        if chosen is not None and name == chosen.NAME:
             continue
-        reason = _against(load(name), problem, backend)
+        reason = _against(load(name), problem, backend, direction, tensors)
         if reason is None and backend != "auto":
             reason = f"backend={backend!r} was asked for"
         elif reason is None and name == "reference":
             reason = "O(seqlen_q * seqlen_k) memory: it runs only when asked for, backend='reference'"
-        reasons[name] = reason or f"{chosen.NAME} comes first"
-    return Explanation(chosen.NAME, chosen.formula(problem), reasons, problem)
+        elif reason is None:
+            assert chosen is not None
+            reason = f"{chosen.NAME} comes first"
+        reasons[name] = reason
+    return reasons

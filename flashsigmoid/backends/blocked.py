@@ -19,11 +19,12 @@ from .problem import Problem, bias_rows
 
 NAME = "blocked"
 PACKED = False
+ALIGNED = False
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 
 
-def unsupported(problem: Problem) -> str | None:
+def unsupported(problem: Problem, direction: str = "forward") -> str | None:
     """Every call, on every device."""
     return None
 

@@ -71,7 +71,7 @@ def _compute_fwd(problem: Problem, backend: str, q, k, v, bias, slopes, seed, cu
     if problem.is_empty:
         return q.new_zeros(*q.shape[:-1], problem.head_dim_v)
     with full_precision(problem.device):
-        module = select(problem, backend)
+        module = select(problem, backend, "forward", (q, k, v))
         if cu_q is None:
             return module.forward(problem, q, k, v, bias, slopes, seed)
         return packed.forward(module, problem, q, k, v, bias, slopes, seed, (cu_q, cu_k))
@@ -84,7 +84,7 @@ def _compute_bwd(
         grads = _fake_bwd(dout, q, k, v, bias, slopes)
         return tuple(x.zero_() for x in grads)  # pyright: ignore[reportReturnType]
     with full_precision(problem.device):
-        module = select(problem, backend)
+        module = select(problem, backend, "backward", (q, k, v, dout))
         if cu_q is None:
             grads = module.backward(problem, dout, q, k, v, bias, slopes, seed)
         else:

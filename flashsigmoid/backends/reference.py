@@ -13,9 +13,10 @@ from .problem import Problem, bias_rows, make_problem
 
 NAME = "reference"
 PACKED = False
+ALIGNED = False
 
 
-def unsupported(problem: Problem) -> str | None:
+def unsupported(problem: Problem, direction: str = "forward") -> str | None:
     """The specification covers every call."""
     return None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import AUTO, NAMES, load
+from . import NAMES, load
 from .problem import Problem
 
 _MARKED = re.compile(r"(<!-- support -->\n).*?(^<!-- end -->$)", flags=re.DOTALL | re.MULTILINE)
@@ -60,18 +60,18 @@ def table() -> str:
     notes: list[str] = []
 
     def cell(name: str, problem: Problem) -> str:
-        reason = load(name).unsupported(problem)
+        reasons = [load(name).unsupported(problem, direction) for direction in ("forward", "backward")]
+        reason = next(filter(None, reasons), None)
         if reason is None:
             one_by_one = problem.is_packed and not load(name).PACKED
             return "one by one" if one_by_one else "yes"
         if reason not in notes:
             notes.append(reason)
-        return f"no [{notes.index(reason) + 1}]"
+        return f"{'no' if reasons[0] else 'forward'} [{notes.index(reason) + 1}]"
 
-    names = [name for name in NAMES if name in AUTO or name == "reference"]
-    lines = ["| 16-bit on compute capability 9.0, and | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = ["| 16-bit on compute capability 9.0, and | " + " | ".join(NAMES) + " |", "|---" * (len(NAMES) + 1) + "|"]
     lines += [
-        f"| {row} | " + " | ".join(cell(name, problem) for name in names) + " |" for row, problem in _ROWS.items()
+        f"| {row} | " + " | ".join(cell(name, problem) for name in NAMES) + " |" for row, problem in _ROWS.items()
     ]
     return "\n".join([*lines, "", *(f"[{i}] {note}  " for i, note in enumerate(notes, 1))])
 

@@ -37,8 +37,10 @@ class Ours(Candidate):
         q = one.expand(shape.batch, shape.seqlen_q, shape.nheads, shape.head_dim)
         k = one.expand(shape.batch, shape.seqlen_k, shape.nheads_k, shape.head_dim)
         slopes = one.float().expand(shape.nheads) if shape.alibi else None
+        options: dict[str, Any] = self._options(shape, slopes) | {"backend": "reference"}
+        told = functional.explain(q, k, k, **options)
         try:
-            functional.explain(q, k, k, **self._options(shape, slopes))
+            backends.select(told.problem, self.name)
         except BackendUnsupported as error:
             return str(error).removeprefix(f"{self.name}: ")
         return None

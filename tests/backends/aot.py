@@ -25,6 +25,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+import flashsigmoid.backends.hopper as hopper_backend
 from flashsigmoid.backends.hopper import launch as hopper
 from flashsigmoid.backends.problem import make_problem
 from flashsigmoid.backends.triton import launch
@@ -186,12 +187,13 @@ class Compiler:
         )  # fmt: skip
         problem = replace(problem, arch=self.arch, device="cuda")
         if call.backend == "hopper":
-            reason = hopper.unsupported(problem)
+            reason = hopper_backend.unsupported(problem)
             assert reason is None, reason
             tile = call.tile and hopper.Tile(*call.tile)
-            hopper.forward(problem, q, k, v, bias, slopes, tile)
-            if hopper.unsupported_backward(problem) is None:
-                hopper.backward(problem, dout, q, k, v, tile) if call.kernel != "fwd" else None
+            if call.kernel != "bwd":
+                hopper.forward(problem, q, k, v, bias, slopes, tile)
+            if call.kernel != "fwd" and hopper_backend.unsupported(problem, "backward") is None:
+                hopper.backward(problem, dout, q, k, v, tile)
             return self.launched
         launch.forward(problem, q, k, v, bias, slopes, seed, cu_seqlens)
         launch.backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)

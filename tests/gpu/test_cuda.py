@@ -35,7 +35,8 @@ def test_inside_the_budget(dtype, causal, dropout_p, seqlen_q, seqlen_k, head_di
         oracle(*tensors, **options),
         witness(*tensors, draws=8 if dtype == torch.float32 else 32, **options),
     )
-    for backend in NAMES if dtype != torch.float64 else ("blocked", "reference"):
+    names = [name for name in NAMES if name != "hopper"]  # test_hopper.py
+    for backend in names if dtype != torch.float64 else ("blocked", "reference"):
         for name, result in compute(*tensors, backend=backend, **options).items():
             assert_within_budget(f"{backend} {name}", result, expected[name], seen[name])
 

@@ -1,22 +1,34 @@
-"""The Hopper kernels on a Hopper GPU, called directly: no backend selects them yet."""
+"""The Hopper kernels on a Hopper GPU: every size, not only those for which "auto" takes them."""
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from backends.test_planted_faults import FAULTS, SEQLEN, WINDOW, assert_every_fault_is_caught, show
+from torch import Tensor
 
-from flashsigmoid.backends.problem import make_problem
-from flashsigmoid.testing import assert_within_budget, make_qkv, oracle, witness
+from flashsigmoid import explain, sigmoid_attention
+from flashsigmoid.backends import BackendUnsupported, Problem
+from flashsigmoid.backends import hopper as backend
+from flashsigmoid.functional import sigmoid_attention_shard
+from flashsigmoid.testing import Options, assert_within_budget, errors_over_budget, make_qkv, oracle, witness
 
 DEVICE = "cuda"
+HALF = (torch.float16, torch.bfloat16)
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
 )
-SIZES = [(1, 1), (64, 64), (100, 333), (257, 257), (1000, 64), (640, 1024)]
+# (batch, seqlen_q, seqlen_k, nheads, nheads_k); the last has more blocks than there are multiprocessors
+SHAPES = [
+    (2, 1, 1, 2, 2), (2, 64, 64, 4, 2), (1, 100, 333, 4, 1), (2, 257, 257, 2, 2), (1, 1000, 64, 4, 2),
+    (2, 640, 1024, 4, 2), (7, 700, 300, 12, 4),
+]  # fmt: skip
+# a tuple is the shape of a tensor, "rows" the number of queries
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
@@ -24,55 +36,146 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "causal window": {"causal": True, "window_size": (70, None)},
     "offset": {"causal": True, "q_offset": -40},
     "slopes": {"causal": True, "alibi_slopes": (4,)},
-    "rows": {"sigmoid_bias": (2, 4, "rows"), "causal": True},
+    "rows": {"sigmoid_bias": ("rows",), "causal": True, "alibi_slopes": (4,), "window_size": (200, None)},
     "heads": {"sigmoid_bias": (4,)},
     "b = 0": {"sigmoid_bias": 0.0},
-    "wide": {"sigmoid_bias": -5.0},
+    "exact": {"sigmoid": "exact"},
+    "fast": {"sigmoid": "fast", "sigmoid_bias": -5.0},
 }
 
 
-def compute(q, k, v, dout, options: dict[str, Any], sigmoid: str) -> dict[str, torch.Tensor]:
-    """out, and dq, dk, dv where there is a backward."""
-    from flashsigmoid.backends.hopper import launch
+def scaled_bias(problem: Problem, call: Callable, *tensors: Tensor | None):
+    return call(replace(problem, sigmoid_bias=1.02 * (problem.sigmoid_bias or 0.0)), *tensors)
 
-    b = options.get("sigmoid_bias", -math.log(k.shape[1]))
-    bias = b if isinstance(b, torch.Tensor) else None
-    left, right = options.get("window_size", (None, None))
-    slopes = options.get("alibi_slopes")
-    problem = make_problem(
-        q, k, v, bias=bias, slopes=slopes, sigmoid_bias=None if bias is not None else b, scale=None,
-        causal=options.get("causal", False), window_left=left, window_right=right, q_offset=options.get("q_offset"),
-        dropout_p=0.0, origin=(0, 0, 0, 0), sigmoid=sigmoid,
-    )  # fmt: skip
-    assert launch.unsupported(problem) is None
-    results = {"out": launch.forward(problem, q, k, v, bias, slopes)}
-    if launch.unsupported_backward(problem) is None:
-        results |= zip(("dq", "dk", "dv"), launch.backward(problem, dout, q, k, v), strict=True)
+
+def compute(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Any) -> dict[str, Tensor]:
+    """out, and dq, dk, dv where there is a backward."""
+    has_tensors = any(isinstance(x, Tensor) for x in options.values())
+    has_backward = q.shape[-1] in backend.HEAD_DIMS["backward"] and not has_tensors
+    leaves = [x.detach().requires_grad_(has_backward) for x in (q, k, v)]
+    attend = sigmoid_attention_shard if "q_offset" in options else sigmoid_attention
+    out = attend(*leaves, **options, backend="hopper")
+    results = {"out": out.detach()}
+    if out.requires_grad:
+        results |= zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True)
     return results
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def tensors_of(options: dict[str, Any], batch: int, rows: int, nheads: int) -> dict[str, Any]:
+    """Options with their tensors made."""
+    made = dict(options)
+    if isinstance(made.get("alibi_slopes"), tuple):
+        made["alibi_slopes"] = torch.rand(nheads, device=DEVICE) * 0.1
+    if isinstance(made.get("sigmoid_bias"), tuple):
+        shape = (batch, nheads, rows) if made["sigmoid_bias"] == ("rows",) else (nheads,)
+        made["sigmoid_bias"] = torch.randn(shape, device=DEVICE) - 5.0
+    return made
+
+
+@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_forward_and_backward(name, head_dim, dtype) -> None:
-    """Every size and formula of a class of options; GQA of two."""
-    for (seqlen_q, seqlen_k), sigmoid in itertools.product(SIZES, ("auto", "exact", "fast")):
-        q, k, v, dout = make_qkv(2, seqlen_q, seqlen_k, 4, 2, head_dim, dtype=dtype, device=DEVICE)
-        options = dict(OPTIONS[name])
-        for key, spread in (("alibi_slopes", torch.rand), ("sigmoid_bias", torch.randn)):
-            if isinstance(options.get(key), tuple):
-                shape = [seqlen_q if n == "rows" else n for n in options[key]]
-                options[key] = spread(*shape, device=DEVICE) - (5.0 if key == "sigmoid_bias" else 0.0)
-        options.setdefault("sigmoid_bias", -math.log(seqlen_k))
-        expected, seen = oracle(q, k, v, dout, **options), witness(q, k, v, dout, draws=8, **options)
-        for tensor, result in compute(q, k, v, dout, options, sigmoid).items():
-            what = f"{tensor} of {name}, {seqlen_q} x {seqlen_k}, {sigmoid}"
+def test_inside_the_budget(name, head_dim, dtype) -> None:
+    for batch, seqlen_q, seqlen_k, nheads, nheads_k in SHAPES:
+        if name == "fast" and seqlen_q == 1:
+            continue  # tanh is accurate where some weights are large
+        tensors = make_qkv(batch, seqlen_q, seqlen_k, nheads, nheads_k, head_dim, dtype=dtype, device=DEVICE)
+        options = {"sigmoid_bias": -math.log(seqlen_k)} | tensors_of(OPTIONS[name], batch, seqlen_q, nheads)
+        draws = 32 if seqlen_k == 1 else 16 if min(seqlen_q, seqlen_k) < 128 or "alibi_slopes" in options else 8
+        plain = {key: x for key, x in options.items() if key != "sigmoid"}
+        expected, seen = oracle(*tensors, **plain), witness(*tensors, draws=draws, **plain)
+        for tensor, result in compute(*tensors, **options).items():
+            what = f"{tensor} of {name}, {batch} x {seqlen_q} x {seqlen_k}"
             assert_within_budget(what, result, expected[tensor], seen[tensor])
 
 
-def test_long_rows() -> None:
-    q, k, v, dout = make_qkv(1, 300, 40_000, 2, 1, 128, dtype=torch.bfloat16, device=DEVICE)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_rows(head_dim) -> None:
+    tensors = make_qkv(1, 300, 40_000, 2, 1, head_dim, dtype=torch.bfloat16, device=DEVICE)
     options = {"sigmoid_bias": -math.log(40_000), "causal": True}
-    expected, seen = oracle(q, k, v, dout, **options), witness(q, k, v, dout, **options)
-    for tensor, result in compute(q, k, v, dout, options, "auto").items():
-        assert_within_budget(tensor, result, expected[tensor], seen[tensor])
+    expected, seen = oracle(*tensors, **options), witness(*tensors, **options)
+    for name, result in compute(*tensors, **options).items():
+        assert_within_budget(name, result, expected[name], seen[name])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_planted_fault_is_caught_in_every_tensor(head_dim, dtype, monkeypatch, record_property) -> None:
+    tensors = make_qkv(1, SEQLEN, SEQLEN, 1, 1, head_dim, dtype=dtype, device=DEVICE)
+    rows: dict[str, dict[str, float]] = {}
+    for causal in (False, True):
+        options = Options(causal=causal, window_size=(WINDOW if causal else None, None), sigmoid_bias=-math.log(SEQLEN))
+        expected, seen = oracle(*tensors, **options), witness(*tensors, draws=2, **options)
+
+        def over_budget(options=options, expected=expected, seen=seen) -> dict[str, float]:
+            actual = compute(*tensors, **options)
+            return {name: max(errors_over_budget(x, expected[name], seen[name])) for name, x in actual.items()}
+
+        rows["none, masked" if causal else "none"] = over_budget()
+        for name, fault in FAULTS.items():
+            if causal != (name == "mask off by one"):
+                continue
+            if name == "bias off by 2 %":  # of a number here
+                fault = scaled_bias
+            with monkeypatch.context() as patch:
+                for method in ("forward", "backward"):
+                    call = getattr(backend, method)
+                    planted = lambda problem, *args, fault=fault, call=call: fault(problem, call, *args)  # noqa: E731
+                    patch.setattr(backend, method, planted)
+                rows[name] = over_budget()
+    show("hopper", dtype, rows)
+    for fault, row in rows.items():
+        for tensor, value in row.items():
+            tags = {"backend": "hopper", "fault": fault, "tensor": tensor, "head_dim": head_dim}
+            tags["dtype"] = str(dtype).removeprefix("torch.")
+            record_property("error_over_budget", {"value": value, **tags})
+    assert_every_fault_is_caught(rows)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_not_a_number_is_seen_by_those_who_see_it(value) -> None:
+    q, k, v, _ = make_qkv(1, 600, 600, 2, 2, 64, dtype=torch.bfloat16, device=DEVICE)
+    clean = sigmoid_attention(q, k, v, causal=True, backend="hopper")
+    v[0, 300, 0, 5] = value
+    out = sigmoid_attention(q, k, v, causal=True, backend="hopper")
+    assert torch.equal(out[:, :256], clean[:, :256])
+    assert not out[0, 300:, 0, 5].isfinite().any()
+
+
+def test_replays_in_a_graph() -> None:
+    q, k, v, dout = make_qkv(2, 700, 700, 8, 4, 128, dtype=torch.bfloat16, device=DEVICE)
+    compute(q, k, v, dout)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = compute(q, k, v, dout)
+    for x in (q, k, v, dout):
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    for name, result in compute(q, k, v, dout).items():
+        if name == "dq":  # added in no order
+            torch.testing.assert_close(results[name], result)
+        else:
+            assert torch.equal(results[name], result), name
+
+
+def test_auto_takes_it_where_it_is_faster_and_says_why_not_elsewhere() -> None:
+    one = torch.empty(2, 8192, 16, 128, dtype=torch.bfloat16, device=DEVICE)
+    chosen = explain(one, one, one)
+    assert (chosen.backend, chosen.backward) == ("hopper", "hopper")
+    assert explain(one[:, :100], one[:, :100], one[:, :100]).backend == "triton"
+    with_slopes = explain(one, one, one, alibi_slopes=torch.ones(16, device=DEVICE))
+    assert (with_slopes.backend, with_slopes.backward) == ("hopper", "triton")
+    assert "there must be no alibi_slopes" in str(with_slopes)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert explain(one, one, one).backward == "triton"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_rows_that_the_hardware_cannot_load() -> None:
+    wide = torch.randn(1, 200, 2, 65, dtype=torch.bfloat16, device=DEVICE)
+    q = wide[..., 1:]
+    with pytest.raises(BackendUnsupported, match="hopper: rows must begin at multiples of 16 bytes"):
+        sigmoid_attention(q, q, q, backend="hopper")
+    assert explain(q, q, q).backend == "triton"

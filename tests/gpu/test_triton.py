@@ -906,7 +906,7 @@ def test_two_gpus_in_one_process() -> None:
 def test_explain_names_triton_and_the_formula(dtype, options, formula) -> None:
     q, k, v, _ = make_qkv(1, 5, 1024, 2, 1, 64, dtype=dtype, device=DEVICE)
     chosen = explain(q, k, v, **options)
-    assert (chosen.backend, set(chosen.reasons)) == ("triton", {"blocked", "reference"})
+    assert (chosen.backend, set(chosen.reasons)) == ("triton", {"hopper", "blocked", "reference"})
     assert chosen.formula.startswith(formula)
     assert str(chosen).startswith(f"backend: triton\nformula: {formula}")
 

@@ -1,4 +1,93 @@
-"""Kernels for Hopper (sm_90) in Gluon, which comes with Triton 3.6 and later.
+"""Kernels for Hopper (sm_90) in Gluon, which comes with Triton 3.6 and later: fwd.py and bwd.py.
 
-Under construction: the kernels compile and have not run on a GPU, so nothing selects this backend yet.
+Nothing here imports triton: the kernels are loaded at the first call that takes them.
 """
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ..formula import in_words
+from ..gpu import LONG
+from ..problem import Problem
+from .tiles import HEAD_DIMS
+from .tiles import slower as slower
+
+NAME = "hopper"
+PACKED = False
+ALIGNED = True  # the tensor memory accelerator loads rows
+
+
+def unsupported(problem: Problem, direction: str = "forward") -> str | None:
+    """None where these kernels can compute the problem, else the reason."""
+    if problem.arch != "sm_90":
+        return f"the device must be of compute capability 9.0, got {problem.arch or problem.device}"
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype must be float16 or bfloat16, got {str(problem.dtype).removeprefix('torch.')}"
+    dims = HEAD_DIMS[direction]
+    if problem.head_dim not in dims or problem.head_dim_v != problem.head_dim:
+        one_of = ", ".join(map(str, dims))
+        return f"head_dim and head_dim_v must be the same of {one_of}, got {problem.head_dim} and {problem.head_dim_v}"
+    if problem.dropout_p > 0:
+        return f"dropout_p must be 0, got {problem.dropout_p}"
+    if problem.is_packed:
+        return "sequences must not be packed"
+    largest = LONG[problem.dtype]
+    longest = problem.seqlen_k if direction == "forward" else problem.seqlen_q * problem.group
+    if longest > largest:
+        return f"a float32 sum of products must have at most {largest} terms, got {longest}"
+    if direction == "backward":
+        # who adds dQ in no order has no row to sum dS over
+        if problem.bias_shape is not None or problem.slopes_shape is not None:
+            return "sigmoid_bias must be a number, and there must be no alibi_slopes"
+        if torch.are_deterministic_algorithms_enabled():
+            return "torch.use_deterministic_algorithms must be off: dQ is added in no order"
+    return None if _has_gluon() else "the package triton has no gluon"
+
+
+def formula(problem: Problem) -> str:
+    """How the sigmoid is evaluated, in words."""
+    return in_words(problem)
+
+
+def forward(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+) -> Tensor:
+    """O = sigmoid(scale Q K^T + b - slope |p - j|) V, one kernel."""
+    from .launch import forward
+
+    return forward(problem, q, k, v, bias, slopes)
+
+
+def backward(
+    problem: Problem,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dQ, dK, dV, in one kernel and one that rounds dQ."""
+    from .launch import backward
+
+    return *backward(problem, dout, q, k, v), None, None
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    try:
+        return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
+    except ModuleNotFoundError:  # one of the packages above it
+        return False

@@ -62,7 +62,7 @@ def _produce(
     STAGES: gl.constexpr, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: K and V once, then Q and dO of every block of rows, each behind its own barrier."""
-    qs, ks, vs, douts, _, _, kv_full, q_full, dout_full, empty, _, _ = memory
+    qs, ks, vs, douts, _, _, kv_full, q_full, dout_full, empty, _, _, _, _ = memory
     block, head_k, batch = _locate(sizes)
     n = block * 128
     lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
@@ -87,7 +87,7 @@ def _reduce(
     DIM: gl.constexpr, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp adds the two 64 x 64 parts of every block of dQ to memory, in float32."""
-    _, _, _, _, _, dqs, _, _, _, _, dq_full, dq_empty = memory
+    _, _, _, _, _, dqs, _, _, _, _, dq_full, dq_empty, _, _ = memory
     block, head_k, batch = _locate(sizes)
     lo, hi = _row_blocks(block * 128, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
     group = sizes[3]
@@ -111,17 +111,33 @@ def _meet(x):
 
 
 @gluon.jit
+def _dq(ds_block, keys, zero, WARPGROUP: gl.constexpr, DIM: gl.constexpr):
+    """dS K of all 128 keys, in flight: this warpgroup's 64 rows, or its 64 channels of 64 rows."""
+    if DIM == 64:
+        mine = ds_block.slice(64 * WARPGROUP, 64, dim=1).permute((1, 0))
+        part = warpgroup_mma(mine, keys, zero, use_acc=False, is_async=True)
+    else:
+        mine = keys.slice(64 * WARPGROUP, 64, dim=1)
+        part = warpgroup_mma(ds_block.permute((1, 0)), mine, zero, use_acc=False, is_async=True)
+    return part
+
+
+@gluon.jit
 def _consume(
     dk, dv, memory, sizes, band, c, b, scale,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, FORMULA: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """64 keys: dV += A^T dO, dK += dS^T Q, dQ = dS K, with dS = (dO V^T) * A * (1 - A); scores are transposed."""
+    """64 keys: dV += A^T dO, dK += dS^T Q, dQ = dS K, with dS = (dO V^T) * A * (1 - A); scores are transposed.
+
+    dQ needs the dS of both warpgroups, and is a block late: so the two need not keep step, and one multiplies while the
+    other takes sigmoids.
+    """
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    qs, ks, vs, douts, dss, dqs, kv_full, q_full, dout_full, empty, dq_full, dq_empty = memory
+    qs, ks, vs, douts, dss, dqs, kv_full, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty = memory
     block, head_k, batch = _locate(sizes)
     n = block * 128
     lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
@@ -162,31 +178,38 @@ def _consume(
             a_block = gl.convert_layout(a.to(qs.dtype), OPERAND)
             ds = ((a - a * a) * da).to(qs.dtype)
             dv_acc = warpgroup_mma(a_block, dout_block, dv_acc, is_async=True)
-            ds_block = dss.index(it & 1)
-            ds_block.slice(64 * WARPGROUP, 64, dim=0).store(ds)
+            mbarrier.wait(ds_empty.index(it & 1), ((it // 2) & 1) ^ 1)
+            dss.index(it & 1).slice(64 * WARPGROUP, 64, dim=0).store(ds)
             fence_async_shared()
+            mbarrier.arrive(ds_full.index(it & 1), count=1)
             dk_acc = warpgroup_mma(gl.convert_layout(ds, OPERAND), q_block, dk_acc, is_async=True)
+            dv_acc = warpgroup_mma_wait(1, deps=[dv_acc])
+            # dQ of the block before: the other warpgroup has stored its dS by now
+            if it > 0:
+                mbarrier.wait(ds_full.index((it - 1) & 1), ((it - 1) // 2) & 1)
+            part = _dq(dss.index((it - 1) & 1), keys, zero_part, WARPGROUP, DIM)
             # S of the next block; the last trip repeats its own and drops it
             after = gl.minimum(it + 1, count - 1)
             next_stage = after & (STAGES - 1)
             mbarrier.wait(q_full.index(next_stage), (after // STAGES) & 1)
             next_q = qs.index(next_stage).reshape([BLOCK_M, DIM]).permute((1, 0))
             s = warpgroup_mma(k_block, next_q, zero, use_acc=False, is_async=True)
-            _meet(it)
-            dv_acc, dk_acc = warpgroup_mma_wait(1, deps=[dv_acc, dk_acc])
+            part, dk_acc = warpgroup_mma_wait(1, deps=[part, dk_acc])
             mbarrier.arrive(empty.index(stage), count=1)
-            if DIM == 64:
-                mine = ds_block.slice(64 * WARPGROUP, 64, dim=1).permute((1, 0))
-                part = warpgroup_mma(mine, keys, zero_part, use_acc=False, is_async=True)
-            else:
-                mine = keys.slice(64 * WARPGROUP, 64, dim=1)
-                part = warpgroup_mma(ds_block.permute((1, 0)), mine, zero_part, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(1, deps=[s])
-            part = warpgroup_mma_wait(0, deps=[part])
-            mbarrier.wait(dq_empty, (it & 1) ^ 1)
-            dqs.index(WARPGROUP).reshape([64, 64]).store(part)
-            fence_async_shared()
-            mbarrier.arrive(dq_full, count=1)
+            if it > 0:
+                mbarrier.arrive(ds_empty.index((it - 1) & 1), count=1)
+                mbarrier.wait(dq_empty, it & 1)
+                dqs.index(WARPGROUP).reshape([64, 64]).store(part)
+                fence_async_shared()
+                mbarrier.arrive(dq_full, count=1)
+            s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.wait(ds_full.index((count - 1) & 1), ((count - 1) // 2) & 1)
+        part = _dq(dss.index((count - 1) & 1), keys, zero_part, WARPGROUP, DIM)
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.wait(dq_empty, count & 1)
+        dqs.index(WARPGROUP).reshape([64, 64]).store(part)
+        fence_async_shared()
+        mbarrier.arrive(dq_full, count=1)
     # both are past their reads of K and V, whose memory takes the results
     _meet(count)
     k_block.store((dk_acc * scale).to(qs.dtype))
@@ -224,6 +247,11 @@ def _bwd_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dq_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     dq_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(ds_full.index(i), count=2)
+        mbarrier.init(ds_empty.index(i), count=2)
     mbarrier.init(kv_full, count=1)
     mbarrier.init(dq_full, count=2)
     mbarrier.init(dq_empty, count=1)
@@ -232,7 +260,7 @@ def _bwd_kernel(
         mbarrier.init(dout_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    memory = (qs, ks, vs, douts, dss, dqs, kv_full, q_full, dout_full, empty, dq_full, dq_empty)
+    memory = (qs, ks, vs, douts, dss, dqs, kv_full, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty)
     gl.warp_specialize([
         (_consume, (
             dk, dv, memory, sizes, band, c, b, scale, 0, STAGES, DIM, BLOCK_M, FORMULA, HAS_LEFT, HAS_RIGHT,

@@ -28,7 +28,7 @@ def _produce(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: Q of all warpgroups, then K and V, the last block first, each pair behind one barrier, or two."""
-    qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty = memory
+    qs, ks, vs, _, q_full, q_empty, full, empty, v_full, k_empty = memory
     rows = sizes[4]
     it = 0
     for turn in range(gl.cdiv(sizes[6], gl.num_programs(0))):
@@ -83,7 +83,8 @@ def _consume(
     out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale,
     WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, FORMULA: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, 64 rows a turn."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -166,7 +167,8 @@ def _fwd_kernel(
     q, k, v, out, bias, slopes, bias_strides, slopes_strides, sizes, band, c, b, out_scale,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, FORMULA: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """64 * WARPGROUPS rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
 

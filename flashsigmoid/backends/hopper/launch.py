@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,63 +13,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..formula import Formula, choose_formula, make_formula
-from ..gpu import LONG, are_aligned, bias_strides, on_device, slopes_strides
+from ..gpu import are_aligned, bias_strides, on_device, slopes_strides
 from ..problem import Problem
 from . import bwd, fwd
+from .tiles import Tile, choose_tile
 
 _fwd_kernel: Any = fwd._fwd_kernel
 _bwd_kernel: Any = bwd._bwd_kernel
 
 _UNLIMITED = 2**30  # a window this wide sees every key
 _L2_BYTES = 32 * 2**20  # of K and V that stay in the cache while programs of a few heads run
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One program: `warpgroups` of 64 query rows, or of 64 keys in the backward, `block` keys, or rows, a step."""
-
-    warpgroups: int
-    block: int
-    stages: int  # of a ring, a power of two
-    registers: int  # of a thread that multiplies
-    is_split: bool = False  # K and V of the forward each behind their own barriers
-    own_out: bool = False  # memory of its own for out, so that the next Q comes early
-    is_persistent: bool = False  # a program for every multiprocessor, and not for every block
-
-
-# the schedules of probes on an H200; these kernels are not measured yet
-_FWD = {64: Tile(4, 64, 4, 112), 128: Tile(3, 64, 4, 160), 256: Tile(2, 64, 2, 240)}
-_BWD = {64: Tile(2, 128, 2, 240), 128: Tile(2, 64, 2, 240)}
-
-
-def unsupported(problem: Problem) -> str | None:
-    """None where these kernels can compute the problem, else the reason."""
-    if importlib.util.find_spec("triton.experimental.gluon") is None:
-        return "the package triton has no gluon"
-    if problem.arch != "sm_90":
-        return f"the device must be of compute capability 9.0, got {problem.arch or problem.device}"
-    if problem.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype must be float16 or bfloat16, got {problem.dtype}"
-    if problem.head_dim not in _FWD or problem.head_dim_v != problem.head_dim:
-        return f"head_dim and that of v must be the same of 64, 128, 256, got {problem.head_dim}, {problem.head_dim_v}"
-    if problem.dropout_p > 0:
-        return f"dropout_p must be 0, got {problem.dropout_p}"
-    if problem.is_packed:
-        return "sequences must not be packed"
-    if problem.seqlen_k > LONG[problem.dtype]:
-        return f"a sum of {problem.dtype} must have at most {LONG[problem.dtype]} keys, got {problem.seqlen_k}"
-    return None
-
-
-def unsupported_backward(problem: Problem) -> str | None:
-    """None where the backward kernel can compute the problem, else the reason: who adds in no order sums no rows."""
-    if problem.head_dim not in _BWD:
-        return f"head_dim must be 64 or 128, got {problem.head_dim}"
-    if problem.bias_shape is not None or problem.slopes_shape is not None:
-        return "sigmoid_bias must be a number, and there must be no alibi_slopes"
-    if torch.are_deterministic_algorithms_enabled():
-        return "torch.use_deterministic_algorithms must be off"
-    return unsupported(problem)
 
 
 def forward(
@@ -84,7 +36,7 @@ def forward(
 ) -> Tensor:
     """out, contiguous (batch, seqlen_q, nheads, head_dim); q, k and v must be as `are_aligned` has them."""
     assert are_aligned(q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
-    plan = _plan(problem, tile or _FWD[problem.head_dim])
+    plan = _plan(problem, tile or choose_tile(problem, "forward"), _multiprocessors(q))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     with on_device(q):
         n = plan.tile.block
@@ -101,7 +53,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous; all tensors must be as `are_aligned` has them."""
     assert are_aligned(dout, q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
-    plan = _plan(problem, tile or _BWD[problem.head_dim], is_backward=True)
+    plan = _plan(problem, tile or choose_tile(problem, "backward"), is_backward=True)
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     with on_device(q):
@@ -124,7 +76,7 @@ class _Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, tile: Tile, is_backward: bool = False) -> _Plan:
+def _plan(problem: Problem, tile: Tile, multiprocessors: int = 0, is_backward: bool = False) -> _Plan:
     kernel = "dkdv" if is_backward else "fwd"
     formula = make_formula(
         choose_formula(problem, kernel),
@@ -169,7 +121,7 @@ def _plan(problem: Problem, tile: Tile, is_backward: bool = False) -> _Plan:
     return _Plan(
         tile=tile,
         formula=formula,
-        grid=(min(blocks * heads, 132) if tile.is_persistent else blocks * heads,),
+        grid=(min(blocks * heads, multiprocessors) if tile.is_persistent else blocks * heads,),
         sizes=(blocks, together, problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k, blocks * heads),
         band=(problem.q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(
@@ -179,6 +131,16 @@ def _plan(problem: Problem, tile: Tile, is_backward: bool = False) -> _Plan:
         ),
         constants=constants,
     )
+
+
+def _multiprocessors(x: Tensor) -> int:
+    """Of the GPU where x is; compiling for one that is not there, an H100's."""
+    return _count(x.device.index) if x.is_cuda and torch.cuda.is_available() else 132
+
+
+@functools.cache
+def _count(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def _descriptor(x: Tensor, rows: int, dim: int | None = None) -> TensorDescriptor:

@@ -12,16 +12,18 @@ import os
 import torch
 from torch import Tensor
 
+from ..formula import in_words
 from ..problem import Problem
 
 NAME = "triton"
 PACKED = True  # takes cu_seqlens itself, without a host synchronisation
+ALIGNED = False
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST = 2**30  # positions are 32-bit integers
 
 
-def unsupported(problem: Problem) -> str | None:
+def unsupported(problem: Problem, direction: str = "forward") -> str | None:
     """None where the kernels can compute the problem, else the reason."""
     if problem.dtype not in _DTYPES:
         return f"dtype must be float16, bfloat16 or float32, got {str(problem.dtype).removeprefix('torch.')}"
@@ -45,15 +47,7 @@ def unsupported(problem: Problem) -> str | None:
 
 def formula(problem: Problem) -> str:
     """How the sigmoid is evaluated, in words."""
-    from ..formula import choose_formula
-
-    return {
-        "full": "exact: 1 / (1 + exp2(-y)) in float32",
-        "pair": "exact: two weights share one reciprocal, relative error 2e-6",
-        "narrow": "adaptive: e - e^2 where a warp's scores are all below -2.8 (relative error 1e-3), else exact",
-        "wide": "adaptive: a series where a warp's scores are all below -1.4 (relative error 4e-4), else exact",
-        "tanh": "fast: tanh.approx, relative error of a weight 1e-2 below 1e-4 and nothing below 2e-7",
-    }[choose_formula(problem, "fwd")]
+    return in_words(problem)
 
 
 def forward(
