@@ -80,7 +80,7 @@ def test_the_support_table_is_what_the_backends_say(monkeypatch: pytest.MonkeyPa
     page = (ROOT / "docs" / "backends.md").read_text()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert support.rewrite(page) == page
-    monkeypatch.setattr(triton, "unsupported", lambda problem: "it is broken")
+    monkeypatch.setattr(triton, "unsupported", lambda problem, direction: "it is broken")
     assert support.rewrite(page) != page
 
 

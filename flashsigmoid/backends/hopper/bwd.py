@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .partitions import load, sigmoid, store
+from .partitions import hand_out, load, locate, make_tickets, sigmoid, store, take
 
 NOT_SPECIALIZED = ["sizes", "band"]
 
@@ -29,16 +29,6 @@ def _add(descriptor, at, block, _semantic=None):
     """Add a block of shared memory to what a descriptor describes; Triton has a name for it from 3.9 on only."""
     at = _semantic._convert_to_ir_values(at, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, block.handle)
-
-
-@gluon.jit
-def _locate(sizes):
-    """(block of keys, key head, batch) of this program: of `together` heads the first blocks first."""
-    blocks, together, heads_k = sizes[0], sizes[1], sizes[2] // sizes[3]
-    pid = gl.program_id(0)
-    rest = pid % (together * blocks)
-    head = pid // (together * blocks) * together + rest % together
-    return rest // together, head % heads_k, head // heads_k
 
 
 @gluon.jit
@@ -58,50 +48,66 @@ def _row_blocks(n, sizes, band, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, H
 
 @gluon.jit
 def _produce(
-    dout, q, k, v, memory, sizes, band,
-    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    dout, q, k, v, counter, memory, tickets, sizes, band,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """One warp: K and V once, then Q and dO of every block of rows, each behind its own barrier."""
-    qs, ks, vs, douts, _, _, kv_full, q_full, dout_full, empty, _, _, _, _ = memory
-    block, head_k, batch = _locate(sizes)
-    n = block * 128
-    lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
-    mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
-    load(k, [batch, head_k, n, 0], kv_full, ks)
-    load(v, [batch, head_k, n, 0], kv_full, vs)
+    """One warp: K and V once a turn, then Q and dO of every block of rows, each behind its own barrier."""
+    qs, ks, vs, douts, _, _, kv_full, kv_empty, q_full, dout_full, empty, _, _, _, _, _ = memory
     group = sizes[3]
-    for it in range(group * (hi - lo)):
-        stage = it & (STAGES - 1)
-        head = head_k * group + it // (hi - lo)
-        m = (lo + it % (hi - lo)) * BLOCK_M
-        mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
-        mbarrier.expect(q_full.index(stage), q.block_type.nbytes)
-        load(q, [batch, head, m, 0], q_full.index(stage), qs.index(stage))
-        mbarrier.expect(dout_full.index(stage), dout.block_type.nbytes)
-        load(dout, [batch, head, m, 0], dout_full.index(stage), douts.index(stage))
+    at = gl.program_id(0)
+    turn = 0
+    it = 0
+    while at < sizes[6]:
+        rank, head_k, batch = locate(at, sizes, sizes[2] // group)
+        n = rank * 128
+        at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
+        lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+        mbarrier.wait(kv_empty, (turn & 1) ^ 1)
+        mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
+        load(k, [batch, head_k, n, 0], kv_full, ks)
+        load(v, [batch, head_k, n, 0], kv_full, vs)
+        for head in range(head_k * group, head_k * group + group):
+            for block in range(lo, hi):
+                stage = it & (STAGES - 1)
+                m = block * BLOCK_M
+                mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
+                mbarrier.expect(q_full.index(stage), q.block_type.nbytes)
+                load(q, [batch, head, m, 0], q_full.index(stage), qs.index(stage))
+                mbarrier.expect(dout_full.index(stage), dout.block_type.nbytes)
+                load(dout, [batch, head, m, 0], dout_full.index(stage), douts.index(stage))
+                it += 1
+        turn += 1
 
 
 @gluon.jit
 def _reduce(
-    dq, memory, sizes, band,
-    DIM: gl.constexpr, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    dq, memory, tickets, sizes, band,
+    DIM: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp adds the two 64 x 64 parts of every block of dQ to memory, in float32."""
-    _, _, _, _, _, dqs, _, _, _, _, dq_full, dq_empty, _, _ = memory
-    block, head_k, batch = _locate(sizes)
-    lo, hi = _row_blocks(block * 128, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    _, _, _, _, _, dqs, _, _, _, _, _, dq_full, dq_empty, _, _, _ = memory
     group = sizes[3]
-    for it in range(group * (hi - lo)):
-        head = head_k * group + it // (hi - lo)
-        m = (lo + it % (hi - lo)) * BLOCK_M
-        mbarrier.wait(dq_full, it & 1)
-        for part in gl.static_range(2):
-            if DIM == 64:
-                _add(dq, [batch, head, m + 64 * part, 0], dqs.index(part))
-            else:
-                _add(dq, [batch, head, m, 64 * part], dqs.index(part))
-        tma.store_wait(0)
-        mbarrier.arrive(dq_empty, count=1)
+    at = gl.program_id(0)
+    turn = 0
+    it = 0
+    while at < sizes[6]:
+        rank, head_k, batch = locate(at, sizes, sizes[2] // group)
+        at = take(at, turn, tickets, 1, IS_DYNAMIC)
+        lo, hi = _row_blocks(rank * 128, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+        for head in range(head_k * group, head_k * group + group):
+            for block in range(lo, hi):
+                m = block * BLOCK_M
+                mbarrier.wait(dq_full, it & 1)
+                for part in gl.static_range(2):
+                    if DIM == 64:
+                        _add(dq, [batch, head, m + 64 * part, 0], dqs.index(part))
+                    else:
+                        _add(dq, [batch, head, m, 64 * part], dqs.index(part))
+                tma.store_wait(0)
+                mbarrier.arrive(dq_empty, count=1)
+                it += 1
+        turn += 1
 
 
 @gluon.jit
@@ -123,10 +129,19 @@ def _dq(ds_block, keys, zero, WARPGROUP: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
+def _settle(turn, out_read, DIM: gl.constexpr):
+    """The results of the turn before have been read: their memory is free for dS and dQ."""
+    tma.store_wait(0)
+    if DIM != 64:  # where dK of one warpgroup lay, both put dS
+        mbarrier.arrive(out_read, count=1)
+        mbarrier.wait(out_read, (turn & 1) ^ 1)
+
+
+@gluon.jit
 def _consume(
-    dk, dv, memory, sizes, band, c, b, scale,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, FORMULA: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    dk, dv, memory, tickets, sizes, band, c, b, scale,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr,
+    FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """64 keys: dV += A^T dO, dK += dS^T Q, dQ = dS K, with dS = (dO V^T) * A * (1 - A); scores are transposed.
 
@@ -137,102 +152,142 @@ def _consume(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    qs, ks, vs, douts, dss, dqs, kv_full, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty = memory
-    block, head_k, batch = _locate(sizes)
-    n = block * 128
-    lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
-    count = sizes[3] * (hi - lo)
-    q_offset, left, right = band
-    j = (n + 64 * WARPGROUP + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))[:, None]
+    (
+        qs, ks, vs, douts, dss, dqs, kv_full, kv_empty, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty,
+        out_read,
+    ) = memory  # fmt: skip
+    # dK and dV wait for their way to memory where dQ, or where it has no room dS, waits in a turn
+    if DIM == 64:
+        outs = dqs._reinterpret(qs.dtype, [4, 1, 1, 64, 64], dk.layout)
+        dk_out = outs.index(2 * WARPGROUP)
+        dv_out = outs.index(2 * WARPGROUP + 1)
+    else:
+        dk_out = dss._reinterpret(qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
+        dv_out = dqs._reinterpret(qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
     keys = ks.reshape([128, DIM])
     k_block = keys.slice(64 * WARPGROUP, 64, dim=0)
     v_block = vs.reshape([128, DIM]).slice(64 * WARPGROUP, 64, dim=0)
+    dq_out = dqs.index(WARPGROUP).reshape([64, 64])
     zero = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
     zero_part = gl.zeros([64, 64], gl.float32, PART)
-    dk_acc = gl.zeros([64, DIM], gl.float32, SUMS)
-    dv_acc = gl.zeros([64, DIM], gl.float32, SUMS)
-    mbarrier.wait(kv_full, 0)
-    if count > 0:
-        mbarrier.wait(q_full.index(0), 0)
-        first_q = qs.index(0).reshape([BLOCK_M, DIM]).permute((1, 0))
-        s = warpgroup_mma(k_block, first_q, zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        for it in range(count):
-            stage = it & (STAGES - 1)
-            m = (lo + it % (hi - lo)) * BLOCK_M
-            q_block = qs.index(stage).reshape([BLOCK_M, DIM])
-            dout_block = douts.index(stage).reshape([BLOCK_M, DIM])
-            mbarrier.wait(dout_full.index(stage), (it // STAGES) & 1)
-            da = warpgroup_mma(v_block, dout_block.permute((1, 0)), zero, use_acc=False, is_async=True)
-            y = s * c + b
-            if HAS_LEFT or HAS_RIGHT:
-                p = (m + q_offset + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES)))[None, :]
-                if HAS_RIGHT:  # noqa: SIM102  a constant, then a number
-                    if m + q_offset + right < n + 127:
-                        y = gl.where(j <= p + right, y, float("-inf"))
-                if HAS_LEFT:  # noqa: SIM102
-                    if m + BLOCK_M - 1 + q_offset - left > n:
-                        y = gl.where(j >= p - left, y, float("-inf"))
-            a = sigmoid(y, FORMULA)
-            da = warpgroup_mma_wait(0, deps=[da])
-            a_block = gl.convert_layout(a.to(qs.dtype), OPERAND)
-            ds = ((a - a * a) * da).to(qs.dtype)
-            dv_acc = warpgroup_mma(a_block, dout_block, dv_acc, is_async=True)
-            mbarrier.wait(ds_empty.index(it & 1), ((it // 2) & 1) ^ 1)
-            dss.index(it & 1).slice(64 * WARPGROUP, 64, dim=0).store(ds)
-            fence_async_shared()
-            mbarrier.arrive(ds_full.index(it & 1), count=1)
-            dk_acc = warpgroup_mma(gl.convert_layout(ds, OPERAND), q_block, dk_acc, is_async=True)
-            dv_acc = warpgroup_mma_wait(1, deps=[dv_acc])
-            # dQ of the block before: the other warpgroup has stored its dS by now
-            if it > 0:
-                mbarrier.wait(ds_full.index((it - 1) & 1), ((it - 1) // 2) & 1)
-            part = _dq(dss.index((it - 1) & 1), keys, zero_part, WARPGROUP, DIM)
-            # S of the next block; the last trip repeats its own and drops it
-            after = gl.minimum(it + 1, count - 1)
-            next_stage = after & (STAGES - 1)
-            mbarrier.wait(q_full.index(next_stage), (after // STAGES) & 1)
-            next_q = qs.index(next_stage).reshape([BLOCK_M, DIM]).permute((1, 0))
-            s = warpgroup_mma(k_block, next_q, zero, use_acc=False, is_async=True)
-            part, dk_acc = warpgroup_mma_wait(1, deps=[part, dk_acc])
-            mbarrier.arrive(empty.index(stage), count=1)
-            if it > 0:
-                mbarrier.arrive(ds_empty.index((it - 1) & 1), count=1)
-                mbarrier.wait(dq_empty, it & 1)
-                dqs.index(WARPGROUP).reshape([64, 64]).store(part)
-                fence_async_shared()
-                mbarrier.arrive(dq_full, count=1)
+    q_offset, left, right = band
+    at = gl.program_id(0)
+    turn = 0
+    start = 0  # blocks of rows in the turns before
+    while at < sizes[6]:
+        rank, head_k, batch = locate(at, sizes, sizes[2] // sizes[3])
+        at = take(at, turn, tickets, 4, IS_DYNAMIC)
+        n = rank * 128
+        lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+        end = start + sizes[3] * (hi - lo)
+        dk_acc = gl.zeros([64, DIM], gl.float32, SUMS)
+        dv_acc = gl.zeros([64, DIM], gl.float32, SUMS)
+        mbarrier.wait(kv_full, turn & 1)
+        if start < end:
+            block = lo
+            mbarrier.wait(q_full.index(start & (STAGES - 1)), (start // STAGES) & 1)
+            first_q = qs.index(start & (STAGES - 1)).reshape([BLOCK_M, DIM]).permute((1, 0))
+            s = warpgroup_mma(k_block, first_q, zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.wait(ds_full.index((count - 1) & 1), ((count - 1) // 2) & 1)
-        part = _dq(dss.index((count - 1) & 1), keys, zero_part, WARPGROUP, DIM)
-        part = warpgroup_mma_wait(0, deps=[part])
-        mbarrier.wait(dq_empty, count & 1)
-        dqs.index(WARPGROUP).reshape([64, 64]).store(part)
+            for it in range(start, end):
+                stage = it & (STAGES - 1)
+                q_block = qs.index(stage).reshape([BLOCK_M, DIM])
+                dout_block = douts.index(stage).reshape([BLOCK_M, DIM])
+                mbarrier.wait(dout_full.index(stage), (it // STAGES) & 1)
+                da = warpgroup_mma(v_block, dout_block.permute((1, 0)), zero, use_acc=False, is_async=True)
+                y = s * c + b
+                if HAS_LEFT or HAS_RIGHT:
+                    p = block * BLOCK_M + q_offset
+                    block += 1
+                    if block == hi:
+                        block = lo
+                    first = n + 64 * WARPGROUP
+                    if HAS_RIGHT:  # noqa: SIM102  a constant, then a number
+                        if p + right < first + 63:
+                            y = _masked(y, first - p - right, True, BLOCK_M, SCORES)
+                    if HAS_LEFT:  # noqa: SIM102
+                        if p + BLOCK_M - 1 - left > first:
+                            y = _masked(y, first - p + left, False, BLOCK_M, SCORES)
+                a = sigmoid(y, FORMULA)
+                da = warpgroup_mma_wait(0, deps=[da])
+                a_block = gl.convert_layout(a.to(qs.dtype), OPERAND)
+                ds = ((a - a * a) * da).to(qs.dtype)
+                dv_acc = warpgroup_mma(a_block, dout_block, dv_acc, is_async=True)
+                if it == start and turn > 0:
+                    _settle(turn, out_read, DIM)
+                mbarrier.wait(ds_empty.index(it & 1), ((it // 2) & 1) ^ 1)
+                dss.index(it & 1).slice(64 * WARPGROUP, 64, dim=0).store(ds)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index(it & 1), count=1)
+                dk_acc = warpgroup_mma(gl.convert_layout(ds, OPERAND), q_block, dk_acc, is_async=True)
+                dv_acc = warpgroup_mma_wait(1, deps=[dv_acc])
+                # dQ of the block before: the other warpgroup has stored its dS by now
+                if it > start:
+                    mbarrier.wait(ds_full.index((it - 1) & 1), ((it - 1) // 2) & 1)
+                part = _dq(dss.index((it - 1) & 1), keys, zero_part, WARPGROUP, DIM)
+                # S of the next block; the last trip repeats its own and drops it
+                after = gl.minimum(it + 1, end - 1)
+                next_stage = after & (STAGES - 1)
+                mbarrier.wait(q_full.index(next_stage), (after // STAGES) & 1)
+                next_q = qs.index(next_stage).reshape([BLOCK_M, DIM]).permute((1, 0))
+                s = warpgroup_mma(k_block, next_q, zero, use_acc=False, is_async=True)
+                part, dk_acc = warpgroup_mma_wait(1, deps=[part, dk_acc])
+                mbarrier.arrive(empty.index(stage), count=1)
+                if it > start:
+                    mbarrier.arrive(ds_empty.index((it - 1) & 1), count=1)
+                    mbarrier.wait(dq_empty, it & 1)
+                    dq_out.store(part)
+                    fence_async_shared()
+                    mbarrier.arrive(dq_full, count=1)
+                s = warpgroup_mma_wait(0, deps=[s])
+            last = end - 1
+            mbarrier.wait(ds_full.index(last & 1), (last // 2) & 1)
+            part = _dq(dss.index(last & 1), keys, zero_part, WARPGROUP, DIM)
+            part = warpgroup_mma_wait(0, deps=[part])
+            mbarrier.arrive(ds_empty.index(last & 1), count=1)
+            mbarrier.wait(dq_empty, end & 1)
+            dq_out.store(part)
+            fence_async_shared()
+            mbarrier.arrive(dq_full, count=1)
+        elif turn > 0:
+            _settle(turn, out_read, DIM)
+        mbarrier.arrive(kv_empty, count=1)
+        start = end
+        if DIM != 64:
+            _meet(turn)  # both have read all dS
+        dk_out.reshape([64, DIM]).store((dk_acc * scale).to(qs.dtype))
+        mbarrier.wait(dq_empty, (end & 1) ^ 1)
+        dv_out.reshape([64, DIM]).store(dv_acc.to(qs.dtype))
         fence_async_shared()
-        mbarrier.arrive(dq_full, count=1)
-    # both are past their reads of K and V, whose memory takes the results
-    _meet(count)
-    k_block.store((dk_acc * scale).to(qs.dtype))
-    v_block.store(dv_acc.to(qs.dtype))
-    fence_async_shared()
-    _meet(count)
-    if WARPGROUP == 0:
-        store(dk, [batch, head_k, n, 0], ks)
-        store(dv, [batch, head_k, n, 0], vs)
-        tma.store_wait(0)
+        store(dk, [batch, head_k, n + 64 * WARPGROUP, 0], dk_out)
+        store(dv, [batch, head_k, n + 64 * WARPGROUP, 0], dv_out)
+        turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _masked(y, edge, IS_RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, SCORES: gl.constexpr):
+    """-inf where key i (of 64) and row j are beyond an edge: i + edge > j at the right, < at the left."""
+    i = (edge + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))[:, None]
+    j = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))[None, :]
+    if IS_RIGHT:
+        y = gl.where(i <= j, y, float("-inf"))
+    else:
+        y = gl.where(i >= j, y, float("-inf"))
+    return y
 
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kernel(
-    dout, q, k, v, dq, dk, dv, sizes, band, c, b, scale,
+    dout, q, k, v, dq, dk, dv, counter, sizes, band, c, b, scale,
     STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
-    FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """128 keys of one key head, over all rows and all query heads of the group.
+    """128 keys of one key head, over all rows and all query heads of the group; then the next 128.
 
-    Grid: (blocks * nheads_k * batch,). Descriptors of (batch, nheads, seqlen, head_dim): q and dout in BLOCK_M rows, k,
-    v, dk and dv in 128, dq float32, zeros before, in (64, 64). sizes and band as the forward's, `blocks` of keys and
-    `together` of key heads.
+    Grid: at most (blocks * nheads_k * batch,). Descriptors of (batch, nheads, seqlen, head_dim): q and dout in BLOCK_M
+    rows, k and v in 128, dk and dv in 64, dq float32, zeros before, in (64, 64). sizes and band as the forward's,
+    `blocks` of keys and `together` of key heads.
     """
     DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     qs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, DIM], q.layout)
@@ -242,6 +297,8 @@ def _bwd_kernel(
     dss = gl.allocate_shared_memory(q.dtype, [2, 128, BLOCK_M], DS)
     dqs = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    out_read = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -253,21 +310,31 @@ def _bwd_kernel(
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=2)
     mbarrier.init(kv_full, count=1)
+    mbarrier.init(kv_empty, count=2)
+    mbarrier.init(out_read, count=2)
     mbarrier.init(dq_full, count=2)
     mbarrier.init(dq_empty, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(dout_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    tickets = make_tickets(3)
     fence_async_shared()
-    memory = (qs, ks, vs, douts, dss, dqs, kv_full, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty)
+    memory = (
+        qs, ks, vs, douts, dss, dqs, kv_full, kv_empty, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty,
+        out_read,
+    )  # fmt: skip
     gl.warp_specialize([
         (_consume, (
-            dk, dv, memory, sizes, band, c, b, scale, 0, STAGES, DIM, BLOCK_M, FORMULA, HAS_LEFT, HAS_RIGHT,
+            dk, dv, memory, tickets, sizes, band, c, b, scale, 0, STAGES, DIM, BLOCK_M, IS_DYNAMIC, FORMULA, HAS_LEFT,
+            HAS_RIGHT,
         )),
         (_consume, (
-            dk, dv, memory, sizes, band, c, b, scale, 1, STAGES, DIM, BLOCK_M, FORMULA, HAS_LEFT, HAS_RIGHT,
+            dk, dv, memory, tickets, sizes, band, c, b, scale, 1, STAGES, DIM, BLOCK_M, IS_DYNAMIC, FORMULA, HAS_LEFT,
+            HAS_RIGHT,
         )),
-        (_produce, (dout, q, k, v, memory, sizes, band, STAGES, BLOCK_M, HAS_LEFT, HAS_RIGHT)),
-        (_reduce, (dq, memory, sizes, band, DIM, BLOCK_M, HAS_LEFT, HAS_RIGHT)),
+        (_produce, (
+            dout, q, k, v, counter, memory, tickets, sizes, band, STAGES, BLOCK_M, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT,
+        )),
+        (_reduce, (dq, memory, tickets, sizes, band, DIM, BLOCK_M, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT)),
     ], [4, 1, 1], [REGISTERS, REST, REST])  # fmt: skip

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .partitions import key_blocks, load, locate, pass_by, store, weights
+from .partitions import hand_out, key_blocks, load, locate, make_tickets, pass_by, store, take, weights
 
 # a kernel is compiled for dtypes, options and head_dim, not for a size
 NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
@@ -23,21 +23,23 @@ NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 
 @gluon.jit
 def _produce(
-    q, k, v, memory, sizes, band,
+    q, k, v, counter, memory, tickets, sizes, band,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: Q of all warpgroups, then K and V, the last block first, each pair behind one barrier, or two."""
     qs, ks, vs, _, q_full, q_empty, full, empty, v_full, k_empty = memory
-    rows = sizes[4]
+    at = gl.program_id(0)
+    turn = 0
     it = 0
-    for turn in range(gl.cdiv(sizes[6], gl.num_programs(0))):
-        m, head, batch = locate(turn, sizes, 64 * WARPGROUPS)
-        if m < rows:
-            mbarrier.wait(q_empty, (turn & 1) ^ 1)
-            mbarrier.expect(q_full, WARPGROUPS * q.block_type.nbytes)
-            for i in gl.static_range(WARPGROUPS):
-                load(q, [batch, head, m + i * 64, 0], q_full, qs.index(i))
+    while at < sizes[6]:
+        rank, head, batch = locate(at, sizes, sizes[2])
+        m = (sizes[0] - 1 - rank) * (64 * WARPGROUPS)  # the last rows, which see most, first
+        at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
+        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+        mbarrier.expect(q_full, WARPGROUPS * q.block_type.nbytes)
+        for i in gl.static_range(WARPGROUPS):
+            load(q, [batch, head, m + i * 64, 0], q_full, qs.index(i))
         lo, hi = key_blocks(m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         head_k = head // sizes[3]
         for i in range(hi - lo):
@@ -51,6 +53,7 @@ def _produce(
                 mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
             load(v, [batch, head_k, n, 0], (v_full if IS_SPLIT else full).index(stage), vs.index(stage))
             it += 1
+        turn += 1
 
 
 @gluon.jit
@@ -80,11 +83,11 @@ def _step(
 
 @gluon.jit
 def _consume(
-    out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale,
+    out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale,
     WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, FORMULA: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
+    BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, IS_DYNAMIC: gl.constexpr,
+    FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, 64 rows a turn."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -95,10 +98,14 @@ def _consume(
     offs = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     q = qs.index(WARPGROUP).reshape([64, DIM])
     zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
+    at = gl.program_id(0)
+    turn = 0
     start = 0  # blocks of keys that went by in the turns before
-    for turn in range(gl.cdiv(sizes[6], gl.num_programs(0))):
-        all_m, head, batch = locate(turn, sizes, 64 * WARPGROUPS)
+    while at < sizes[6]:
+        rank, head, batch = locate(at, sizes, sizes[2])
+        all_m = (sizes[0] - 1 - rank) * (64 * WARPGROUPS)
         m = all_m + WARPGROUP * 64
+        at = take(at, turn, tickets, 4, IS_DYNAMIC)
         all_lo, all_hi = key_blocks(all_m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         lo, hi = key_blocks(m, sizes, band, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         slope = 0.0
@@ -106,18 +113,17 @@ def _consume(
             slope = gl.load(slopes + batch * slopes_strides[0] + head * slopes_strides[1]).to(gl.float32) * FORMULA.unit
         b_rows = b
         if HAS_BIAS:
-            at = bias + batch.to(gl.int64) * bias_strides[0] + head.to(gl.int64) * bias_strides[1]
+            values = bias + batch.to(gl.int64) * bias_strides[0] + head.to(gl.int64) * bias_strides[1]
             if HAS_ROW_BIAS:
-                at += m.to(gl.int64) * bias_strides[2]
-                b_rows = gl.load(at + offs * bias_strides[2], mask=m + offs < rows, other=float("-inf"))[:, None]
+                values += m.to(gl.int64) * bias_strides[2]
+                b_rows = gl.load(values + offs * bias_strides[2], mask=m + offs < rows, other=float("-inf"))[:, None]
             else:
-                b_rows = gl.load(at)
+                b_rows = gl.load(values)
             b_rows = b_rows.to(gl.float32) * FORMULA.unit + FORMULA.shift
 
         it = pass_by(start, all_hi - hi, full, empty, v_full, k_empty, STAGES, IS_SPLIT)
         acc = gl.zeros([64, DIM], gl.float32, SUMS)
-        if all_m < rows:
-            mbarrier.wait(q_full, turn & 1)
+        mbarrier.wait(q_full, turn & 1)
         if lo < hi:
             stage = it & (STAGES - 1)
             mbarrier.wait(full.index(stage), (it // STAGES) & 1)
@@ -145,7 +151,7 @@ def _consume(
             acc = warpgroup_mma(a, vs.index(before).reshape([BLOCK_N, DIM]), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(before), count=1)
-        elif all_m < rows and OWN_OUT:
+        elif OWN_OUT:
             mbarrier.arrive(q_empty, count=1)
         start = pass_by(it, start + all_hi - all_lo - it, full, empty, v_full, k_empty, STAGES, IS_SPLIT)
         if m < rows:
@@ -157,18 +163,19 @@ def _consume(
             store(out, [batch, head, m, 0], outs.index(WARPGROUP))
             if not OWN_OUT:
                 tma.store_wait(0)
-        if all_m < rows and not OWN_OUT:
+        if not OWN_OUT:
             mbarrier.arrive(q_empty, count=1)
+        turn += 1
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_kernel(
-    q, k, v, out, bias, slopes, bias_strides, slopes_strides, sizes, band, c, b, out_scale,
+    q, k, v, out, bias, slopes, counter, bias_strides, slopes_strides, sizes, band, c, b, out_scale,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, FORMULA: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
+    BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, IS_DYNAMIC: gl.constexpr,
+    FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """64 * WARPGROUPS rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
 
@@ -199,62 +206,72 @@ def _fwd_kernel(
         if IS_SPLIT:
             mbarrier.init(v_full.index(i), count=1)
             mbarrier.init(k_empty.index(i), count=WARPGROUPS)
-    fence_async_shared()
     memory = (qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty)
+    tickets = make_tickets(WARPGROUPS)
+    fence_async_shared()
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (_consume, (
-                out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 0, WARPGROUPS,
-                STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT,
-                HAS_RIGHT,
+                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 0,
+                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
+                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 1, WARPGROUPS,
-                STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT,
-                HAS_RIGHT,
+                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 1,
+                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
+                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (q, k, v, memory, sizes, band, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, HAS_LEFT, HAS_RIGHT)),
+            (_produce, (
+                q, k, v, counter, memory, tickets, sizes, band, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC,
+                HAS_LEFT, HAS_RIGHT,
+            )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif WARPGROUPS == 3:
         gl.warp_specialize([
             (_consume, (
-                out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 0, WARPGROUPS,
-                STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT,
-                HAS_RIGHT,
+                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 0,
+                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
+                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 1, WARPGROUPS,
-                STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT,
-                HAS_RIGHT,
+                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 1,
+                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
+                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 2, WARPGROUPS,
-                STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT,
-                HAS_RIGHT,
+                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 2,
+                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
+                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (q, k, v, memory, sizes, band, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, HAS_LEFT, HAS_RIGHT)),
+            (_produce, (
+                q, k, v, counter, memory, tickets, sizes, band, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC,
+                HAS_LEFT, HAS_RIGHT,
+            )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
-                out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 0, WARPGROUPS,
-                STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT,
-                HAS_RIGHT,
+                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 0,
+                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
+                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 1, WARPGROUPS,
-                STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT,
-                HAS_RIGHT,
+                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 1,
+                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
+                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 2, WARPGROUPS,
-                STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT,
-                HAS_RIGHT,
+                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 2,
+                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
+                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 3, WARPGROUPS,
-                STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT,
-                HAS_RIGHT,
+                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 3,
+                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
+                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (q, k, v, memory, sizes, band, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, HAS_LEFT, HAS_RIGHT)),
+            (_produce, (
+                q, k, v, counter, memory, tickets, sizes, band, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC,
+                HAS_LEFT, HAS_RIGHT,
+            )),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -43,7 +43,15 @@ def forward(
         described = [_descriptor(x, rows) for x, rows in ((q, 64), (k, n), (v, n), (out, 64))]
         strides = bias_strides(problem, bias), slopes_strides(problem, slopes)
         _fwd_kernel[plan.grid](
-            *described, bias, slopes, *strides, plan.sizes, plan.band, *plan.numbers, **plan.constants
+            *described,
+            bias,
+            slopes,
+            _counter(plan, q),
+            *strides,
+            plan.sizes,
+            plan.band,
+            *plan.numbers,
+            **plan.constants,
         )
     return out
 
@@ -53,14 +61,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous; all tensors must be as `are_aligned` has them."""
     assert are_aligned(dout, q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
-    plan = _plan(problem, tile or choose_tile(problem, "backward"), is_backward=True)
+    plan = _plan(problem, tile or choose_tile(problem, "backward"), _multiprocessors(q), is_backward=True)
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     with on_device(q):
         m, keys = plan.tile.block, 64 * plan.tile.warpgroups
         described = [_descriptor(x, rows) for x, rows in ((dout, m), (q, m), (k, keys), (v, keys))]
-        results = [_descriptor(dq, 64, 64), _descriptor(dk, keys), _descriptor(dv, keys)]
-        _bwd_kernel[plan.grid](*described, *results, plan.sizes, plan.band, *plan.numbers, **plan.constants)
+        results = [_descriptor(dq, 64, 64), _descriptor(dk, 64), _descriptor(dv, 64)]
+        counter = _counter(plan, q)
+        _bwd_kernel[plan.grid](*described, *results, counter, plan.sizes, plan.band, *plan.numbers, **plan.constants)
     return torch.mul(dq, problem.scale, out=torch.empty_like(q, memory_format=torch.contiguous_format)), dk, dv
 
 
@@ -76,7 +85,7 @@ class _Plan:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, tile: Tile, multiprocessors: int = 0, is_backward: bool = False) -> _Plan:
+def _plan(problem: Problem, tile: Tile, multiprocessors: int, is_backward: bool = False) -> _Plan:
     kernel = "dkdv" if is_backward else "fwd"
     formula = make_formula(
         choose_formula(problem, kernel),
@@ -104,6 +113,7 @@ def _plan(problem: Problem, tile: Tile, multiprocessors: int = 0, is_backward: b
         "FORMULA": formula,
         "HAS_LEFT": left is not None,
         "HAS_RIGHT": right is not None,
+        "IS_DYNAMIC": tile.is_persistent and (left is not None or right is not None),
         "num_warps": 4,
     }
     if is_backward:
@@ -131,6 +141,11 @@ def _plan(problem: Problem, tile: Tile, multiprocessors: int = 0, is_backward: b
         ),
         constants=constants,
     )
+
+
+def _counter(plan: _Plan, like: Tensor) -> Tensor | None:
+    """Of blocks that are taken, where programs take one after the other."""
+    return torch.zeros(1, dtype=torch.int32, device=like.device) if plan.constants["IS_DYNAMIC"] else None
 
 
 def _multiprocessors(x: Tensor) -> int:

@@ -12,18 +12,49 @@ store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
-def locate(turn, sizes, BLOCK: gl.constexpr):
-    """(first row, head, batch) of this program's block in its turn: of `together` heads the last blocks first, whose
-    rows see most. Every other turn the programs change sides, so that who had the longest gets the shortest. Beyond the
-    last block the rows are beyond the last row."""
-    blocks, together, nheads = sizes[0], sizes[1], sizes[2]
-    pid = gl.program_id(0)
-    programs = gl.num_programs(0)
-    at = turn * programs + gl.where(turn % 2 == 0, pid, programs - 1 - pid)
+def locate(at, sizes, heads):
+    """(rank of the block, head, batch) of the block number `at`: of `together` heads first all blocks of rank 0."""
+    blocks, together = sizes[0], sizes[1]
     rest = at % (together * blocks)
     head = at // (together * blocks) * together + rest % together
-    m = gl.where(at < sizes[6], (blocks - 1 - rest // together) * BLOCK, blocks * BLOCK)
-    return m, head % nheads, head // nheads
+    return rest // together, head % heads, head // heads
+
+
+@gluon.jit
+def make_tickets(takers: gl.constexpr):
+    """Memory for `hand_out` and `take`: numbers of two turns, and who has written and read them."""
+    numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=takers)
+    return numbers, full, empty
+
+
+@gluon.jit
+def hand_out(at, turn, counter, tickets, IS_DYNAMIC: gl.constexpr):
+    """The number of the block after `at`, for one warp that tells the others: the next that no program has taken."""
+    after = at + gl.num_programs(0)
+    if IS_DYNAMIC:
+        numbers, full, empty = tickets
+        after = gl.atomic_add(counter, 1) + gl.num_programs(0)
+        mbarrier.wait(empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
+        numbers.index(turn & 1).store(gl.full([1], after, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        mbarrier.arrive(full.index(turn & 1), count=1)
+    return after
+
+
+@gluon.jit
+def take(at, turn, tickets, WARPS: gl.constexpr, IS_DYNAMIC: gl.constexpr):
+    """The same number for the others, each once a turn."""
+    after = at + gl.num_programs(0)
+    if IS_DYNAMIC:
+        numbers, full, empty = tickets
+        mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)
+        after = gl.max(numbers.index(turn & 1).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+        mbarrier.arrive(empty.index(turn & 1), count=1)
+    return after
 
 
 @gluon.jit
