@@ -138,134 +138,6 @@ def _settle(turn, out_read, DIM: gl.constexpr):
 
 
 @gluon.jit
-def _consume(
-    dk, dv, memory, tickets, sizes, band, c, b, scale,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr,
-    FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-):  # fmt: skip
-    """64 keys: dV += A^T dO, dK += dS^T Q, dQ = dS K, with dS = (dO V^T) * A * (1 - A); scores are transposed.
-
-    dQ needs the dS of both warpgroups, and is a block late: so the two need not keep step, and one multiplies while the
-    other takes sigmoids.
-    """
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
-    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    (
-        qs, ks, vs, douts, dss, dqs, kv_full, kv_empty, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty,
-        out_read,
-    ) = memory  # fmt: skip
-    # dK and dV wait for their way to memory where dQ, or where it has no room dS, waits in a turn
-    if DIM == 64:
-        outs = dqs._reinterpret(qs.dtype, [4, 1, 1, 64, 64], dk.layout)
-        dk_out = outs.index(2 * WARPGROUP)
-        dv_out = outs.index(2 * WARPGROUP + 1)
-    else:
-        dk_out = dss._reinterpret(qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
-        dv_out = dqs._reinterpret(qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
-    keys = ks.reshape([128, DIM])
-    k_block = keys.slice(64 * WARPGROUP, 64, dim=0)
-    v_block = vs.reshape([128, DIM]).slice(64 * WARPGROUP, 64, dim=0)
-    dq_out = dqs.index(WARPGROUP).reshape([64, 64])
-    zero = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
-    zero_part = gl.zeros([64, 64], gl.float32, PART)
-    q_offset, left, right = band
-    at = gl.program_id(0)
-    turn = 0
-    start = 0  # blocks of rows in the turns before
-    while at < sizes[6]:
-        rank, head_k, batch = locate(at, sizes, sizes[2] // sizes[3])
-        at = take(at, turn, tickets, 4, IS_DYNAMIC)
-        n = rank * 128
-        lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
-        end = start + sizes[3] * (hi - lo)
-        dk_acc = gl.zeros([64, DIM], gl.float32, SUMS)
-        dv_acc = gl.zeros([64, DIM], gl.float32, SUMS)
-        mbarrier.wait(kv_full, turn & 1)
-        if start < end:
-            block = lo
-            mbarrier.wait(q_full.index(start & (STAGES - 1)), (start // STAGES) & 1)
-            first_q = qs.index(start & (STAGES - 1)).reshape([BLOCK_M, DIM]).permute((1, 0))
-            s = warpgroup_mma(k_block, first_q, zero, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, deps=[s])
-            for it in range(start, end):
-                stage = it & (STAGES - 1)
-                q_block = qs.index(stage).reshape([BLOCK_M, DIM])
-                dout_block = douts.index(stage).reshape([BLOCK_M, DIM])
-                mbarrier.wait(dout_full.index(stage), (it // STAGES) & 1)
-                da = warpgroup_mma(v_block, dout_block.permute((1, 0)), zero, use_acc=False, is_async=True)
-                y = s * c + b
-                if HAS_LEFT or HAS_RIGHT:
-                    p = block * BLOCK_M + q_offset
-                    block += 1
-                    if block == hi:
-                        block = lo
-                    first = n + 64 * WARPGROUP
-                    if HAS_RIGHT:  # noqa: SIM102  a constant, then a number
-                        if p + right < first + 63:
-                            y = _masked(y, first - p - right, True, BLOCK_M, SCORES)
-                    if HAS_LEFT:  # noqa: SIM102
-                        if p + BLOCK_M - 1 - left > first:
-                            y = _masked(y, first - p + left, False, BLOCK_M, SCORES)
-                a = sigmoid(y, FORMULA)
-                da = warpgroup_mma_wait(0, deps=[da])
-                a_block = gl.convert_layout(a.to(qs.dtype), OPERAND)
-                ds = ((a - a * a) * da).to(qs.dtype)
-                dv_acc = warpgroup_mma(a_block, dout_block, dv_acc, is_async=True)
-                if it == start and turn > 0:
-                    _settle(turn, out_read, DIM)
-                mbarrier.wait(ds_empty.index(it & 1), ((it // 2) & 1) ^ 1)
-                dss.index(it & 1).slice(64 * WARPGROUP, 64, dim=0).store(ds)
-                fence_async_shared()
-                mbarrier.arrive(ds_full.index(it & 1), count=1)
-                dk_acc = warpgroup_mma(gl.convert_layout(ds, OPERAND), q_block, dk_acc, is_async=True)
-                dv_acc = warpgroup_mma_wait(1, deps=[dv_acc])
-                # dQ of the block before: the other warpgroup has stored its dS by now
-                if it > start:
-                    mbarrier.wait(ds_full.index((it - 1) & 1), ((it - 1) // 2) & 1)
-                part = _dq(dss.index((it - 1) & 1), keys, zero_part, WARPGROUP, DIM)
-                # S of the next block; the last trip repeats its own and drops it
-                after = gl.minimum(it + 1, end - 1)
-                next_stage = after & (STAGES - 1)
-                mbarrier.wait(q_full.index(next_stage), (after // STAGES) & 1)
-                next_q = qs.index(next_stage).reshape([BLOCK_M, DIM]).permute((1, 0))
-                s = warpgroup_mma(k_block, next_q, zero, use_acc=False, is_async=True)
-                part, dk_acc = warpgroup_mma_wait(1, deps=[part, dk_acc])
-                mbarrier.arrive(empty.index(stage), count=1)
-                if it > start:
-                    mbarrier.arrive(ds_empty.index((it - 1) & 1), count=1)
-                    mbarrier.wait(dq_empty, it & 1)
-                    dq_out.store(part)
-                    fence_async_shared()
-                    mbarrier.arrive(dq_full, count=1)
-                s = warpgroup_mma_wait(0, deps=[s])
-            last = end - 1
-            mbarrier.wait(ds_full.index(last & 1), (last // 2) & 1)
-            part = _dq(dss.index(last & 1), keys, zero_part, WARPGROUP, DIM)
-            part = warpgroup_mma_wait(0, deps=[part])
-            mbarrier.arrive(ds_empty.index(last & 1), count=1)
-            mbarrier.wait(dq_empty, end & 1)
-            dq_out.store(part)
-            fence_async_shared()
-            mbarrier.arrive(dq_full, count=1)
-        elif turn > 0:
-            _settle(turn, out_read, DIM)
-        mbarrier.arrive(kv_empty, count=1)
-        start = end
-        if DIM != 64:
-            _meet(turn)  # both have read all dS
-        dk_out.reshape([64, DIM]).store((dk_acc * scale).to(qs.dtype))
-        mbarrier.wait(dq_empty, (end & 1) ^ 1)
-        dv_out.reshape([64, DIM]).store(dv_acc.to(qs.dtype))
-        fence_async_shared()
-        store(dk, [batch, head_k, n + 64 * WARPGROUP, 0], dk_out)
-        store(dv, [batch, head_k, n + 64 * WARPGROUP, 0], dv_out)
-        turn += 1
-    tma.store_wait(0)
-
-
-@gluon.jit
 def _masked(y, edge, IS_RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, SCORES: gl.constexpr):
     """-inf where key i (of 64) and row j are beyond an edge: i + edge > j at the right, < at the left."""
     i = (edge + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)))[:, None]
@@ -277,11 +149,192 @@ def _masked(y, edge, IS_RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, SCORES: gl.c
     return y
 
 
+@gluon.jit
+def _step(
+    dk_acc, dv_acc, s, it, start, end, turn, p, first, memory, band, c, b, zero, zero_part,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, FORMULA: gl.constexpr,
+    HAS_TURNS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SCORES: gl.constexpr,
+    OPERAND: gl.constexpr,
+):  # fmt: skip
+    """The block number `it` of rows, from position p on: dV, dK, and dQ of the block before; S of the next."""
+    (
+        qs, ks, vs, douts, dss, dqs, _, _, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty, out_read
+    ) = memory  # fmt: skip
+    keys = ks.reshape([128, DIM])
+    k_block = keys.slice(64 * WARPGROUP, 64, dim=0)
+    v_block = vs.reshape([128, DIM]).slice(64 * WARPGROUP, 64, dim=0)
+    stage = it & (STAGES - 1)
+    q_block = qs.index(stage).reshape([BLOCK_M, DIM])
+    dout_block = douts.index(stage).reshape([BLOCK_M, DIM])
+    mbarrier.wait(dout_full.index(stage), (it // STAGES) & 1)
+    da = warpgroup_mma(v_block, dout_block.permute((1, 0)), zero, use_acc=False, is_async=True)
+    y = s * c + b
+    if HAS_RIGHT:
+        y = _masked(y, first - p - band[2], True, BLOCK_M, SCORES)
+    if HAS_LEFT:
+        y = _masked(y, first - p + band[1], False, BLOCK_M, SCORES)
+    a = sigmoid(y, FORMULA)
+    da = warpgroup_mma_wait(0, deps=[da])
+    a_block = gl.convert_layout(a.to(qs.dtype), OPERAND)
+    ds = ((a - a * a) * da).to(qs.dtype)
+    dv_acc = warpgroup_mma(a_block, dout_block, dv_acc, is_async=True)
+    if HAS_TURNS:  # noqa: SIM102  a constant, then numbers
+        if it == start and turn > 0:
+            _settle(turn, out_read, DIM)
+    mbarrier.wait(ds_empty.index(it & 1), ((it // 2) & 1) ^ 1)
+    dss.index(it & 1).slice(64 * WARPGROUP, 64, dim=0).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(ds_full.index(it & 1), count=1)
+    dk_acc = warpgroup_mma(gl.convert_layout(ds, OPERAND), q_block, dk_acc, is_async=True)
+    dv_acc = warpgroup_mma_wait(1, deps=[dv_acc])
+    # dQ of the block before: the other warpgroup has stored its dS by now
+    if it > start:
+        mbarrier.wait(ds_full.index((it - 1) & 1), ((it - 1) // 2) & 1)
+    part = _dq(dss.index((it - 1) & 1), keys, zero_part, WARPGROUP, DIM)
+    # S of the next block; the last trip repeats its own and drops it
+    after = gl.minimum(it + 1, end - 1)
+    next_stage = after & (STAGES - 1)
+    mbarrier.wait(q_full.index(next_stage), (after // STAGES) & 1)
+    next_q = qs.index(next_stage).reshape([BLOCK_M, DIM]).permute((1, 0))
+    s = warpgroup_mma(k_block, next_q, zero, use_acc=False, is_async=True)
+    part, dk_acc = warpgroup_mma_wait(1, deps=[part, dk_acc])
+    mbarrier.arrive(empty.index(stage), count=1)
+    if it > start:
+        mbarrier.arrive(ds_empty.index((it - 1) & 1), count=1)
+        mbarrier.wait(dq_empty, it & 1)
+        dqs.index(WARPGROUP).reshape([64, 64]).store(part)
+        fence_async_shared()
+        mbarrier.arrive(dq_full, count=1)
+    s = warpgroup_mma_wait(0, deps=[s])
+    return dk_acc, dv_acc, s
+
+
+@gluon.jit
+def _turn(
+    at, turn, start, dk, dv, memory, sizes, band, c, b, scale,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, FORMULA: gl.constexpr,
+    HAS_TURNS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """64 keys: dV += A^T dO, dK += dS^T Q, dQ = dS K, with dS = (dO V^T) * A * (1 - A); scores are transposed.
+
+    dQ needs the dS of both warpgroups, and is a block late: so the two need not keep step, and one multiplies while the
+    other takes sigmoids.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    (
+        qs, ks, _, _, dss, dqs, kv_full, kv_empty, q_full, _, _, dq_full, dq_empty, ds_full, ds_empty, out_read
+    ) = memory  # fmt: skip
+    group = sizes[3]
+    rank, head_k, batch = locate(at, sizes, sizes[2] // group)
+    n = rank * 128
+    first = n + 64 * WARPGROUP
+    lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    end = start + group * (hi - lo)
+    keys = ks.reshape([128, DIM])
+    zero = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
+    zero_part = gl.zeros([64, 64], gl.float32, PART)
+    dk_acc = gl.zeros([64, DIM], gl.float32, SUMS)
+    dv_acc = gl.zeros([64, DIM], gl.float32, SUMS)
+    mbarrier.wait(kv_full, turn & 1)
+    if start < end:
+        mbarrier.wait(q_full.index(start & (STAGES - 1)), (start // STAGES) & 1)
+        first_q = qs.index(start & (STAGES - 1)).reshape([BLOCK_M, DIM]).permute((1, 0))
+        k_block = keys.slice(64 * WARPGROUP, 64, dim=0)
+        s = warpgroup_mma(k_block, first_q, zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        if HAS_LEFT or HAS_RIGHT:
+            # all keys are seen by all rows of the blocks [whole, rest)
+            q_offset, left, right = band
+            whole = lo
+            rest = hi
+            if HAS_RIGHT:
+                whole = gl.minimum(hi, gl.maximum(lo, gl.cdiv(gl.maximum(0, n + 127 - right - q_offset), BLOCK_M)))
+            if HAS_LEFT:
+                rest = gl.maximum(whole, gl.minimum(hi, gl.maximum(0, n + left - q_offset + 1) // BLOCK_M))
+            it = start
+            for head in range(group):  # noqa: B007  one name, one type in a kernel
+                for part in gl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
+                    begin = lo if part == 0 else (whole if part == 1 else rest)
+                    stop = whole if part == 0 else (rest if part == 1 else hi)
+                    for block in range(begin, stop):
+                        dk_acc, dv_acc, s = _step(
+                            dk_acc, dv_acc, s, it, start, end, turn, block * BLOCK_M + q_offset, first, memory, band,
+                            c, b, zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA, HAS_TURNS,
+                            HAS_LEFT and part != 1, HAS_RIGHT and part != 1, SCORES, OPERAND,
+                        )  # fmt: skip
+                        it += 1
+        else:
+            for it in range(start, end):
+                dk_acc, dv_acc, s = _step(
+                    dk_acc, dv_acc, s, it, start, end, turn, 0, first, memory, band, c, b, zero, zero_part, WARPGROUP,
+                    STAGES, DIM, BLOCK_M, FORMULA, HAS_TURNS, False, False, SCORES, OPERAND,
+                )  # fmt: skip
+        last = end - 1
+        mbarrier.wait(ds_full.index(last & 1), (last // 2) & 1)
+        part = _dq(dss.index(last & 1), keys, zero_part, WARPGROUP, DIM)
+        part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(ds_empty.index(last & 1), count=1)
+        mbarrier.wait(dq_empty, end & 1)
+        dqs.index(WARPGROUP).reshape([64, 64]).store(part)
+        fence_async_shared()
+        mbarrier.arrive(dq_full, count=1)
+    elif HAS_TURNS and turn > 0:
+        _settle(turn, out_read, DIM)
+    mbarrier.arrive(kv_empty, count=1)
+    # dK and dV wait for their way to memory where dQ, or where it has no room dS, waits in a turn
+    if DIM == 64:
+        outs = dqs._reinterpret(qs.dtype, [4, 1, 1, 64, 64], dk.layout)
+        dk_out = outs.index(2 * WARPGROUP)
+        dv_out = outs.index(2 * WARPGROUP + 1)
+    else:
+        _meet(turn)  # both have read all dS
+        dk_out = dss._reinterpret(qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
+        dv_out = dqs._reinterpret(qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
+    mbarrier.wait(dq_empty, (end & 1) ^ 1)
+    dk_out.reshape([64, DIM]).store((dk_acc * scale).to(qs.dtype))
+    dv_out.reshape([64, DIM]).store(dv_acc.to(qs.dtype))
+    fence_async_shared()
+    store(dk, [batch, head_k, first, 0], dk_out)
+    store(dv, [batch, head_k, first, 0], dv_out)
+    return end
+
+
+@gluon.jit
+def _consume(
+    dk, dv, memory, tickets, sizes, band, c, b, scale,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, HAS_TURNS: gl.constexpr,
+    IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup, 64 keys a turn."""
+    at = gl.program_id(0)
+    if HAS_TURNS:
+        turn = 0
+        start = 0  # blocks of rows in the turns before
+        while at < sizes[6]:
+            after = take(at, turn, tickets, 4, IS_DYNAMIC)
+            start = _turn(
+                at, turn, start, dk, dv, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA,
+                True, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            at = after
+            turn += 1
+    else:
+        _turn(
+            at, 0, 0, dk, dv, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA, False,
+            HAS_LEFT, HAS_RIGHT,
+        )  # fmt: skip
+    tma.store_wait(0)
+
+
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kernel(
     dout, q, k, v, dq, dk, dv, counter, sizes, band, c, b, scale,
     STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, REGISTERS: gl.constexpr, REST: gl.constexpr,
-    IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key head, over all rows and all query heads of the group; then the next 128.
 
@@ -326,12 +379,12 @@ def _bwd_kernel(
     )  # fmt: skip
     gl.warp_specialize([
         (_consume, (
-            dk, dv, memory, tickets, sizes, band, c, b, scale, 0, STAGES, DIM, BLOCK_M, IS_DYNAMIC, FORMULA, HAS_LEFT,
-            HAS_RIGHT,
+            dk, dv, memory, tickets, sizes, band, c, b, scale, 0, STAGES, DIM, BLOCK_M, HAS_TURNS, IS_DYNAMIC, FORMULA,
+            HAS_LEFT, HAS_RIGHT,
         )),
         (_consume, (
-            dk, dv, memory, tickets, sizes, band, c, b, scale, 1, STAGES, DIM, BLOCK_M, IS_DYNAMIC, FORMULA, HAS_LEFT,
-            HAS_RIGHT,
+            dk, dv, memory, tickets, sizes, band, c, b, scale, 1, STAGES, DIM, BLOCK_M, HAS_TURNS, IS_DYNAMIC, FORMULA,
+            HAS_LEFT, HAS_RIGHT,
         )),
         (_produce, (
             dout, q, k, v, counter, memory, tickets, sizes, band, STAGES, BLOCK_M, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT,

@@ -117,7 +117,7 @@ def _plan(problem: Problem, tile: Tile, multiprocessors: int, is_backward: bool 
         "num_warps": 4,
     }
     if is_backward:
-        constants |= {"BLOCK_M": tile.block, "REST": 24}
+        constants |= {"BLOCK_M": tile.block, "REST": 24, "HAS_TURNS": tile.is_persistent}
     else:
         constants |= {
             "WARPGROUPS": tile.warpgroups,

@@ -12,12 +12,20 @@ store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
+def _uniform(x):
+    """x, which the compiler then knows to be the same for all threads of a warp: it goes to the uniform registers."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def locate(at, sizes, heads):
     """(rank of the block, head, batch) of the block number `at`: of `together` heads first all blocks of rank 0."""
     blocks, together = sizes[0], sizes[1]
     rest = at % (together * blocks)
     head = at // (together * blocks) * together + rest % together
-    return rest // together, head % heads, head // heads
+    return _uniform(rest // together), _uniform(head % heads), _uniform(head // heads)
 
 
 @gluon.jit
