@@ -39,6 +39,8 @@ gpu:
 	  --out $(RESULTS)/triton-more-bfloat16.jsonl
 	$(BENCH) 'lm-1k-d128*' 'lm-4k-d128*' 'lm-16k-d128*' --peer triton --peer 'triton fp8' --work forward \
 	  --out $(RESULTS)/triton-fp8.jsonl
+	$(BENCH) lm-4k-d64 lm-4k-d64-causal 'lm-4k-d128*' 'lm-4k-d256*' --peer hopper $(FAST) $(KERNELS) \
+	  --out $(RESULTS)/hopper-4k-bfloat16.jsonl
 	$(GPU) -m flashsigmoid.report.accuracy $(RESULTS)/gpu-tests.jsonl docs/images/accuracy.png
 	$(GPU) -m flashsigmoid.report.speed $(foreach n,1k 4k 16k,$(RESULTS)/triton-$(n)-bfloat16.jsonl) docs/images/speed.png
 	$(GPU) -m flashsigmoid.report.tables docs/numerics.md

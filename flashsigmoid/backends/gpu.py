@@ -1,9 +1,12 @@
-"""What every backend with kernels on a GPU needs: strides, alignment, a current context, how long a sum may be."""
+"""What every backend with kernels on a GPU needs: strides, alignment, a context, launches, how long a sum may be."""
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,3 +60,52 @@ def bias_strides(problem: Problem, bias: Tensor | None) -> tuple[int, ...]:
 def slopes_strides(problem: Problem, slopes: Tensor | None) -> tuple[int, ...]:
     """Of (batch, nheads)."""
     return (0, 0) if slopes is None else slopes.expand(problem.batch, problem.nheads).stride()
+
+
+def launch(
+    launches: dict[Any, Launch],
+    key: Sequence[Any],
+    kernel: Any,
+    programs: int,
+    loaded: tuple[Tensor, ...],
+    tensors: tuple[Tensor | None, ...],
+    describe: Callable[[], tuple[tuple[Any, ...] | None, tuple[Any, ...], dict[str, Any]]],
+) -> None:
+    """Run kernel[(programs,)] on descriptors of `loaded`, or on them, then `tensors`, then what `describe` says.
+
+    Of Triton's way to a kernel most is finding it, some 50 us: a launch that is known goes straight to it. `describe`
+    gives (descriptors or None, further arguments, constants), which `key` and the strides of `loaded` decide.
+    """
+    described = [(x.stride(), x.data_ptr() % 16) for x in loaded]
+    where = (threading.get_ident(), loaded[0].device, *described, *key)
+    known = launches.get(where)
+    if known is not None:
+        known.run(programs, loaded, tensors)
+        return
+    descriptors, rest, constants = describe()
+    compiled = kernel[(programs,)](*(descriptors or loaded), *tensors, *rest, **constants)
+    if compiled is not None:  # the interpreter compiles nothing
+        names = kernel.arg_names[len(loaded) + len(tensors) + len(rest) :]
+        launches[where] = Launch(compiled, descriptors, (*rest, *(constants[name] for name in names)))
+
+
+class Launch:
+    """A compiled kernel and its arguments after the tensors, of one thread."""
+
+    def __init__(self, compiled: Any, descriptors: tuple[Any, ...] | None, rest: tuple[Any, ...]):
+        self.compiled = compiled
+        self.descriptors = descriptors  # those of the first launch, checked then
+        self.rest = rest
+        self._put(())
+
+    def run(self, programs: int, loaded: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> None:
+        """The same on other tensors of the same strides; none of them is held afterwards."""
+        self._put(loaded)
+        try:
+            self.compiled[(programs, 1, 1)](*(self.descriptors or loaded), *tensors, *self.rest)
+        finally:
+            self._put(())
+
+    def _put(self, loaded: tuple[Tensor, ...]) -> None:
+        for descriptor, x in itertools.zip_longest(self.descriptors or (), loaded if self.descriptors else ()):
+            descriptor.base = x

@@ -82,6 +82,7 @@ class Compiled:
     error: str = ""
     registers: int = 0
     spill_bytes: int = 0  # of a thread's stores to and loads from local memory
+    loop_spills: int = 0  # stores to and loads from local memory in the worst innermost loop with products
     shared_bytes: int = 0
     tensor_memory: int = 0  # columns, of sm_100
     products: int = 0  # matrix instructions in the machine code
@@ -240,6 +241,28 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, layout: str, broadcast: i
     return torch.empty((*(1,) * broadcast, *shape[broadcast:])[: len(shape)], dtype=dtype).expand(shape)
 
 
+def _inner_loops(code: str) -> list[list[str]]:
+    """Loops with matrix instructions that no smaller such loop is part of."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(instruction[1])
+            branch = re.search(r"\bBRA\b.*?(\.L_x_\d+)", instruction[1])
+            if branch and branch[1] in labels:
+                loops.append((labels[branch[1]], len(lines)))
+    loops = [(a, b) for a, b in loops if any("MMA" in line for line in lines[a:b])]
+    inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    return [lines[a:b] for a, b in inner]
+
+
+def _spills(lines: list[str]) -> int:
+    return sum(bool(re.search(r"\b(?:STL|LDL)\b", line)) for line in lines)
+
+
 def _examine(one: Compiled, kernel: Any, log: str, path: Path | None) -> None:
     """Read registers, spills and instructions from the assembler's log and the machine code."""
     if "amdgcn" in kernel.asm:
@@ -260,6 +283,7 @@ def _examine(one: Compiled, kernel: Any, log: str, path: Path | None) -> None:
         one.tma_loads = len(re.findall(r"\bUTMALDG\b", code))
         one.waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code))
         one.undefined = len(set(_undefined(code)))
+        one.loop_spills = max(map(_spills, _inner_loops(code)), default=0)
         statistics = r"bytes gmem|Compiling entry|Function properties|bytes stack frame|Used \d+ reg|Compile time|^\s*$"
         one.notes = [line.strip() for line in log.splitlines() if not re.search(statistics, line)]
     if path is not None:

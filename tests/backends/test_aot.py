@@ -96,25 +96,23 @@ def test_a_learnable_bias_costs_no_registers(head_dim) -> None:
     "call",
     [
         *({"head_dim": dim, "causal": causal} for dim in (64, 128, 256) for causal in (False, True)),
-        {"head_dim": 128, "sigmoid": "exact", "dtype": "float16", "bias": "head"},
+        {"head_dim": 96, "sigmoid": "exact", "dtype": "float16", "bias": "head"},
         {"head_dim": 64, "sigmoid": "fast", "window_left": 100, "window_right": 3, "q_offset": 5},
         {"head_dim": 128, "causal": True, "bias": "row", "has_slopes": True, "window_left": 100, "nheads_k": 1},
     ],
     ids=str,
 )
 def test_the_hopper_kernels(call) -> None:
-    """The plain forward spills nothing from head_dim 128 on. Else no tile is measured yet, so that a few spills are no
-    fault, nor in the backward at head_dim 64 products that wait."""
+    """The forward spills next to nothing; the backward has all 240 registers in use, and spills some words a block."""
     kernels = compiled("sm_90", json.dumps({"backend": "hopper", **call}))
     has_backward = call["head_dim"] < 256 and not ({"bias", "has_slopes"} & call.keys())
     assert [one["kernel"] for one in kernels] == ["fwd", "bwd"][: 1 + has_backward]
     for one in kernels:
-        is_plain = one["kernel"] == "fwd" and call["head_dim"] >= 128 and call.keys() <= {"head_dim", "causal"}
-        check("sm_90", one, spilled=0 if is_plain else 1024)
+        check("sm_90", one, spilled=64 if one["kernel"] == "fwd" else 1024)
+        assert one["loop_spills"] <= (1 if one["kernel"] == "fwd" else 50), one["loop_spills"]
         assert one["tma_loads"] > 0
-        if one["kernel"] == "fwd" or call["head_dim"] == 128:
-            assert one["waits"] < one["products"] / 2
-            assert not one["notes"], one["notes"]
+        assert one["waits"] < one["products"] / 2
+        assert not one["notes"], one["notes"]
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])

@@ -33,10 +33,11 @@ def rows() -> tuple[torch.Tensor, ...]:
 
 
 def test_descriptors_are_of_this_calls_tensors_and_hold_none_afterwards() -> None:
-    from flashsigmoid.backends.triton.launch import _descriptor, _Launch
+    from flashsigmoid.backends.gpu import Launch
+    from flashsigmoid.backends.triton.launch import _descriptor
 
     kernel, first, out = Kernel(), rows(), torch.empty(3)
-    launch = _Launch(kernel, tuple(_descriptor(x, 16, 16) for x in first), ("rest",))
+    launch = Launch(kernel, tuple(_descriptor(x, 16, 16) for x in first), ("rest",))
     for _ in range(2):
         other = rows()
         launch.run(7, other, (out, None))
@@ -48,9 +49,10 @@ def test_descriptors_are_of_this_calls_tensors_and_hold_none_afterwards() -> Non
 
 
 def test_nothing_is_held_after_a_launch_that_fails() -> None:
-    from flashsigmoid.backends.triton.launch import _descriptor, _Launch
+    from flashsigmoid.backends.gpu import Launch
+    from flashsigmoid.backends.triton.launch import _descriptor
 
-    launch = _Launch(Kernel(RuntimeError("no")), tuple(_descriptor(x, 16, 16) for x in rows()), ())
+    launch = Launch(Kernel(RuntimeError("no")), tuple(_descriptor(x, 16, 16) for x in rows()), ())
     assert launch.descriptors is not None
     with pytest.raises(RuntimeError, match="no"):
         launch.run(7, rows(), ())
@@ -58,8 +60,8 @@ def test_nothing_is_held_after_a_launch_that_fails() -> None:
 
 
 def test_pointers_are_passed_as_they_are() -> None:
-    from flashsigmoid.backends.triton.launch import _Launch
+    from flashsigmoid.backends.gpu import Launch
 
     kernel, loaded = Kernel(), rows()
-    _Launch(kernel, None, ("rest",)).run(3, loaded, ())
+    Launch(kernel, None, ("rest",)).run(3, loaded, ())
     assert kernel.calls == [((3, 1, 1), *loaded, "rest")]

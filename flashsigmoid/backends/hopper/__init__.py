@@ -14,7 +14,7 @@ from torch import Tensor
 from ..formula import in_words
 from ..gpu import LONG
 from ..problem import Problem
-from .tiles import HEAD_DIMS
+from .tiles import LARGEST_HEAD_DIM
 from .tiles import slower as slower
 
 NAME = "hopper"
@@ -28,18 +28,16 @@ def unsupported(problem: Problem, direction: str = "forward") -> str | None:
         return f"the device must be of compute capability 9.0, got {problem.arch or problem.device}"
     if problem.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype must be float16 or bfloat16, got {str(problem.dtype).removeprefix('torch.')}"
-    dims = HEAD_DIMS[direction]
-    if problem.head_dim not in dims or problem.head_dim_v != problem.head_dim:
-        one_of = ", ".join(map(str, dims))
-        return f"head_dim and head_dim_v must be the same of {one_of}, got {problem.head_dim} and {problem.head_dim_v}"
+    dims, largest = (problem.head_dim, problem.head_dim_v), LARGEST_HEAD_DIM[direction]
+    if max(dims) > largest or dims[0] % 8 or dims[1] % 8:
+        return f"{direction} must have a head_dim of a multiple of 8 up to {largest}, got {dims[0]} and {dims[1]}"
     if problem.dropout_p > 0:
         return f"dropout_p must be 0, got {problem.dropout_p}"
     if problem.is_packed:
         return "sequences must not be packed"
-    largest = LONG[problem.dtype]
-    longest = problem.seqlen_k if direction == "forward" else problem.seqlen_q * problem.group
-    if longest > largest:
-        return f"a float32 sum of products must have at most {largest} terms, got {longest}"
+    terms = problem.seqlen_k if direction == "forward" else problem.seqlen_q * problem.group
+    if terms > LONG[problem.dtype]:
+        return f"a float32 sum of products must have at most {LONG[problem.dtype]} terms, got {terms}"
     if direction == "backward":
         # who adds dQ in no order has no row to sum dS over
         if problem.bias_shape is not None or problem.slopes_shape is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -29,6 +29,13 @@ def _add(descriptor, at, block, _semantic=None):
     """Add a block of shared memory to what a descriptor describes; Triton has a name for it from 3.9 on only."""
     at = _semantic._convert_to_ir_values(at, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, block.handle)
+
+
+@builtin
+def _view(block, dtype, shape, layout, _semantic=None):
+    """The same shared memory of another type and shape; the method's name is not the same in all Tritons."""
+    plain = _unwrap_if_constexpr
+    return _semantic.memdesc_reinterpret(block, plain(dtype), [plain(n) for n in plain(shape)], plain(layout))
 
 
 @gluon.jit
@@ -286,13 +293,13 @@ def _turn(
     mbarrier.arrive(kv_empty, count=1)
     # dK and dV wait for their way to memory where dQ, or where it has no room dS, waits in a turn
     if DIM == 64:
-        outs = dqs._reinterpret(qs.dtype, [4, 1, 1, 64, 64], dk.layout)
+        outs = _view(dqs, qs.dtype, [4, 1, 1, 64, 64], dk.layout)
         dk_out = outs.index(2 * WARPGROUP)
         dv_out = outs.index(2 * WARPGROUP + 1)
     else:
         _meet(turn)  # both have read all dS
-        dk_out = dss._reinterpret(qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
-        dv_out = dqs._reinterpret(qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
+        dk_out = _view(dss, qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
+        dv_out = _view(dqs, qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
     mbarrier.wait(dq_empty, (end & 1) ^ 1)
     dk_out.reshape([64, DIM]).store((dk_acc * scale).to(qs.dtype))
     dv_out.reshape([64, DIM]).store(dv_acc.to(qs.dtype))

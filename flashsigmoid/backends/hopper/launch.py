@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..formula import Formula, choose_formula, make_formula
-from ..gpu import are_aligned, bias_strides, on_device, slopes_strides
+from ..gpu import Launch, are_aligned, bias_strides, launch, on_device, slopes_strides
 from ..problem import Problem
 from . import bwd, fwd
-from .tiles import Tile, choose_tile
+from .tiles import Tile, choose_tile, padded_head_dim
 
 _fwd_kernel: Any = fwd._fwd_kernel
 _bwd_kernel: Any = bwd._bwd_kernel
@@ -34,25 +35,14 @@ def forward(
     slopes: Tensor | None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """out, contiguous (batch, seqlen_q, nheads, head_dim); q, k and v must be as `are_aligned` has them."""
+    """out, contiguous (batch, seqlen_q, nheads, head_dim_v); q, k and v must be as `are_aligned` has them."""
     assert are_aligned(q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
     plan = _plan(problem, tile or choose_tile(problem, "forward"), _multiprocessors(q))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    with on_device(q):
-        n = plan.tile.block
-        described = [_descriptor(x, rows) for x, rows in ((q, 64), (k, n), (v, n), (out, 64))]
-        strides = bias_strides(problem, bias), slopes_strides(problem, slopes)
-        _fwd_kernel[plan.grid](
-            *described,
-            bias,
-            slopes,
-            _counter(plan, q),
-            *strides,
-            plan.sizes,
-            plan.band,
-            *plan.numbers,
-            **plan.constants,
-        )
+    out = torch.empty(*q.shape[:-1], problem.head_dim_v, dtype=q.dtype, device=q.device)
+    n = plan.tile.block
+    strides = bias_strides(problem, bias), slopes_strides(problem, slopes)
+    others = [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in (bias, slopes)]
+    plan.launch(_fwd_kernel, ((q, 64), (k, n), (v, n), (out, 64)), (bias, slopes), strides, others)
     return out
 
 
@@ -64,24 +54,45 @@ def backward(
     plan = _plan(problem, tile or choose_tile(problem, "backward"), _multiprocessors(q), is_backward=True)
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    with on_device(q):
-        m, keys = plan.tile.block, 64 * plan.tile.warpgroups
-        described = [_descriptor(x, rows) for x, rows in ((dout, m), (q, m), (k, keys), (v, keys))]
-        results = [_descriptor(dq, 64, 64), _descriptor(dk, 64), _descriptor(dv, 64)]
-        counter = _counter(plan, q)
-        _bwd_kernel[plan.grid](*described, *results, counter, plan.sizes, plan.band, *plan.numbers, **plan.constants)
+    m, keys = plan.tile.block, 64 * plan.tile.warpgroups
+    plan.launch(_bwd_kernel, ((dout, m), (q, m), (k, keys), (v, keys), (dq, 64), (dk, 64), (dv, 64)))
     return torch.mul(dq, problem.scale, out=torch.empty_like(q, memory_format=torch.contiguous_format)), dk, dv
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Plan:
+    """What a kernel needs that the tensors do not decide, and the kernel once it is compiled."""
+
     tile: Tile
     formula: Formula
-    grid: tuple[int]
+    programs: int
     sizes: tuple[int, ...]
     band: tuple[int, int, int]
     numbers: tuple[float, float, float]  # scale and b in the formula's units, and a factor of the results
     constants: dict[str, Any]
+    launches: dict[Any, Launch] = field(default_factory=dict)
+
+    def launch(
+        self,
+        kernel: Any,
+        blocks: tuple[tuple[Tensor, int], ...],
+        tensors: tuple[Tensor | None, ...] = (),
+        strides: tuple[Any, ...] = (),
+        others: Sequence[Any] = (),
+    ) -> None:
+        """Run the kernel on descriptors of tensors in blocks of rows, then `tensors` and a counter of blocks taken."""
+        loaded = tuple(x for x, _ in blocks)
+        counter = None
+        if self.constants["IS_DYNAMIC"]:
+            counter = torch.zeros(1, dtype=torch.int32, device=loaded[0].device)
+
+        def describe():
+            rest = (*strides, self.sizes, self.band, *self.numbers)
+            descriptors = tuple(_descriptor(x, rows, self.constants["DIM"]) for x, rows in blocks)
+            return descriptors, rest, self.constants
+
+        with on_device(loaded[0]):
+            launch(self.launches, others, kernel, self.programs, loaded, (*tensors, counter), describe)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -103,18 +114,19 @@ def _plan(problem: Problem, tile: Tile, multiprocessors: int, is_backward: bool 
     together = 1
     if left is not None or right is not None:
         # who sees most starts first, of as many heads as L2 holds the other side of
-        fit = _L2_BYTES * (1 if is_backward else problem.group) // (4 * others * problem.head_dim)
+        fit = _L2_BYTES * (1 if is_backward else problem.group) // (4 * others * padded_head_dim(problem))
         together = max(x for x in range(1, min(max(1, fit), heads) + 1) if heads % x == 0)
     b = problem.sigmoid_bias
     constants: dict[str, Any] = {
         "STAGES": tile.stages,
         "REGISTERS": tile.registers,
-        "DIM": problem.head_dim,
+        "DIM": padded_head_dim(problem),
         "FORMULA": formula,
         "HAS_LEFT": left is not None,
         "HAS_RIGHT": right is not None,
         "IS_DYNAMIC": tile.is_persistent and (left is not None or right is not None),
         "num_warps": 4,
+        "enable_fp_fusion": True,  # Triton's default is about to change
     }
     if is_backward:
         constants |= {"BLOCK_M": tile.block, "REST": 24, "HAS_TURNS": tile.is_persistent}
@@ -131,7 +143,7 @@ def _plan(problem: Problem, tile: Tile, multiprocessors: int, is_backward: bool 
     return _Plan(
         tile=tile,
         formula=formula,
-        grid=(min(blocks * heads, multiprocessors) if tile.is_persistent else blocks * heads,),
+        programs=min(blocks * heads, multiprocessors) if tile.is_persistent else blocks * heads,
         sizes=(blocks, together, problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k, blocks * heads),
         band=(problem.q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(
@@ -141,11 +153,6 @@ def _plan(problem: Problem, tile: Tile, multiprocessors: int, is_backward: bool 
         ),
         constants=constants,
     )
-
-
-def _counter(plan: _Plan, like: Tensor) -> Tensor | None:
-    """Of blocks that are taken, where programs take one after the other."""
-    return torch.zeros(1, dtype=torch.int32, device=like.device) if plan.constants["IS_DYNAMIC"] else None
 
 
 def _multiprocessors(x: Tensor) -> int:
@@ -158,10 +165,11 @@ def _count(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _descriptor(x: Tensor, rows: int, dim: int | None = None) -> TensorDescriptor:
-    """x as (batch, nheads, seqlen, head_dim), in blocks (1, 1, rows, dim); None: head_dim."""
+def _descriptor(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
+    """x as (batch, nheads, seqlen, head_dim), in blocks (1, 1, rows, dim); dQ, in float32, in 64 channels. Loads give
+    zeros beyond the tensor, and stores write nothing there."""
     x = x.transpose(1, 2)
-    block = [1, 1, rows, dim or x.shape[-1]]
+    block = [1, 1, rows, 64 if x.dtype == torch.float32 else dim]
     dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}[x.dtype]
     layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)  # pyright: ignore[reportCallIssue]
     # a dimension of one element may have any stride, which the hardware would still check

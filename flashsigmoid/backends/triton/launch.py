@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import threading
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..formula import Formula, choose_formula, make_formula
-from ..gpu import LONG, are_aligned, bias_strides, on_device, slopes_strides
+from ..gpu import LONG, Launch, are_aligned, bias_strides, launch, on_device, slopes_strides
 from ..philox import threshold
 from ..problem import Problem
 from . import bwd, fwd
@@ -137,7 +135,7 @@ class _Plan:
     dropout: tuple[float, int]  # factor of a kept weight, and the least word that keeps it
     has_descriptors: bool
     constants: dict[str, Any]
-    launches: dict[Any, _Launch] = field(default_factory=dict)  # by what the tensors do decide
+    launches: dict[Any, Launch] = field(default_factory=dict)
 
     def launch(
         self,
@@ -149,27 +147,18 @@ class _Plan:
         sides: tuple[int, ...],
         factor: float,
     ) -> None:
-        """Run kernel[(programs,)] on ([dout,] q, k, v), then `tensors`, the first `outputs` of which have strides.
-
-        Of Triton's way to a kernel most is finding it, some 50 us: a launch that is known goes straight to it.
-        """
+        """Run kernel[(programs,)] on ([dout,] q, k, v), then `tensors`, the first `outputs` of which have strides."""
         # outputs are new: contiguous, aligned, of a dtype that the problem decides
         others = [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors[outputs:]]
-        described = [(x.stride(), x.data_ptr() % 16) for x in loaded]
-        key = (threading.get_ident(), loaded[0].device, *described, *others)
-        with on_device(loaded[0]):
-            known = self.launches.get(key)
-            if known is not None:
-                known.run(programs, loaded, tensors)
-                return
+
+        def describe():
             descriptors = self.descriptors(loaded)
             strides = tuple((0, 0, 0, 0) if x is None else _strides(x) for x in (*loaded, *tensors[:outputs]))
             rest = (*strides, *sides, *self.sizes, *self.numbers, factor, *self.dropout)
-            constants = self.constants | {"DESCRIPTORS": descriptors is not None}
-            compiled = kernel[(programs,)](*(descriptors or loaded), *tensors, *rest, **constants)
-            if compiled is not None:  # the interpreter compiles nothing
-                names = kernel.arg_names[len(loaded) + len(tensors) + len(rest) :]
-                self.launches[key] = _Launch(compiled, descriptors, (*rest, *(constants[name] for name in names)))
+            return descriptors, rest, self.constants | {"DESCRIPTORS": descriptors is not None}
+
+        with on_device(loaded[0]):
+            launch(self.launches, others, kernel, programs, loaded, tensors, describe)
 
     def descriptors(self, loaded: tuple[Tensor, ...]) -> tuple[TensorDescriptor, ...] | None:
         """Of ([dout,] q, k, v), in blocks; None if they are loaded by pointers."""
@@ -178,28 +167,6 @@ class _Plan:
         m, n, dim, dim_v = self.tile.block_m, self.tile.block_n, self.dim, self.dim_v
         blocks = ((m, dim_v), (m, dim), (n, dim), (n, dim_v))[-len(loaded) :]
         return tuple(_descriptor(x, *block) for x, block in zip(loaded, blocks, strict=True))
-
-
-class _Launch:
-    """A compiled kernel and its arguments after the tensors, of one thread."""
-
-    def __init__(self, compiled: Any, descriptors: tuple[TensorDescriptor, ...] | None, rest: tuple[Any, ...]):
-        self.compiled = compiled
-        self.descriptors = descriptors  # those of the first launch, checked then
-        self.rest = rest
-        self._put(())
-
-    def run(self, programs: int, loaded: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> None:
-        """The same on other tensors of the same strides; none of them is held afterwards."""
-        self._put(loaded)
-        try:
-            self.compiled[(programs, 1, 1)](*(self.descriptors or loaded), *tensors, *self.rest)
-        finally:
-            self._put(())
-
-    def _put(self, loaded: tuple[Tensor, ...]) -> None:
-        for descriptor, x in itertools.zip_longest(self.descriptors or (), loaded if self.descriptors else ()):
-            descriptor.base = x
 
 
 @functools.lru_cache(maxsize=4096)
