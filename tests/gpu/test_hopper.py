@@ -15,6 +15,7 @@ from torch import Tensor
 from flashsigmoid import explain, sigmoid_attention
 from flashsigmoid.backends import BackendUnsupported, Problem
 from flashsigmoid.backends import hopper as backend
+from flashsigmoid.backends.hopper import tiles
 from flashsigmoid.functional import sigmoid_attention_shard
 from flashsigmoid.testing import Options, assert_within_budget, errors_over_budget, make_qkv, oracle, witness
 
@@ -136,7 +137,7 @@ def test_every_planted_fault_is_caught_in_every_tensor(head_dim, dtype, monkeypa
             tags = {"backend": f"hopper, head_dim {head_dim}", "fault": fault, "tensor": tensor}
             tags["dtype"] = str(dtype).removeprefix("torch.")
             record_property("error_over_budget", {"value": value, **tags})
-    assert_every_fault_is_caught(rows)
+    assert_every_fault_is_caught(rows, ("out", "dq", "dk", "dv"))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -149,16 +150,19 @@ def test_not_a_number_is_seen_by_those_who_see_it(value) -> None:
     assert not out[0, 300:, 0, 5].isfinite().any()
 
 
-def test_replays_in_a_graph() -> None:
-    q, k, v, dout = make_qkv(2, 700, 700, 8, 4, 128, dtype=torch.bfloat16, device=DEVICE)
-    compute(q, k, v, dout)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_replays_in_a_graph(head_dim, causal) -> None:
+    """More blocks than multiprocessors, and the counter that hands out masked ones begins anew."""
+    q, k, v, dout = make_qkv(5, 900, 900, 12, 4, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    compute(q, k, v, dout, causal=causal)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = compute(q, k, v, dout)
+        results = compute(q, k, v, dout, causal=causal)
     for x in (q, k, v, dout):
         x.copy_(torch.randn_like(x))
     graph.replay()
-    for name, result in compute(q, k, v, dout).items():
+    for name, result in compute(q, k, v, dout, causal=causal).items():
         if name == "dq":  # added in no order
             torch.testing.assert_close(results[name], result)
         else:
@@ -178,6 +182,22 @@ def test_auto_takes_it_where_it_is_faster_and_says_why_not_elsewhere() -> None:
         assert explain(one, one, one).backward == "triton"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "sigmoid_bias": ("rows",), "alibi_slopes": (6,)}], ids=str)
+@pytest.mark.parametrize(("seqlen_q", "head_dim"), [(1, 64), (700, 64), (700, 128), (321, 256)])
+def test_blocks_from_the_end(seqlen_q, head_dim, options, monkeypatch) -> None:
+    """What the first block lacks in rows instead of the last."""
+    table = {
+        direction: {dim: tuple(replace(tile, is_from_end=True) for tile in both) for dim, both in rows.items()}
+        for direction, rows in tiles._TILES.items()
+    }
+    monkeypatch.setattr(tiles, "_TILES", table)
+    tensors = make_qkv(3, seqlen_q, 700, 6, 2, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    options = {"sigmoid_bias": -6.5} | tensors_of(options, 3, seqlen_q, 6)
+    expected, seen = oracle(*tensors, **options), witness(*tensors, draws=8, **options)
+    for name, result in compute(*tensors, **options).items():
+        assert_within_budget(name, result, expected[name], seen[name])
 
 
 def test_rows_that_the_hardware_cannot_load() -> None:

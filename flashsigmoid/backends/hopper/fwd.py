@@ -34,7 +34,7 @@ def _produce(
     it = 0
     while at < sizes[6]:
         rank, head, batch = locate(at, sizes, sizes[2])
-        m = (sizes[0] - 1 - rank) * (64 * WARPGROUPS)  # the last rows, which see most, first
+        m = sizes[7] + (sizes[0] - 1 - rank) * (64 * WARPGROUPS)  # the last rows, which see most, first
         at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, WARPGROUPS * q.block_type.nbytes)
@@ -103,7 +103,7 @@ def _consume(
     start = 0  # blocks of keys that went by in the turns before
     while at < sizes[6]:
         rank, head, batch = locate(at, sizes, sizes[2])
-        all_m = (sizes[0] - 1 - rank) * (64 * WARPGROUPS)
+        all_m = sizes[7] + (sizes[0] - 1 - rank) * (64 * WARPGROUPS)
         m = all_m + WARPGROUP * 64
         at = take(at, turn, tickets, 4, IS_DYNAMIC)
         all_lo, all_hi = key_blocks(all_m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
@@ -116,7 +116,8 @@ def _consume(
             values = bias + batch.to(gl.int64) * bias_strides[0] + head.to(gl.int64) * bias_strides[1]
             if HAS_ROW_BIAS:
                 values += m.to(gl.int64) * bias_strides[2]
-                b_rows = gl.load(values + offs * bias_strides[2], mask=m + offs < rows, other=float("-inf"))[:, None]
+                seen = (m + offs >= 0) & (m + offs < rows)
+                b_rows = gl.load(values + offs * bias_strides[2], mask=seen, other=float("-inf"))[:, None]
             else:
                 b_rows = gl.load(values)
             b_rows = b_rows.to(gl.float32) * FORMULA.unit + FORMULA.shift
@@ -154,7 +155,7 @@ def _consume(
         elif OWN_OUT:
             mbarrier.arrive(q_empty, count=1)
         start = pass_by(it, start + all_hi - all_lo - it, full, empty, v_full, k_empty, STAGES, IS_SPLIT)
-        if m < rows:
+        if m >= 0 and m < rows:
             # rows beyond the last are not written
             if OWN_OUT:
                 tma.store_wait(0)
@@ -179,9 +180,10 @@ def _fwd_kernel(
 ):  # fmt: skip
     """64 * WARPGROUPS rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
 
-    Grid: (blocks * nheads * batch,). q, k, v and out are descriptors of (batch, nheads, seqlen, head_dim), in blocks of
-    64 rows, k and v of BLOCK_N. sizes: (blocks, together, nheads, group, seqlen_q, seqlen_k), where `together` divides
-    nheads * batch; band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
+    Grid: at most (blocks * nheads * batch,). q, k, v and out are descriptors of (batch, nheads, seqlen, head_dim), in
+    blocks of 64 rows, k and v of BLOCK_N. sizes: (blocks, together, nheads, group, seqlen_q, seqlen_k, blocks of all heads, first
+    row of the first block), where `together` divides nheads * batch, and the first row is 0 or less, a multiple of 64;
+    band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
     """
     qs = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, 64, DIM], q.layout)
     ks = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, DIM], k.layout)

@@ -116,6 +116,8 @@ def _plan(problem: Problem, tile: Tile, multiprocessors: int, is_backward: bool 
         # who sees most starts first, of as many heads as L2 holds the other side of
         fit = _L2_BYTES * (1 if is_backward else problem.group) // (4 * others * padded_head_dim(problem))
         together = max(x for x in range(1, min(max(1, fit), heads) + 1) if heads % x == 0)
+    sizes = (problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k)
+    first = 64 * (triton.cdiv(problem.seqlen_q, 64) - tile.warpgroups * blocks) if tile.is_from_end else 0
     b = problem.sigmoid_bias
     constants: dict[str, Any] = {
         "STAGES": tile.stages,
@@ -144,7 +146,16 @@ def _plan(problem: Problem, tile: Tile, multiprocessors: int, is_backward: bool 
         tile=tile,
         formula=formula,
         programs=min(blocks * heads, multiprocessors) if tile.is_persistent else blocks * heads,
-        sizes=(blocks, together, problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k, blocks * heads),
+        sizes=(
+            blocks,
+            together,
+            problem.nheads,
+            problem.group,
+            problem.seqlen_q,
+            problem.seqlen_k,
+            blocks * heads,
+            first,
+        ),  # fmt: skip
         band=(problem.q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(
             problem.scale * formula.unit,

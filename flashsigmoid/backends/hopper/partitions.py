@@ -79,7 +79,7 @@ def key_blocks(
         hi = gl.cdiv(gl.minimum(keys, gl.maximum(0, last + right + 1)), BLOCK_N)
     if HAS_LEFT:
         lo = gl.maximum(0, m + q_offset - left) // BLOCK_N
-    hi = gl.where(m < rows, gl.maximum(lo, hi), lo)
+    hi = gl.where((m < rows) & (m + BLOCK > 0), gl.maximum(lo, hi), lo)
     return lo, hi
 
 

@@ -18,6 +18,7 @@ class Tile:
     is_split: bool = False  # K and V of the forward each behind their own barriers: half the memory for two stages
     own_out: bool = False  # memory of its own for out, so that Q of the next block comes early
     is_persistent: bool = False  # a program for every multiprocessor, and not for every block
+    is_from_end: bool = False  # of the forward's blocks of rows the first is short, not the last, which sees most
 
 
 _D64 = Tile(4, 64, 4, 112, own_out=True, is_persistent=True)
@@ -37,10 +38,11 @@ _TILES = {
 }
 LARGEST_HEAD_DIM = {direction: max(table) for direction, table in _TILES.items()}
 
-# keys from which these kernels are faster than those of the Triton backend: direction -> head_dim -> (full, masked)
+# seqlen from which these kernels were measured to be faster than those of the Triton backend: direction -> head_dim ->
+# (full, masked)
 _FROM = {
-    "forward": {64: (4096, 4096), 128: (1024, 2048), 256: (1024, 2048)},
-    "backward": {64: (2048, 4096), 128: (1024, 2048)},
+    "forward": {64: (4096, 4096), 128: (1024, 4096), 256: (4096, 4096)},
+    "backward": {64: (4096, 4096), 128: (1024, 4096)},
 }
 _MULTIPROCESSORS = 132
 
