@@ -181,9 +181,9 @@ def _fwd_kernel(
     """64 * WARPGROUPS rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
 
     Grid: at most (blocks * nheads * batch,). q, k, v and out are descriptors of (batch, nheads, seqlen, head_dim), in
-    blocks of 64 rows, k and v of BLOCK_N. sizes: (blocks, together, nheads, group, seqlen_q, seqlen_k, blocks of all heads, first
-    row of the first block), where `together` divides nheads * batch, and the first row is 0 or less, a multiple of 64;
-    band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
+    blocks of 64 rows, k and v of BLOCK_N. sizes: (blocks, together, nheads, group, seqlen_q, seqlen_k, blocks of all
+    heads, first row of the first block), where `together` divides nheads * batch, and that row is 0 or less, a multiple
+    of 64; band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
     """
     qs = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, 64, DIM], q.layout)
     ks = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, DIM], k.layout)

@@ -146,16 +146,7 @@ def _plan(problem: Problem, tile: Tile, multiprocessors: int, is_backward: bool 
         tile=tile,
         formula=formula,
         programs=min(blocks * heads, multiprocessors) if tile.is_persistent else blocks * heads,
-        sizes=(
-            blocks,
-            together,
-            problem.nheads,
-            problem.group,
-            problem.seqlen_q,
-            problem.seqlen_k,
-            blocks * heads,
-            first,
-        ),  # fmt: skip
+        sizes=(blocks, together, *sizes, blocks * heads, first),
         band=(problem.q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(
             problem.scale * formula.unit,
