@@ -28,8 +28,10 @@ RESULTS := benchmarks/results
 BENCH = $(GPU) -m flashsigmoid bench --device cuda $(PEERS)
 FAST := --peer triton --peer fa3 --peer 'sdpa flash' --peer 'sdpa cudnn'
 KERNELS := --work forward --work backward
+WORKERS := -n logical --maxprocesses 14 --maxschedchunk 1
 gpu:
-	$(GPU) -m pytest tests/gpu -n logical --maxprocesses 14 --maxschedchunk 1
+	$(GPU) -m pytest tests/gpu --ignore tests/gpu/test_hopper.py $(WORKERS)
+	$(GPU) -m pytest tests/gpu/test_hopper.py --gpu-record gpu-tests-hopper.jsonl $(WORKERS)
 	$(BENCH) 'vit-*' $(FAST) --peer triton-sigmoid --out $(RESULTS)/triton-vit-bfloat16.jsonl
 	$(BENCH) 'vit-*' $(FAST) --no-graphs --work both --out $(RESULTS)/triton-vit-eager-bfloat16.jsonl
 	$(BENCH) 'lm-1k-d64*' 'lm-1k-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/triton-1k-bfloat16.jsonl

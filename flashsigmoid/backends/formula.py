@@ -1,4 +1,4 @@
-"""Five formulas of sigmoid(x) for kernels on a GPU, of y = log2(e) x: which to take, and its text in PTX.
+"""Six formulas of sigmoid(x) for kernels on a GPU, of y = log2(e) x: which to take, and its text in PTX.
 
 Costs and errors: docs/numerics.md.
 """
@@ -24,7 +24,7 @@ class Formula:
     algebra runs element by element.
     """
 
-    name: str  # "full", "pair", "narrow", "wide", "tanh"
+    name: str  # "full", "pair", "fine", "narrow", "wide", "tanh"
     unit: float  # of the scores: log2(e), or 0.5 for tanh
     gain: float = 1.0
     threshold: float = 0.0  # a series holds where y + shift is at most this
@@ -40,14 +40,17 @@ class Formula:
 
 # (threshold, gain, terms) of series for 1 / (1 + e), with their relative error. Narrow: e' - e'^2 with e' = gain e, off
 # by at most (1 - gain)^2 / (4 gain), 7e-4 for bfloat16 and 6e-5 for float16; the backward takes p - p^2 of it, so there
-# the gain is 1 and the error up to 4^threshold. Wide: the least largest error on 0 < e <= 1/4, 4.4e-4 and 1.2e-6.
+# the gain is 1 and the error up to 4^threshold. Wide: the least largest error on 0 < e <= 1/4, 4.4e-4 and 1.2e-6. Fine:
+# on 0 < e <= 1/32, 1.1e-6.
 _WIDE = {False: (-0.98042166, 0.72728918), True: (-0.99984406, 0.99378353, -0.92057201, 0.57202391)}
+_FINE = (-0.99959702, 0.95791844)
 _SERIES = {
     ("narrow", "fwd", False): (-4.0, 0.948, (-1.0,)),
     ("narrow", "fwd", True): (-6.0, 0.985, (-1.0,)),
     ("narrow", "bwd", False): (-5.0, 1.0, (-1.0,)),
     ("narrow", "bwd", True): (-7.0, 1.0, (-1.0,)),
     **{("wide", kind, half): (-2.0, 1.0, _WIDE[half]) for kind in ("fwd", "bwd") for half in (False, True)},
+    **{("fine", kind, half): (-5.0, 1.0, _FINE) for kind in ("fwd", "bwd") for half in (False, True)},
 }
 
 
@@ -121,7 +124,7 @@ def _series_or_pairs(pack: int, threshold: float, gain: float, terms: tuple[floa
 
 
 def choose_formula(problem: Problem, kernel: str) -> str:
-    """ "full", "pair", "narrow", "wide" or "tanh" (sigmoid.py).
+    """ "full", "pair", "fine", "narrow", "wide" or "tanh".
 
     float32 is always "full". "auto" takes a series where the scores of N(0, 1) seldom leave its range, given b; a
     tensor b is not read, and gets the wide one.
@@ -131,7 +134,9 @@ def choose_formula(problem: Problem, kernel: str) -> str:
     if problem.sigmoid == "fast":
         return "tanh"
     b = problem.sigmoid_bias
-    if problem.sigmoid == "exact" or (b is not None and b > -4.6):
+    if problem.sigmoid == "exact":
+        return "fine" if b is not None and b <= -7.2 else "pair"
+    if b is not None and b > -4.6:
         return "pair"
     narrow = (-6.2 if kernel == "fwd" else -7.2) - (0.0 if problem.dtype == torch.bfloat16 else 1.4)
     return "wide" if b is None or b > narrow else "narrow"
@@ -142,6 +147,7 @@ def in_words(problem: Problem) -> str:
     return {
         "full": "exact: 1 / (1 + exp2(-y)) in float32",
         "pair": "exact: two weights share one reciprocal, relative error 2e-6",
+        "fine": "exact: a series where a warp's scores are all below -3.4, else two share a reciprocal; 2e-6",
         "narrow": "adaptive: e - e^2 where a warp's scores are all below -2.8 (relative error 1e-3), else exact",
         "wide": "adaptive: a series where a warp's scores are all below -1.4 (relative error 4e-4), else exact",
         "tanh": "fast: tanh.approx, relative error of a weight 1e-2 below 1e-4 and nothing below 2e-7",

@@ -94,6 +94,8 @@ SERIES = {
     ("narrow", "bwd", True): 6.2e-5,
     ("wide", "fwd", False): 4.5e-4,
     ("wide", "bwd", True): 2e-6,
+    ("fine", "fwd", False): 1.2e-6,
+    ("fine", "bwd", True): 1.2e-6,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from flashsigmoid.record import RecordWriter
 
-RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-tests.jsonl"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # these take half a minute and more: workers begin with them (--maxschedchunk 1 gives each worker few)
 LONGEST = (
     "until_the_time_is_up", "the_sanitizer_finds_nothing", "memory_is_that", "of_long_sequences", "planted_fault",
@@ -21,6 +22,10 @@ LONGEST = (
 outcomes: dict[str, str] = {}
 MEASURED = ("error_over_budget", "peak_bytes")
 measured: list[tuple[str, dict[str, Any]]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu-record", default="gpu-tests.jsonl", help="file of benchmarks/results for the outcomes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,7 +62,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write them down, once, if the tests ran."""
     if not torch.cuda.is_available() or not outcomes or hasattr(session.config, "workerinput"):
         return
-    with RecordWriter(RECORD, settings={"folder": "tests/gpu"}, command="python -m pytest tests/gpu") as writer:
+    path = RESULTS / session.config.getoption("--gpu-record", "gpu-tests.jsonl")
+    command = shlex.join(["python", "-m", "pytest", *session.config.invocation_params.args])
+    with RecordWriter(path, settings={"folder": "tests/gpu"}, command=command) as writer:
         for test, outcome in sorted(outcomes.items()):
             writer.write("test", test=test, outcome=outcome)
         for outcome in ("passed", "failed", "skipped"):

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
 )
 # (batch, seqlen_q, seqlen_k, nheads, nheads_k); the last has more blocks than there are multiprocessors
-SHAPES = [(2, 1, 1, 4, 4), (1, 100, 333, 4, 1), (2, 257, 257, 4, 2), (1, 1000, 64, 4, 2), (5, 700, 1200, 12, 4)]
+SHAPES = [(2, 1, 1, 4, 4), (1, 100, 333, 4, 1), (2, 257, 257, 4, 2), (1, 1000, 64, 4, 2), (6, 260, 390, 12, 6)]
 # a tuple is the shape of a tensor, "rows" the number of queries
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
