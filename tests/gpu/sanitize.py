@@ -2,7 +2,7 @@
 
 torch's caching allocator is off, so that a byte beyond a tensor is a byte beyond an allocation. Results are compared
 with the oracle only loosely, to be sure that the kernels ran: accuracy is not checked here. Words behind the command
-select the cases whose names have them all.
+select the cases whose names have them all; those of the Hopper kernels are taken by the word hopper only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when torch is importe
 import torch
 from torch import Tensor
 
-from flashsigmoid import sigmoid_attention_varlen
+from flashsigmoid import sigmoid_attention, sigmoid_attention_varlen
 from flashsigmoid.testing import Options, compute, make_qkv, oracle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU needs TRITON_INTERPRET=1
@@ -57,6 +57,14 @@ CASES = (
     Case(name="pointers, all options", is_aligned=False, **ALL),
     Case(name="pointers, head_dim 59", head_dim=59, window_size=(20, 9)),
     Case(name="pointers, one query", seqlen_q=1, is_aligned=False, causal=True),
+)
+HOPPER = (
+    Case(name="hopper", seqlen_q=300, seqlen_k=200),
+    Case(name="hopper, causal", causal=True, seqlen_q=200, seqlen_k=300),
+    Case(name="hopper, head_dim 96, window", head_dim=96, window_size=(20, 9)),
+    Case(name="hopper, head_dim 128", head_dim=128, causal=True),
+    Case(name="hopper, head_dim 256", head_dim=256, causal=True),
+    Case(name="hopper, all options", **(ALL | {"dropout_p": 0.0})),
 )
 PACKED = (
     Case(name="packed"),
@@ -99,6 +107,20 @@ def run_dense(case: Case) -> float:
     return worst(compute(*given, backend="triton", **on_device(options)), expected)
 
 
+def run_hopper(case: Case) -> float:
+    """The same of the Hopper kernels, whose backward takes no tensors but q, k, v and no head_dim above 128."""
+    tensors = make_qkv(2, case.seqlen_q, case.seqlen_k, 4, 2, case.head_dim, dtype=case.dtype)
+    options = options_of(case, (2, 4, case.seqlen_q))
+    expected = oracle(*tensors, **options)
+    has_backward = case.head_dim <= 128 and not case.has_row_bias
+    leaves = [x.to(DEVICE).requires_grad_(has_backward) for x in tensors[:3]]
+    out = sigmoid_attention(*leaves, **on_device(options), backend="hopper")
+    results = {"out": out.detach()}
+    if has_backward:
+        results |= zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, tensors[3].to(DEVICE)), strict=True)
+    return worst(results, expected)
+
+
 def run_packed(case: Case) -> float:
     """The same of packed sequences; with dropout, whose seed a packed call draws, only that all is finite."""
     total_q, total_k = sum(LENGTHS_Q) + SPARE, sum(LENGTHS_K) + SPARE
@@ -138,7 +160,8 @@ def worst(results: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def main() -> None:
     words = sys.argv[1:]
     failed = False
-    for case, run in (*((case, run_dense) for case in CASES), *((case, run_packed) for case in PACKED)):
+    runs = [(CASES, run_dense), (PACKED, run_packed)] if "hopper" not in words else [(HOPPER, run_hopper)]
+    for case, run in ((case, run) for cases, run in runs for case in cases):
         if not all(word in case.name for word in words):
             continue
         error = run(case)

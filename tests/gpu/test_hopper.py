@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from backends.test_planted_faults import FAULTS, SEQLEN, WINDOW, assert_every_fault_is_caught, show
+from gpu.test_triton import BIASES, CASES, Case, drawn, random_class, time_is_left
 from torch import Tensor
 
 from flashsigmoid import explain, sigmoid_attention
@@ -26,6 +31,7 @@ pytestmark = pytest.mark.skipif(
 )
 # (batch, seqlen_q, seqlen_k, nheads, nheads_k); the last has more blocks than there are multiprocessors
 SHAPES = [(2, 1, 1, 4, 4), (1, 100, 333, 4, 1), (2, 257, 257, 4, 2), (1, 1000, 64, 4, 2), (6, 260, 390, 12, 6)]
+LAYOUTS = ("contiguous", "heads first", "packed heads")  # rows that the tensor memory accelerator can load
 # a tuple is the shape of a tensor, "rows" the number of queries
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -49,7 +55,7 @@ def scaled_bias(problem: Problem, call: Callable, *tensors: Tensor | None):
 def compute(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Any) -> dict[str, Tensor]:
     """out, and dq, dk, dv where there is a backward."""
     has_tensors = any(isinstance(x, Tensor) for x in options.values())
-    has_backward = q.shape[-1] <= backend.LARGEST_HEAD_DIM["backward"] and not has_tensors
+    has_backward = max(q.shape[-1], v.shape[-1]) <= backend.LARGEST_HEAD_DIM["backward"] and not has_tensors
     leaves = [x.detach().requires_grad_(has_backward) for x in (q, k, v)]
     attend = sigmoid_attention_shard if "q_offset" in options else sigmoid_attention
     out = attend(*leaves, **options, backend="hopper")
@@ -85,6 +91,54 @@ def test_inside_the_budget(name, head_dim, dtype) -> None:
         for tensor, result in compute(*tensors, **options).items():
             what = f"{tensor} of {name}, {batch} x {seqlen_q} x {seqlen_k}"
             assert_within_budget(what, result, expected[tensor], seen[tensor])
+
+
+def supported(case: Case) -> Case:
+    """A case for the Triton kernels, as near as these come to it."""
+    return replace(
+        case,
+        dtype=torch.bfloat16 if case.dtype == torch.float32 else case.dtype,
+        head_dims=tuple(-(-dim // 8) * 8 for dim in case.head_dims),
+        drop_at=None,
+        layout=case.layout if case.layout in LAYOUTS else "contiguous",
+    )
+
+
+def check(case: Case, seed: int) -> None:
+    tensors, options = case.tensors(seed), case.options(seed)
+    draws = 32 if min(case.seqlen_q, case.seqlen_k) < 16 else 16
+    expected, seen = oracle(*tensors, **options), witness(*tensors, draws=draws, **options)
+    for name, result in compute(*tensors, **options, sigmoid=case.sigmoid).items():
+        assert_within_budget(f"{name} of {case}", result, expected[name], seen[name])
+
+
+@pytest.mark.parametrize("index", range(CASES))
+def test_drawn_cases(index) -> None:
+    """Those of the Triton kernels, which have every pair of option values."""
+    case = supported(drawn()[index])
+    if not case.is_legal:
+        pytest.skip("tanh is not accurate there")
+    check(case, index)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_random_problems_until_the_time_is_up(dtype) -> None:
+    """A class of kernels, then eight problems of it."""
+    for rng in time_is_left():
+        kernels = random_class(rng, dtype)
+        bias = rng.choice(BIASES)
+        for _ in range(8):
+            nheads_k, group = rng.randint(1, 3), rng.randint(1, 4)
+            case = supported(
+                Case(
+                    batch=rng.randint(1, 3), seqlen_q=rng.randint(33, 900), seqlen_k=rng.randint(33, 900),
+                    heads=(nheads_k * group, nheads_k), q_offset=rng.choice((None, 0, rng.randint(-200, 300))),
+                    bias=bias if isinstance(bias, str) else rng.choice((None, 0.0, rng.uniform(-7.0, 0.0))),
+                    layout=rng.choice(LAYOUTS), score_std=rng.choice((1.0, 3.0)), **kernels,
+                )
+            )  # fmt: skip
+            if case.is_legal:
+                check(case, rng.getrandbits(20))
 
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), [(8, 8), (96, 96), (40, 128), (80, 16), (192, 200)])
@@ -138,6 +192,19 @@ def test_every_planted_fault_is_caught_in_every_tensor(head_dim, dtype, monkeypa
             tags["dtype"] = str(dtype).removeprefix("torch.")
             record_property("error_over_budget", {"value": value, **tags})
     assert_every_fault_is_caught(rows, ("out", "dq", "dk", "dv"))
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
+def test_the_sanitizer_finds_nothing(tool) -> None:
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer on PATH or in /usr/local/cuda/bin, and finds none")
+    command = [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "9", sys.executable]
+    script = Path(__file__).with_name("sanitize.py")
+    done = subprocess.run([*command, str(script), "hopper"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+    assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
+    assert done.stdout.count("ok hopper") == 6, done.stdout
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
