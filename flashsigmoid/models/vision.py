@@ -1,0 +1,255 @@
+"""timm's Vision Transformers with sigmoid attention: an attention layer for them, a configuration, a builder.
+
+No training and no images. Parameters have timm's names and shapes, so that its pretrained weights load.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import timm
+import torch
+from timm.layers.attention import Attention
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .. import nn as ours
+from ..nn.attention import AttentionFn
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class VisionAttention(Attention):
+    """timm's multi-head attention with sigmoid in place of softmax: the same parameters, arguments and layout.
+
+        q, k, v = W_qkv x       per head; q and k normalised if qk_norm
+        out = W_o A v,          A = sigmoid(q k^T / sqrt(head_dim) + b)
+
+    It is what timm takes as `attn_layer`; `integrations.timm` makes one of an attention that is already there.
+
+    Attributes:
+        kind: "sigmoid", or "softmax" for the twin.
+        sigmoid_bias: b; None: -log of the number of tokens of each call.
+        attention_fn: called as `nn.SigmoidAttention` calls its own; None: `sigmoid_attention`, or torch's SDPA for
+            the twin.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.configure()
+
+    def configure(
+        self,
+        kind: Literal["sigmoid", "softmax"] = "sigmoid",
+        sigmoid_bias: float | None = None,
+        bias_mode: Literal["fixed", "learnable", "per_head"] = "fixed",
+        attention_fn: AttentionFn | None = None,
+    ) -> None:
+        """Set the attributes anew: b fixed, or one parameter, or one of every head, that starts at sigmoid_bias.
+
+        Raises:
+            ValueError: a word is not one of those, or a parameter lacks its initial value.
+        """
+        check_settings(kind, sigmoid_bias, bias_mode)
+        self.kind, self.attention_fn = kind, attention_fn
+        self._parameters.pop("sigmoid_bias", None)
+        if bias_mode == "fixed":
+            self.sigmoid_bias: float | Tensor | None = sigmoid_bias
+            return
+        self.__dict__.pop("sigmoid_bias", None)
+        shape = () if bias_mode == "learnable" else (self.num_heads,)
+        initial = torch.full(shape, float(sigmoid_bias or 0.0), device=self.qkv.weight.device)
+        self.sigmoid_bias = nn.Parameter(initial)
+
+    def forward(
+        self, x: Float[Tensor, "batch seqlen dim"], attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Float[Tensor, "batch seqlen dim"]:
+        """Attention of x to itself.
+
+        Args:
+            x: (batch, seqlen, dim).
+            attn_mask: bool, True for a token that may be attended to, the same for all queries: broadcastable to
+                (batch, 1, 1, seqlen). Default: all.
+            is_causal: token i sees tokens up to i. Default: False.
+
+        Raises:
+            ValueError: attn_mask is not bool, or differs between queries.
+        """
+        # (batch, seqlen, nheads, head_dim)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        q, k = (norm(y).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        options: dict[str, Any] = {"sigmoid_bias": self.sigmoid_bias, "scale": self.scale, "causal": is_causal}
+        options["dropout_p"] = self.attn_drop.p if self.training else 0.0
+        if attn_mask is not None:
+            keep = _key_mask(attn_mask, x)
+            if self.kind == "softmax":
+                options["key_mask"] = keep
+            else:  # no denominator: zeroing a key's value masks it exactly
+                v = v * keep[:, :, None, None]
+                if self.sigmoid_bias is None:
+                    options["sigmoid_bias"] = ours.attention.kept_keys_bias(keep, q.dtype).expand(-1, self.num_heads)
+        attend = self.attention_fn
+        if attend is None:
+            attend = ours.attention.sigmoid_attention if self.kind == "sigmoid" else ours.attention.softmax_attention
+        out = self.norm(attend(q, k, v, **options).flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))
+
+    def extra_repr(self) -> str:
+        bias = "learnable" if isinstance(self.sigmoid_bias, Tensor) else self.sigmoid_bias
+        return f"kind={self.kind!r}, sigmoid_bias={bias}"
+
+
+def check_settings(kind: str, sigmoid_bias: float | None, bias_mode: str) -> None:
+    """What `VisionAttention.configure` takes.
+
+    Raises:
+        ValueError: a word is not one of those, or a parameter lacks its initial value.
+    """
+    if kind not in ("sigmoid", "softmax"):
+        raise ValueError(f"kind must be 'sigmoid' or 'softmax', got {kind!r}")
+    if bias_mode not in ("fixed", "learnable", "per_head"):
+        raise ValueError(f"bias_mode must be 'fixed', 'learnable' or 'per_head', got {bias_mode!r}")
+    if bias_mode != "fixed" and sigmoid_bias is None:
+        raise ValueError(
+            f"sigmoid_bias must be given with bias_mode={bias_mode!r}, where it is the initial value, got None"
+        )
+
+
+def _key_mask(attn_mask: Tensor, x: Tensor) -> Tensor:
+    """(batch, seqlen) of a mask that is the same for every head and query."""
+    seqlen = x.shape[1]
+    shape = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    fits = shape[:3] in {(1, 1, 1), (x.shape[0], 1, 1)} and shape[-1] == seqlen
+    if attn_mask.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"attn_mask must be bool, of shape (batch, 1, 1, seqlen) = ({x.shape[0]}, 1, 1, {seqlen}), "
+            f"got {attn_mask.dtype} {tuple(attn_mask.shape)}"
+        )
+    return attn_mask.reshape(shape[0], seqlen).expand(x.shape[0], -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Everything that shapes a Vision Transformer. The twin is dataclasses.replace(config, attention="softmax").
+
+    Raises:
+        ValueError: a field breaks the rule beside it.
+    """
+
+    name: str = "vit_base_patch16_224"  # any timm model that is a VisionTransformer
+    num_classes: int = 1000  # 0: no head
+    img_size: int | None = None  # pixels a side; None: the model's
+    patch_size: int | None = None  # pixels a side; None: the model's
+    in_chans: int = 3  # of an image
+    dim: int | None = None  # channels, a multiple of nheads; None: the model's
+    depth: int | None = None  # blocks; None: the model's
+    nheads: int | None = None  # None: the model's
+    attention: Literal["sigmoid", "softmax"] = "sigmoid"  # the one field in which a pair differs
+    sigmoid_bias: float | None = None  # b; None: -log of the tokens at img_size
+    bias_mode: Literal["fixed", "learnable", "per_head"] = "fixed"
+    layer_scale: float | None = 1e-4  # initial factor per channel on each branch; None: no LayerScale
+    qk_norm: bool = True
+    position: Literal["learned", "sincos"] = "learned"
+    pool: Literal["token", "avg"] = "token"  # class token, or the mean over patches without one
+    drop_path: float = 0.0  # stochastic depth of the last block, in [0, 1)
+    pretrained: bool = False  # timm's weights of this name; what they lack starts fresh
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("attention", ("sigmoid", "softmax")),
+            ("bias_mode", ("fixed", "learnable", "per_head")),
+            ("position", ("learned", "sincos")),
+            ("pool", ("token", "avg")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
+        for field in ("img_size", "patch_size", "in_chans", "dim", "depth", "nheads"):
+            size = getattr(self, field)
+            if size is not None and not (type(size) is int and size > 0):
+                raise ValueError(f"{field} must be a positive integer, got {size!r}")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must be at least 0, got {self.num_classes}")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
+        if self.sigmoid_bias is not None and not self.sigmoid_bias < math.inf:
+            raise ValueError(f"sigmoid_bias must be a number below inf, or None, got {self.sigmoid_bias}")
+        if not timm.is_model(self.name):
+            near = difflib.get_close_matches(self.name, timm.list_models("vit*"), n=3)
+            such = ", ".join(near) or "vit_base_patch16_224"
+            raise ValueError(f"name must be a model of timm, such as {such}, got {self.name}")
+
+
+def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> VisionTransformer:
+    """timm's Vision Transformer of this shape, with our attention in every block.
+
+    b is -log of the number of tokens at the configured image size, class token included, unless it is given; a
+    learnable one starts there.
+
+    Args:
+        config: its shape.
+        attention_fn: called instead of the config's attention; see `nn.SigmoidAttention`.
+
+    Raises:
+        ValueError: the name is no VisionTransformer, or its constructor refuses a field.
+
+    Source: arXiv:2409.04431 (b = -log n; LayerScale 1e-4 and QK-norm for vision).
+    """
+    chosen = {
+        "img_size": config.img_size,
+        "patch_size": config.patch_size,
+        "embed_dim": config.dim,
+        "depth": config.depth,
+        "num_heads": config.nheads,
+    }
+    options: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+    options |= {"class_token": config.pool == "token", "global_pool": config.pool, "qk_norm": config.qk_norm}
+    options |= {"init_values": config.layer_scale, "drop_path_rate": config.drop_path}
+    if config.position == "sincos":
+        options["no_embed_class"] = True
+    create: Callable[..., nn.Module] = timm.create_model
+    try:
+        model = create(
+            config.name,
+            pretrained=config.pretrained,
+            num_classes=config.num_classes,
+            in_chans=config.in_chans,
+            attn_layer=VisionAttention,
+            **options,
+        )
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"name must be a VisionTransformer of timm that takes these fields, {error}") from error
+    attentions = [module for module in model.modules() if isinstance(module, VisionAttention)]
+    if not isinstance(model, VisionTransformer) or not attentions:
+        raise ValueError(f"name must be a VisionTransformer of timm, got {config.name}, a {type(model).__name__}")
+    if config.position == "sincos":
+        _fix_positions(model)
+    b = -math.log(tokens(model)) if config.sigmoid_bias is None else config.sigmoid_bias
+    for attention in attentions:
+        attention.configure(config.attention, b, config.bias_mode, attention_fn)
+    return model
+
+
+def tokens(model: VisionTransformer) -> int:
+    """Tokens of an image of the model's own size: patches, class token and registers."""
+    return cast(int, model.patch_embed.num_patches) + model.num_prefix_tokens
+
+
+def _fix_positions(model: VisionTransformer) -> None:
+    """Positions as sines and cosines of the patches' rows and columns, which are not trained."""
+    height, width = cast(tuple[int, int], model.patch_embed.grid_size)
+    if model.embed_dim % 4:
+        raise ValueError(f"dim must be a multiple of 4 for position='sincos', got {model.embed_dim}")
+    assert model.pos_embed is not None
+    table = build_sincos2d_pos_embed([height, width], dim=model.embed_dim, interleave_sin_cos=False)
+    with torch.no_grad():
+        if not model.pos_embed.is_meta:
+            model.pos_embed.copy_(table.reshape(1, height * width, -1))
+    model.pos_embed.requires_grad_(False)

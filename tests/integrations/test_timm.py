@@ -1,0 +1,79 @@
+"""Attention exchanged in timm models: weights stay, softmax gives timm's own numbers, and nothing is left half done."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from flashsigmoid import sigmoid_attention
+from flashsigmoid.integrations.timm import swap_attention
+from flashsigmoid.models.vision import VisionAttention
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 5}
+
+
+def model(**options) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **SMALL, **options).eval()
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "init_values": 1e-4}, {"scale_attn_norm": True}], ids=str)
+def test_weights_stay_and_softmax_is_timms(options) -> None:
+    vit = model(**options)
+    weights, expected = vit.state_dict(), vit(images())
+    assert swap_attention(vit) == 3
+    assert vit.state_dict().keys() == weights.keys()
+    assert not torch.allclose(vit(images()), expected)
+    assert swap_attention(vit, "softmax") == 3
+    torch.testing.assert_close(vit(images()), expected)
+
+
+def test_a_learnable_bias_comes_and_goes() -> None:
+    vit = model()
+    swap_attention(vit, sigmoid_bias=-2.0, bias_mode="per_head")
+    assert vit.state_dict()["blocks.1.attn.sigmoid_bias"].tolist() == [-2.0] * 4
+    with_parameter = vit(images())
+    swap_attention(vit, sigmoid_bias=-2.0)
+    assert "blocks.1.attn.sigmoid_bias" not in vit.state_dict()
+    torch.testing.assert_close(vit(images()), with_parameter)
+
+
+def test_an_injected_attention_is_called() -> None:
+    seen = []
+
+    def attend(q, k, v, **options):
+        seen.append(options)
+        return sigmoid_attention(q, k, v, **options)
+
+    vit = model()
+    swap_attention(vit, sigmoid_bias=-1.0, attention_fn=attend)
+    vit(images())
+    assert [options["sigmoid_bias"] for options in seen] == [-1.0] * 3
+
+
+def test_hooks_stay() -> None:
+    vit, shapes = model(), []
+    vit.blocks[0].attn.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))
+    swap_attention(vit)
+    vit(images())
+    assert shapes == [(2, 17, 48)]
+
+
+def test_what_cannot_be_exchanged_says_so_and_stays() -> None:
+    resnet = timm.create_model("resnet10t")
+    with pytest.raises(ValueError, match=r"model must have modules of the class timm.layers.Attention, got none"):
+        swap_attention(resnet)
+    swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24, depths=(1, 1), num_heads=(2, 2))
+    with pytest.raises(ValueError, match=r"got WindowAttention"):
+        swap_attention(swin)
+    vit = model()
+    expected = vit(images())
+    with pytest.raises(ValueError, match="kind must be 'sigmoid' or 'softmax', got 'linear'"):
+        swap_attention(vit, "linear")
+    assert not any(isinstance(module, VisionAttention) for module in vit.modules())
+    torch.testing.assert_close(vit(images()), expected)

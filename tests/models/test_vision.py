@@ -1,0 +1,168 @@
+"""timm's Vision Transformers with our attention: the same parameters, the same function of them, and the pair."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import math
+
+import pytest
+import timm
+import torch
+from timm.layers.attention import Attention
+
+from flashsigmoid.models.vision import VisionAttention, ViTConfig, build_vit, tokens
+
+SMALL = ViTConfig(
+    name="vit_tiny_patch16_224", num_classes=5, img_size=32, patch_size=8, dim=48, depth=2, nheads=4, layer_scale=0.1
+)
+
+
+def attentions(model: torch.nn.Module) -> list[VisionAttention]:
+    return [module for module in model.modules() if isinstance(module, VisionAttention)]
+
+
+def images(config: ViTConfig = SMALL, batch: int = 2) -> torch.Tensor:
+    size = config.img_size or 224
+    return torch.randn(batch, config.in_chans, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("position", ["learned", "sincos"])
+def test_a_pair_has_the_same_parameters_and_another_function(pool, position) -> None:
+    config = dataclasses.replace(SMALL, pool=pool, position=position)
+    torch.manual_seed(0)
+    model = build_vit(config)
+    twin = build_vit(dataclasses.replace(config, attention="softmax"))
+    twin.load_state_dict(model.state_dict())
+    out, other = (m.eval()(images()) for m in (model, twin))
+    assert out.shape == other.shape == (2, 5)
+    assert not torch.allclose(out, other)
+    assert {a.kind for a in attentions(model)} == {"sigmoid"}
+    assert tokens(model) == 16 + (pool == "token")
+    assert {a.sigmoid_bias for a in attentions(model)} == {-math.log(tokens(model))}
+
+
+def test_the_softmax_twin_is_timms_own_model() -> None:
+    torch.manual_seed(0)
+    twin = build_vit(dataclasses.replace(SMALL, attention="softmax")).eval()
+    plain = timm.create_model(
+        SMALL.name, num_classes=5, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, init_values=0.1,
+        qk_norm=True,
+    ).eval()  # fmt: skip
+    plain.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(twin(images()), plain(images()))
+
+
+def test_an_attention_is_the_equation() -> None:
+    torch.manual_seed(0)
+    attention = VisionAttention(48, num_heads=4, qkv_bias=True, qk_norm=True, norm_layer=torch.nn.LayerNorm).double()
+    attention.configure(sigmoid_bias=-2.0)
+    x = torch.randn(2, 7, 48, dtype=torch.float64)
+    q, k, v = (y.transpose(1, 2) for y in attention.qkv(x).unflatten(-1, (3, 4, 12)).unbind(2))
+    a = torch.sigmoid(attention.q_norm(q) @ attention.k_norm(k).mT / math.sqrt(12) - 2.0)
+    expected = attention.proj((a @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_a_mask_removes_keys() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 48)
+    keep = torch.ones(2, 9, dtype=torch.bool)
+    keep[0, 6:] = False
+    for kind in ("sigmoid", "softmax"):
+        attention = VisionAttention(48, num_heads=4)
+        attention.configure(kind)
+        masked = attention(x, attn_mask=keep[:, None, None])
+        torch.testing.assert_close(masked[:1, :6], attention(x[:1, :6]))
+        torch.testing.assert_close(masked[1:], attention(x[1:]))
+        for wrong in (keep, keep[:, None, None].float(), torch.ones(2, 1, 9, 9, dtype=torch.bool)):
+            with pytest.raises(ValueError, match="attn_mask must be bool, of shape"):
+                attention(x, attn_mask=wrong)
+
+
+def test_causal_tokens_do_not_see_the_future() -> None:
+    attention = VisionAttention(48, num_heads=4)
+    x = torch.randn(1, 9, 48)
+    other = x.clone()
+    other[:, 5:] = 0.0
+    torch.testing.assert_close(attention(x, is_causal=True)[:, :5], attention(other, is_causal=True)[:, :5])
+
+
+@pytest.mark.parametrize(("mode", "shape"), [("learnable", ()), ("per_head", (4,))])
+def test_a_learnable_bias_starts_at_minus_log_n_and_learns(mode, shape) -> None:
+    model = build_vit(dataclasses.replace(SMALL, bias_mode=mode))
+    fixed = build_vit(SMALL)
+    names = {name for name, _ in model.named_parameters()} - {name for name, _ in fixed.named_parameters()}
+    assert names == {f"blocks.{i}.attn.sigmoid_bias" for i in range(2)}
+    b = attentions(model)[0].sigmoid_bias
+    assert isinstance(b, torch.nn.Parameter)
+    assert b.shape == shape
+    torch.testing.assert_close(b.detach(), torch.full(shape, -math.log(17)))
+    model(images()).square().sum().backward()
+    assert b.grad is not None
+    assert b.grad.abs().min() > 0
+    missing, unexpected = fixed.load_state_dict(model.state_dict(), strict=False)
+    assert (missing, set(unexpected)) == ([], names)
+
+
+def test_positions_of_sines_are_fixed_and_differ() -> None:
+    model = build_vit(dataclasses.replace(SMALL, position="sincos"))
+    assert model.pos_embed is not None
+    assert not model.pos_embed.requires_grad
+    assert model.pos_embed.shape == (1, 16, 48)
+    assert torch.unique(model.pos_embed[0], dim=0).shape[0] == 16
+
+
+def test_a_model_is_copied_saved_and_compiled() -> None:
+    model = build_vit(dataclasses.replace(SMALL, bias_mode="per_head")).eval()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        torch.testing.assert_close(other(images()), model(images()))
+
+
+def test_papers_sizes_on_the_meta_device() -> None:
+    for name, parameters in (("vit_base_patch16_224", 86.6e6), ("vit_large_patch16_224", 304.3e6)):
+        with torch.device("meta"):
+            model = build_vit(ViTConfig(name=name))
+            assert model(torch.empty(2, 3, 224, 224)).shape == (2, 1000)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=2e-3)
+        assert attentions(model)[0].sigmoid_bias == -math.log(197)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "vit_smal_patch16_224"}, "name must be a model of timm, such as vit_small_patch16_224"),
+        ({"name": "?"}, r"name must be a model of timm, such as vit_base_patch16_224, got \?"),
+        ({"name": "resnet18"}, "name must be a VisionTransformer of timm"),
+        ({"attention": "linear"}, "attention must be one of"),
+        ({"pool": "max"}, "pool must be one of"),
+        ({"position": "rope"}, "position must be one of"),
+        ({"bias_mode": "both"}, "bias_mode must be one of"),
+        ({"depth": 0}, "depth must be a positive integer, got 0"),
+        ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
+        ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
+        ({"sigmoid_bias": math.nan}, "sigmoid_bias must be a number below inf, or None, got nan"),
+        ({"nheads": 5}, "name must be a VisionTransformer of timm that takes these fields"),
+        ({"position": "sincos", "dim": 50, "nheads": 5}, "dim must be a multiple of 4 for position='sincos', got 50"),
+    ],
+)
+def test_bad_fields_are_one_clear_error(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_vit(dataclasses.replace(SMALL, **change))
+
+
+def test_bad_settings_are_one_clear_error() -> None:
+    attention = VisionAttention(48, num_heads=4)
+    assert isinstance(attention, Attention)
+    for settings, message in (
+        ({"kind": "linear"}, "kind must be 'sigmoid' or 'softmax', got 'linear'"),
+        ({"bias_mode": "both"}, "bias_mode must be 'fixed', 'learnable' or 'per_head', got 'both'"),
+        ({"bias_mode": "per_head"}, "sigmoid_bias must be given with bias_mode='per_head'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention.configure(**settings)
