@@ -108,7 +108,7 @@ def test_the_hopper_kernels(call) -> None:
     has_backward = call["head_dim"] < 256 and not ({"bias", "has_slopes"} & call.keys())
     assert [one["kernel"] for one in kernels] == ["fwd", "bwd"][: 1 + has_backward]
     for one in kernels:
-        check("sm_90", one, spilled=64 if one["kernel"] == "fwd" else 1024)
+        check("sm_90", one, spilled=64 if one["kernel"] == "fwd" else 1536)
         assert one["loop_spills"] <= (1 if one["kernel"] == "fwd" else 50), one["loop_spills"]
         assert one["tma_loads"] > 0
         assert one["waits"] < one["products"] / 2

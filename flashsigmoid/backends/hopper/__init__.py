@@ -6,7 +6,9 @@ Nothing here imports triton: the kernels are loaded at the first call that takes
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def unsupported(problem: Problem, direction: str = "forward") -> str | None:
             return "sigmoid_bias must be a number, and there must be no alibi_slopes"
         if torch.are_deterministic_algorithms_enabled():
             return "torch.use_deterministic_algorithms must be off: dQ is added in no order"
-    return None if _has_gluon() else "the package triton has no gluon"
+    return _without_gluon()
 
 
 def formula(problem: Problem) -> str:
@@ -84,8 +86,15 @@ def backward(
 
 
 @functools.cache
-def _has_gluon() -> bool:
-    try:
-        return importlib.util.find_spec("triton.experimental.gluon.language.nvidia.hopper") is not None
-    except ModuleNotFoundError:  # one of the packages above it
-        return False
+def _without_gluon() -> str | None:
+    """Why the kernels cannot be loaded, None if they can. Without a GPU to run them they are only looked for."""
+    triton = importlib.util.find_spec("triton")
+    homes = [] if triton is None else list(triton.submodule_search_locations or [])
+    if not any((Path(home) / "experimental/gluon/language/nvidia/hopper").is_dir() for home in homes):
+        return "the package triton, from 3.6 on, must be installed with its gluon"
+    if torch.cuda.is_available():
+        try:
+            importlib.import_module(".launch", __package__)
+        except (ImportError, AttributeError, AssertionError, TypeError) as error:
+            return f"triton's gluon must be as it is from 3.6 to 3.9, got {type(error).__name__}: {error}"
+    return None
