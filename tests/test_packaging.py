@@ -99,6 +99,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
     assert sources <= names
     assert {"flashsigmoid/py.typed", "flashsigmoid/samples/tinyshakespeare.txt"} <= names
     assert "flashsigmoid/samples/tinyshakespeare.md" in names  # origin and licence, beside the data
+    parts = ("train-images", "train-labels", "test-images", "test-labels")
+    digits = {f"flashsigmoid/samples/mnist-{part}.gz" for part in parts}
+    assert digits | {"flashsigmoid/samples/mnist.md"} <= names
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"flashsigmoid", next(top for top in tops if top.endswith(".dist-info"))}
     assert not [name for name in names if name.endswith((".pyc", ".pth", ".so"))]

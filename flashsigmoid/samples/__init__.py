@@ -12,7 +12,23 @@ def tinyshakespeare() -> Path:
     Raises:
         FileNotFoundError: the installation lacks it.
     """
-    path = Path(str(files(__name__) / "tinyshakespeare.txt"))
+    return _embedded("tinyshakespeare.txt")
+
+
+def mnist(split: str) -> tuple[Path, Path]:
+    """Paths of the embedded images of handwritten digits and of their labels: IDX files, gzipped, CC BY-SA 3.0.
+
+    Args:
+        split: "train", 8,000 of them, or "test", 2,000.
+
+    Raises:
+        FileNotFoundError: the installation lacks them.
+    """
+    return _embedded(f"mnist-{split}-images.gz"), _embedded(f"mnist-{split}-labels.gz")
+
+
+def _embedded(name: str) -> Path:
+    path = Path(str(files(__name__) / name))
     if not path.is_file():
-        raise FileNotFoundError(f"the embedded text must be part of the installation, got none at {path}")
+        raise FileNotFoundError(f"the embedded {name} must be part of the installation, got none at {path}")
     return path

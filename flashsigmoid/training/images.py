@@ -1,0 +1,260 @@
+"""Images and labels: the embedded digits, torchvision's public sets, folders of any images. No augmentation, no model.
+
+What cannot be read is named in one line, and ends the run or is left out and counted: `ImageConfig.on_corrupt`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as transforms
+
+from ..samples import mnist
+
+_PUBLIC: dict[str, tuple[Callable[..., Any], int]] = {  # (class, channels)
+    "cifar10": (datasets.CIFAR10, 3),
+    "cifar100": (datasets.CIFAR100, 3),
+    "mnist": (datasets.MNIST, 1),
+}
+SOURCES = ("sample", *_PUBLIC, "folder")
+SUFFIXES = datasets.folder.IMG_EXTENSIONS
+Sample = tuple[Tensor, int]  # ((channels, size, size) uint8, label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """Which images a training reads.
+
+    Raises:
+        ValueError: a field breaks the rule beside it.
+    """
+
+    source: str = (
+        "sample"  # embedded digits; "cifar10", "cifar100", "mnist"; "folder": root/train/CLASS/*, root/val/CLASS/*
+    )
+    root: str | None = None  # folder of the data; None for the embedded ones only
+    download: bool = False  # let torchvision fetch a public set into root
+    img_size: int | None = None  # pixels a side; None: as they are, 224 of a folder
+    on_corrupt: Literal["fail", "skip"] = "fail"  # at a file that is no image: end, or leave it out and count it
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
+        if self.source != "sample" and self.root is None:
+            raise ValueError(f"root must be the folder of the data for source={self.source!r}, got None")
+        if self.img_size is not None and not (type(self.img_size) is int and self.img_size > 0):
+            raise ValueError(f"img_size must be a positive integer, got {self.img_size!r}")
+        if self.on_corrupt not in ("fail", "skip"):
+            raise ValueError(f"on_corrupt must be 'fail' or 'skip', got {self.on_corrupt!r}")
+        if self.download and self.source not in _PUBLIC:
+            raise ValueError(f"download must be off for source={self.source!r}, which nobody can fetch, got True")
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Everything a training reads: made by `load_images`."""
+
+    train: Dataset[Sample | None]  # an item is None where a corrupt image is left out
+    val: Dataset[Sample | None]
+    classes: tuple[str, ...]  # names, in the order of the labels
+    img_size: int
+    in_chans: int
+    mean: tuple[float, ...]  # of a channel of the training images in [0, 1]
+    std: tuple[float, ...]
+    fingerprint: str  # changes when the images, or the files of a folder, do
+
+    @property
+    def majority(self) -> float:
+        """Share of the most frequent class in the validation images: what a constant answer gets."""
+        labels = torch.tensor(_labels(self.val))
+        return float(torch.bincount(labels).max()) / len(labels)
+
+
+class Arrays(Dataset[Sample]):
+    """Images in memory, (n, channels, height, width) uint8, resized as they are taken."""
+
+    def __init__(self, images: Tensor, labels: Tensor, size: int) -> None:
+        self.images, self.labels, self.size = images, labels, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        return _resized(self.images[index], self.size), int(self.labels[index])
+
+
+class Files(Dataset["Sample | None"]):
+    """Image files, decoded as RGB: the shorter side resized, the middle cut out."""
+
+    def __init__(self, files: Sequence[tuple[Path, int]], size: int, on_corrupt: Literal["fail", "skip"]) -> None:
+        self.files, self.size, self.on_corrupt = list(files), size, on_corrupt
+        # shared by the workers of a DataLoader
+        self.skipped = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Sample | None:
+        path, label = self.files[index]
+        try:
+            image = transforms.pil_to_tensor(datasets.folder.pil_loader(str(path)))
+        except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if self.on_corrupt == "fail":
+                raise ValueError(f"images must be readable, got {path}: {reason}") from error
+            if not self.skipped[index]:
+                self.skipped[index] = True
+                print(f"left out, not a readable image: {path}: {reason}", file=sys.stderr, flush=True)
+            return None
+        return _resized(image, self.size), label
+
+    @property
+    def count_skipped(self) -> int:
+        """How many files were found corrupt so far."""
+        return int(self.skipped.sum())
+
+
+def collate(samples: Sequence[Sample | None]) -> tuple[Tensor, Tensor]:
+    """Images (batch, channels, size, size) uint8 and labels (batch,) int64 of what is left; for a DataLoader.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    kept = [sample for sample in samples if sample is not None]
+    if not kept:
+        raise ValueError(f"a batch must have at least one readable image, got {len(samples)} corrupt ones")
+    images, labels = zip(*kept, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def load_images(config: ImageConfig) -> ImageData:
+    """Open the training and the validation images.
+
+    Raises:
+        FileNotFoundError: there is nothing where the data should be.
+        ValueError: a folder without images, classes of the validation that training lacks, a file of another format.
+    """
+    if config.source == "folder":
+        return _load_folder(config)
+    if config.source == "sample":
+        arrays = [read_idx(path) for split in ("train", "test") for path in mnist(split)]
+        parts = [(arrays[0][:, None], arrays[1]), (arrays[2][:, None], arrays[3])]
+        classes = tuple(map(str, range(10)))
+    else:
+        parts, classes = _load_public(config)
+    size = config.img_size or parts[0][0].shape[-1]
+    digest = hashlib.sha256()
+    for part in parts:
+        for x in part:
+            digest.update(x.numpy().tobytes())
+    mean, std = _statistics(parts[0][0])
+    train, val = (Arrays(images, labels.long(), size) for images, labels in parts)
+    return ImageData(train, val, classes, size, parts[0][0].shape[1], mean, std, digest.hexdigest())
+
+
+def read_idx(path: str | Path) -> Tensor:
+    """A gzipped IDX file of unsigned bytes, MNIST's format, as uint8 of its shape.
+
+    Raises:
+        ValueError: it is none, or is cut short.
+    """
+    try:
+        data = gzip.decompress(Path(path).read_bytes())
+        zero, kind, ndim = struct.unpack(">HBB", data[:4])
+        shape = struct.unpack(f">{ndim}I", data[4 : 4 + 4 * ndim])
+        values = np.frombuffer(data, np.uint8, offset=4 + 4 * ndim)
+        if zero or kind != 8 or values.size != np.prod(shape):
+            raise ValueError(f"type {kind}, {values.size} bytes for shape {shape}")
+    except (OSError, EOFError, struct.error, ValueError) as error:
+        raise ValueError(f"a gzipped IDX file of unsigned bytes is needed, got {path}: {error}") from error
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def _load_public(config: ImageConfig) -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...]]:
+    make, channels = _PUBLIC[config.source]
+    parts = []
+    for is_train in (True, False):
+        try:
+            whole = make(root=config.root, train=is_train, download=config.download)
+        except RuntimeError as error:  # torchvision's word for a set that is not there
+            raise FileNotFoundError(
+                f"root must hold {config.source} as torchvision lays it out, or download must be on, "
+                f"got {config.root}: {error}"
+            ) from error
+        images = torch.as_tensor(whole.data)  # (n, height, width[, channels])
+        images = images[:, None] if channels == 1 else images.permute(0, 3, 1, 2).contiguous()
+        parts.append((images, torch.as_tensor(whole.targets)))
+    return parts, tuple(map(str, whole.classes))
+
+
+def _load_folder(config: ImageConfig) -> ImageData:
+    root, size = Path(config.root or ""), config.img_size or 224
+    listed = {split: _listed(root / split) for split in ("train", "val")}
+    classes = tuple(sorted(listed["train"]))
+    unknown = sorted(set(listed["val"]) - set(classes))
+    if unknown:
+        raise ValueError(f"classes of {root / 'val'} must be among those of {root / 'train'}, got {unknown[0]}")
+    train, val = (
+        Files(
+            [(path, classes.index(name)) for name, paths in sorted(listed[split].items()) for path in paths],
+            size,
+            config.on_corrupt,
+        )
+        for split in ("train", "val")
+    )
+    digest = hashlib.sha256(repr((config.img_size, classes)).encode())
+    for path, _ in (*train.files, *val.files):
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+    # of what ImageNet's photographs have: reading a large folder for its own would take minutes
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return ImageData(train, val, classes, size, 3, mean, std, digest.hexdigest())
+
+
+def _listed(folder: Path) -> dict[str, list[Path]]:
+    """Images of each class: the folders within, and their files below, sorted."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"root must hold the folders train and val, got none at {folder}")
+    found = {
+        each.name: sorted(path for path in each.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+        for each in folder.iterdir()
+        if each.is_dir()
+    }
+    found = {name: paths for name, paths in found.items() if paths}
+    if not found:
+        raise ValueError(f"{folder} must hold a folder of images for each class, got none with {', '.join(SUFFIXES)}")
+    return found
+
+
+def _labels(dataset: Any) -> list[int]:
+    return dataset.labels.tolist() if isinstance(dataset, Arrays) else [label for _, label in dataset.files]
+
+
+def _resized(image: Tensor, size: int) -> Tensor:
+    if image.shape[-2:] == (size, size):
+        return image
+    image = transforms.resize(image, [size], antialias=True)
+    return transforms.center_crop(image, [size, size])
+
+
+def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, in [0, 1], exact: from a count of the 256 values."""
+    means, stds = [], []
+    values = torch.arange(256, dtype=torch.float64) / 255.0
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten().int(), minlength=256).double() / channel.numel()
+        mean = float(share @ values)
+        means.append(mean)
+        stds.append(float(share @ (values - mean) ** 2) ** 0.5)
+    return tuple(means), tuple(stds)

@@ -1,0 +1,109 @@
+"""Augmentation of batches: what is switched off changes nothing, what is on does what it says and no more."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flashsigmoid.training.augment import Augment, AugmentConfig, cropped, normalised
+
+
+def images(batch: int = 8, channels: int = 3, size: int = 16) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, channels, size, size), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def test_nothing_switched_on_is_the_normalisation() -> None:
+    x, labels = images(), torch.arange(8)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 0.2)
+    out, same = Augment(AugmentConfig(), mean, std, 10)(x, labels)
+    expected = (x.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    assert same is labels
+    torch.testing.assert_close(out, normalised(x, mean, std))
+
+
+def test_a_crop_of_everything_is_the_image() -> None:
+    assert torch.equal(cropped(images(), (1.0, 1.0), flip=False), images())
+
+
+def test_a_flip_is_the_mirror_image_of_half_of_them() -> None:
+    torch.manual_seed(1)
+    x = images(batch=400)
+    out = cropped(x, (1.0, 1.0), flip=True)
+    same, mirrored = ((out == y).flatten(1).all(1) for y in (x, x.flip(-1)))
+    assert (same | mirrored).all()
+    assert abs(int(mirrored.sum()) - 200) < 5 * 10  # five standard deviations
+
+
+def test_crops_have_their_share_and_stay_inside() -> None:
+    """Of images whose pixels are their own coordinates: a crop's range is its place and its size."""
+    torch.manual_seed(1)
+    size = 128
+    ramp = torch.linspace(0, 255, size).round().byte()
+    x = torch.stack([ramp.expand(size, size), ramp[:, None].expand(size, size)])[None].expand(500, -1, -1, -1)
+    low, high = 0.2, 0.6
+    flat = cropped(x, (low, high), flip=False).float().flatten(2)
+    sides = (flat.amax(-1) - flat.amin(-1)) / 255.0 * size / (size - 1) + 1 / size  # (500, 2): width, height
+    share, ratio = sides.prod(-1), sides[:, 0] / sides[:, 1]
+    assert low - 0.03 < share.min() < low + 0.05
+    assert high - 0.05 < share.max() < high + 0.03
+    assert abs(share.mean() - (low + high) / 2) < 0.03
+    assert 0.72 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < 1.39
+    places = flat.mean(-1)
+    assert places.amin() < 80
+    assert places.amax() > 175
+    assert torch.corrcoef(places.T)[0, 1].abs() < 0.2
+
+
+def test_randaugment_changes_groups_in_their_own_ways() -> None:
+    torch.manual_seed(0)
+    x = images(1).expand(64, -1, -1, -1).contiguous()
+    out, _ = Augment(AugmentConfig(randaugment=2, magnitude=15), (0.0,) * 3, (1.0,) * 3, 10)(x, torch.zeros(64).long())
+    groups = out.view(16, 4, 3, 16, 16)
+    assert torch.equal(groups, groups[:, :1].expand_as(groups))
+    assert len({group[0].numpy().tobytes() for group in groups}) > 8
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}], ids=str)
+def test_mixed_labels_say_what_was_mixed(options) -> None:
+    """Images of one colour each: the share of a colour is the probability of its class."""
+    torch.manual_seed(0)
+    augment = Augment(AugmentConfig(**options), (0.0,), (1.0,), 8)
+    labels = torch.arange(8)
+    x = (labels * 32).byte().view(8, 1, 1, 1).expand(8, 1, 32, 32).contiguous()
+    for _ in range(10):
+        out, targets = augment(x, labels)
+        torch.testing.assert_close(targets.sum(1), torch.ones(8))
+        expected = targets @ (labels * 32 / 255.0)
+        torch.testing.assert_close(out.mean((1, 2, 3)), expected, atol=1e-4, rtol=1e-4)
+    alone, label = augment(x[:1], labels[:1])
+    assert (alone.shape, label.tolist()) == ((1, 1, 32, 32), [0])
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    config = AugmentConfig(crop=(0.3, 1.0), flip=True, randaugment=2, mixup=0.2, cutmix=1.0)
+    results = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        results.append(Augment(config, (0.5,) * 3, (0.25,) * 3, 10)(images(), torch.arange(8)))
+    assert all(torch.equal(a, b) for a, b in zip(*results[:2], strict=True))
+    assert not torch.equal(results[0][0], results[2][0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"crop": (0.0, 1.0)}, r"crop must be two shares 0 < least <= largest <= 1, got \(0.0, 1.0\)"),
+        ({"crop": (0.5, 0.4)}, "crop must be two shares"),
+        ({"randaugment": -1}, "randaugment must be at least 0, got -1"),
+        ({"magnitude": 31}, r"magnitude must be in \[0, 30\], got 31"),
+        ({"mixup": -0.1}, "mixup must be at least 0, got -0.1"),
+        ({"cutmix": math.nan}, "cutmix must be at least 0, got nan"),
+    ],
+)
+def test_bad_fields_are_one_clear_error(fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        AugmentConfig(**fields)

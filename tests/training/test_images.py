@@ -1,0 +1,165 @@
+"""Images: the embedded digits, torchvision's sets from files of their layout, folders, and what cannot be read."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from flashsigmoid.samples import mnist
+from flashsigmoid.training.images import ImageConfig, collate, load_images, read_idx
+
+
+def draw(path, size=(40, 30), colour=(200, 30, 60)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, three images of one and one of the other, in training; one of each in validation."""
+    for name in ("cat/1.png", "cat/deep/2.jpg", "cat/3.PNG", "dog/1.png"):
+        draw(tmp_path / "train" / name)
+    for name in ("cat/1.png", "dog/1.png"):
+        draw(tmp_path / "val" / name)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image, by its name")
+    return tmp_path
+
+
+def test_the_embedded_digits() -> None:
+    data = load_images(ImageConfig())
+    assert (len(data.train), len(data.val), data.in_chans, data.img_size) == (8000, 2000, 1, 28)
+    assert data.classes == tuple("0123456789")
+    images, labels = collate([data.train[i] for i in range(64)])
+    assert (images.dtype, tuple(images.shape), labels[:5].tolist()) == (torch.uint8, (64, 1, 28, 28), [5, 0, 4, 1, 9])
+    whole = torch.stack([data.train[i][0] for i in range(8000)]).double() / 255
+    assert data.mean[0] == pytest.approx(float(whole.mean()), abs=1e-9)
+    assert data.std[0] == pytest.approx(float(whole.std(unbiased=False)), abs=1e-9)
+    counts = torch.bincount(torch.tensor([data.val[i][1] for i in range(2000)]))
+    assert data.majority == float(counts.max()) / 2000
+    assert load_images(ImageConfig()).fingerprint == data.fingerprint
+
+
+def test_images_are_resized() -> None:
+    image, _ = load_images(ImageConfig(img_size=16)).train[0]
+    assert image.shape == (1, 16, 16)
+    assert image.float().std() > 10
+
+
+def test_cifar_as_torchvision_lays_it_out(tmp_path, monkeypatch) -> None:
+    """Files of CIFAR-10's form; torchvision's check of their sums is not ours to test."""
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5: True)
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        rows = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+        (base / name).write_bytes(pickle.dumps({"data": rows, "labels": [0, 1, 2, 9]}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    data = load_images(ImageConfig(source="cifar10", root=str(tmp_path)))
+    assert (len(data.train), len(data.val), data.in_chans, data.img_size) == (20, 4, 3, 32)
+    assert (data.classes[9], data.majority) == ("class 9", 0.25)
+    with (base / "test_batch").open("rb") as file:
+        rows = pickle.load(file)["data"]
+    image, label = data.val[3]
+    assert label == 9
+    assert torch.equal(image, torch.from_numpy(rows[3].reshape(3, 32, 32)))
+
+
+def test_a_folder(folder) -> None:
+    data = load_images(ImageConfig(source="folder", root=str(folder), img_size=20))
+    assert (data.classes, len(data.train), len(data.val), data.majority) == (("cat", "dog"), 4, 2, 0.5)
+    assert [label for _, label in data.train] == [0, 0, 0, 1]
+    for image, _ in data.train:
+        assert (image.shape, image.dtype) == ((3, 20, 20), torch.uint8)
+        assert (image[:, 3:-3, 3:-3].float().mean((1, 2)) - torch.tensor([200.0, 30.0, 60.0])).abs().max() < 4
+    assert load_images(ImageConfig(source="folder", root=str(folder))).img_size == 224
+    before = data.fingerprint
+    draw(folder / "train" / "dog" / "2.png")
+    assert load_images(ImageConfig(source="folder", root=str(folder), img_size=20)).fingerprint != before
+
+
+def test_a_corrupt_image_ends_the_run_by_its_name(folder) -> None:
+    broken = folder / "train" / "cat" / "broken.png"
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    data = load_images(ImageConfig(source="folder", root=str(folder), img_size=20))
+    with pytest.raises(ValueError, match=r"images must be readable, got .*broken.png: ") as caught:
+        list(DataLoader(data.train, batch_size=2, collate_fn=collate))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_image_is_left_out_named_once_and_counted(folder, workers, capfd) -> None:
+    (folder / "train" / "cat" / "broken.png").write_bytes(b"no image")
+    draw(folder / "train" / "dog" / "cut.jpg", size=(400, 300))
+    whole = (folder / "train" / "dog" / "cut.jpg").read_bytes()
+    (folder / "train" / "dog" / "cut.jpg").write_bytes(whole[:30])
+    data = load_images(ImageConfig(source="folder", root=str(folder), img_size=20, on_corrupt="skip"))
+    for _ in range(2):
+        batches = list(DataLoader(data.train, batch_size=3, collate_fn=collate, num_workers=workers))
+        assert sum(len(labels) for _, labels in batches) == 4
+    assert data.train.count_skipped == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if "left out" in line]
+    assert len(lines) == 2
+    assert "broken.png" in lines[0] + lines[1]
+    assert "cut.jpg" in lines[0] + lines[1]
+
+
+def test_nothing_readable_is_an_error() -> None:
+    with pytest.raises(ValueError, match="a batch must have at least one readable image, got 2 corrupt ones"):
+        collate([None, None])
+
+
+def test_idx_files(tmp_path) -> None:
+    images, labels = map(read_idx, mnist("test"))
+    assert (tuple(images.shape), tuple(labels.shape)) == ((2000, 28, 28), (2000,))
+    good = struct.pack(">HBBI", 0, 8, 1, 3) + b"abc"
+    for name, data in (("cut", gzip.compress(good[:-1])), ("plain", good), ("other", gzip.compress(b"\0\0\x0d\x01"))):
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=f"a gzipped IDX file of unsigned bytes is needed, got .*{name}: "):
+            read_idx(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"source": "imagenet22k"}, ValueError, "source must be one of sample, cifar10, cifar100, mnist, folder, got"),
+        ({"source": "folder"}, ValueError, "root must be the folder of the data for source='folder', got None"),
+        ({"img_size": 0}, ValueError, "img_size must be a positive integer, got 0"),
+        ({"on_corrupt": "hide"}, ValueError, "on_corrupt must be 'fail' or 'skip', got 'hide'"),
+        ({"download": True}, ValueError, "download must be off for source='sample'"),
+        (
+            {"source": "folder", "root": "{tmp}"},
+            FileNotFoundError,
+            "root must hold the folders train and val, got none",
+        ),
+        (
+            {"source": "cifar10", "root": "{tmp}"},
+            FileNotFoundError,
+            "root must hold cifar10 as torchvision lays it out",
+        ),
+    ],
+)
+def test_bad_fields_are_one_clear_error(fields, error, message, tmp_path) -> None:
+    fields = {key: str(tmp_path) if value == "{tmp}" else value for key, value in fields.items()}
+    with pytest.raises(error, match=message):
+        load_images(ImageConfig(**fields))
+
+
+def test_folders_that_do_not_fit(folder) -> None:
+    draw(folder / "val" / "bird" / "1.png")
+    with pytest.raises(ValueError, match=r"classes of .*val must be among those of .*train, got bird"):
+        load_images(ImageConfig(source="folder", root=str(folder)))
+    (folder / "none" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"must hold a folder of images for each class, got none with \.jpg"):
+        load_images(ImageConfig(source="folder", root=str(folder / "none")))
