@@ -1,4 +1,4 @@
-"""What happens around the steps: records, checkpoints, signals, a line of progress. The steps are language.py's."""
+"""What happens around the steps: records, checkpoints, signals, a line of progress. The steps are module.py's."""
 
 from __future__ import annotations
 
@@ -16,15 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 
-from ..diagnostics.probes import probe_attention
-from ..models.generation import generate
 from ..record import RecordWriter
 from .checkpoint import checkpoint_path, keep_last
-from .data import LanguageData
 from .optim import lr_at
 
 if TYPE_CHECKING:
-    from .language import LanguageModule
+    from .module import RunModule
 
 
 class Stopwatch:
@@ -54,7 +51,7 @@ class Progress:
     step: int
     steps: int
     time_s: float  # of training, validation not counted
-    metrics: dict[str, float]  # the latest train/loss, val/loss, val/loss_bytes, tokens_per_s
+    metrics: dict[str, float]  # the latest train/loss, those of the validation, and samples, or tokens, per second
     validated: bool  # whether this step was validated just now
 
 
@@ -74,92 +71,75 @@ def show_line(progress: Progress) -> None:
 
 
 class Recorder(pl.Callback):
-    """Writes losses, rates, attention probes and the sample to the records, and the numbers to TensorBoard.
+    """Writes losses, rates and what the module says of itself to the records, and the numbers to TensorBoard.
 
     Args:
         writer: of the run's records.jsonl.
-        data: for the sample and the probes, which read the first validation windows, at most a micro-batch.
         show: told about every record.
     """
 
-    def __init__(self, writer: RecordWriter, data: LanguageData, show: Show) -> None:
-        self.writer, self.data, self.show = writer, data, show
+    def __init__(self, writer: RecordWriter, show: Show) -> None:
+        self.writer, self.show = writer, show
         self.latest: dict[str, float] = {}
         self._last = (0, 0.0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start counting tokens per second."""
-        self._last = (trainer.global_step, _language(pl_module).clock.read())
+        """Start counting what is read per second."""
+        self._last = (trainer.global_step, _ours(pl_module).clock.read())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the step, every log_every steps."""
-        module, step = _language(pl_module), trainer.global_step
+        module, step = _ours(pl_module), trainer.global_step
         run = module.run
         if (batch_idx + 1) % run.accumulate or step % run.log_every:
             return
         (past_step, past_s), now_s = self._last, module.clock.read()
         self._last = (step, now_s)
-        tokens = (step - past_step) * run.accumulate * run.batch * run.model.seqlen
-        self._write(trainer, "train/loss", float(module.step_loss), "nats_per_token", step, now_s)
+        rate, count = module.read_per_sample
+        count *= (step - past_step) * run.accumulate * run.batch
+        self._write(trainer, "train/loss", float(module.step_loss), module.loss_unit, step, now_s, shown=True)
         self._write(trainer, "grad_norm", float(module.grad_norm), "", step, now_s)
         self._write(trainer, "lr", lr_at(step - 1, run.steps, run.optim), "", step, now_s)
-        self._write(trainer, "tokens_per_s", tokens / max(1e-9, now_s - past_s), "tokens_per_s", step, now_s)
+        self._write(trainer, rate, count / max(1e-9, now_s - past_s), rate, step, now_s, shown=True)
         self._tell(trainer, module, validated=False)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validation is not training time."""
-        _language(pl_module).clock.stop()
+        _ours(pl_module).clock.stop()
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the validation, also the one before the first step."""
-        module, step = _language(pl_module), trainer.global_step
+        module, step = _ours(pl_module), trainer.global_step
         now_s = module.clock.read()
-        per_token, per_byte = module.val_losses()
-        self._write(trainer, "val/loss", per_token, "nats_per_token", step, now_s)
-        self._write(trainer, "val/loss_bytes", per_byte, "nats_per_byte", step, now_s)
-        if self.data.bigram is not None and step == 0:
-            bigram = self.data.bigram
-            self.writer.write("baseline/bigram", bigram.nats_per_byte, unit="nats_per_byte", step=0)
-            self.writer.write("baseline/bigram_floor", bigram.floor_nats_per_byte, unit="nats_per_byte", step=0)
-        model = module.run.model
-        # the explicit weights of a layer take at most 1 GiB, unless one window needs more
-        windows = max(1, min(module.run.batch, 2**28 // (model.nheads * model.seqlen**2)))
-        tokens = self.data.val_windows[:windows, :-1].to(pl_module.device)
-        for i, probe in enumerate(probe_attention(module.model, tokens)):
-            self._write(trainer, f"attn_norm/layer_{i}", probe.attention_norm, "", step, now_s)
-            self._write(trainer, f"row_mass/layer_{i}", probe.row_mass, "", step, now_s)
-            self._write(trainer, f"sink/layer_{i}", probe.sink_mass, "", step, now_s)
-        if step == module.run.steps and module.run.sample_tokens:
-            self._sample(module, step)
+        for name, value, unit in module.validated():
+            self._write(trainer, name, value, unit, step, now_s, shown=True)
+        if step == 0:
+            for name, value, unit in module.baselines():
+                self.writer.write(name, value, unit=unit, step=0)
+        for name, value in module.probed():
+            self._write(trainer, name, value, "", step, now_s)
+        if step == module.run.steps:
+            module.finish(self.writer)
         self._tell(trainer, module, validated=True)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Training goes on."""
-        _language(pl_module).clock.start()
+        _ours(pl_module).clock.start()
 
-    def _write(self, trainer: pl.Trainer, name: str, value: float, unit: str, step: int, time_s: float) -> None:
+    def _write(
+        self, trainer: pl.Trainer, name: str, value: float, unit: str, step: int, time_s: float, shown: bool = False
+    ) -> None:
         self.writer.write(name, value, unit=unit, step=step, time_s=time_s)
         if trainer.logger is not None:
             trainer.logger.log_metrics({name: value}, step=step)
-        if name in ("train/loss", "val/loss", "val/loss_bytes", "tokens_per_s"):
+        if shown:
             self.latest[name] = value
 
-    def _tell(self, trainer: pl.Trainer, module: LanguageModule, *, validated: bool) -> None:
-        run = module.run
-        own_bias = run.model.attention == "sigmoid" and run.model.sigmoid_bias is not None
-        name = f"{run.name} {run.model.attention}" + (f" b={run.model.sigmoid_bias:g}" if own_bias else "")
-        now_s = module.clock.read()
-        self.show(Progress(name, trainer.global_step, run.steps, now_s, dict(self.latest), validated))
-
-    def _sample(self, module: LanguageModule, step: int) -> None:
-        """The first validation tokens and what the model makes of them, in sample.txt."""
-        prompt = self.data.val_windows[:1, : min(32, module.run.model.seqlen)].to(module.device)
-        tokens = generate(module.model, prompt, module.run.sample_tokens, temperature=0.8, seed=module.run.seed)
-        text = self.data.tokenizer.decode(tokens[0].tolist())
-        (self.writer.path.parent / "sample.txt").write_text(text, "utf-8")
-        self.writer.write("sample", step=step, artifact="sample.txt", temperature=0.8)
+    def _tell(self, trainer: pl.Trainer, module: RunModule, *, validated: bool) -> None:
+        run, now_s = module.run, module.clock.read()
+        self.show(Progress(run.title, trainer.global_step, run.steps, now_s, dict(self.latest), validated))
 
 
 class Interrupted(SystemExit):
@@ -211,16 +191,16 @@ class Saver(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A step without validation has ended."""
-        run = _language(pl_module).run
+        run = _ours(pl_module).run
         if (batch_idx + 1) % run.accumulate == 0 and trainer.global_step % run.val_interval:
-            self._step_end(trainer, _language(pl_module))
+            self._step_end(trainer, _ours(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A step with validation has ended."""
         if not trainer.sanity_checking:
-            self._step_end(trainer, _language(pl_module))
+            self._step_end(trainer, _ours(pl_module))
 
-    def _step_end(self, trainer: pl.Trainer, module: LanguageModule) -> None:
+    def _step_end(self, trainer: pl.Trainer, module: RunModule) -> None:
         step = trainer.global_step
         path = checkpoint_path(self.run_dir, step)
         if step % module.run.save_every == 0 or step == module.run.steps or self._received is not None:
@@ -230,7 +210,7 @@ class Saver(pl.Callback):
             raise Interrupted(self._received, step, path)
 
 
-def _language(module: pl.LightningModule) -> LanguageModule:
+def _ours(module: pl.LightningModule) -> RunModule:
     """The module as what it is."""
     return module  # pyright: ignore[reportReturnType]
 

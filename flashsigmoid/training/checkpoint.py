@@ -4,7 +4,7 @@
       model.safetensors   the model's parameters
       trainer.pt          Lightning's state and ours: plain containers and tensors, loaded with weights_only=True
       config.json         what was trained, and on what
-      tokenizer.json      see tokenizer.py
+      tokenizer.json      of a language model: see tokenizer.py
 
 A checkpoint is written to a sibling that ends in .tmp, flushed to the disk and renamed: a crash leaves a .tmp, never
 half a checkpoint.
@@ -32,7 +32,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 FOLDER = "checkpoints"
 WEIGHTS, TRAINER, CONFIG, TOKENIZER = "model.safetensors", "trainer.pt", "config.json", "tokenizer.json"
-_PREFIX = "model."  # of the GPT inside the LightningModule
+_PREFIX = "model."  # of the model inside the LightningModule
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -79,8 +79,15 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 
 
 def load_config(path: Path) -> dict[str, Any]:
-    """config.json of a checkpoint."""
-    return json.loads((path / CONFIG).read_text("utf-8"))
+    """config.json of a checkpoint.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads((path / CONFIG).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"config.json of a checkpoint must be whole, got {path}: {error}") from error
 
 
 def clean(run_dir: Path) -> None:
@@ -107,11 +114,11 @@ class DirectoryCheckpoint(CheckpointIO):
 
     Args:
         config: for config.json.
-        tokenizer: for tokenizer.json.
+        files: further files, by name, and their text.
     """
 
-    def __init__(self, config: dict[str, Any], tokenizer: Tokenizer) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: dict[str, Any], files: dict[str, str] | None = None) -> None:
+        self.config, self.files = config, files or {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write Lightning's `checkpoint` to the directory `path`; when this returns it survives a loss of power."""
@@ -123,8 +130,10 @@ class DirectoryCheckpoint(CheckpointIO):
         weights = {key.removeprefix(_PREFIX): value for key, value in checkpoint["state_dict"].items()}
         save_file({key: value.contiguous() for key, value in weights.items()}, draft / WEIGHTS)
         torch.save({key: value for key, value in checkpoint.items() if key != "state_dict"}, draft / TRAINER)
-        (draft / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n", "utf-8")
-        (draft / TOKENIZER).write_text(self.tokenizer.to_json(), "utf-8")
+        config = {**self.config, "files": sorted(self.files)}
+        (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        for name, text in self.files.items():
+            (draft / name).write_text(text, "utf-8")
         for file in (*sorted(draft.iterdir()), draft):
             _flush(file)
         os.rename(draft, path)
@@ -173,7 +182,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def _complete(path: Path) -> bool:
-    return all((path / name).is_file() for name in (WEIGHTS, TRAINER, CONFIG, TOKENIZER))
+    if not all((path / name).is_file() for name in (WEIGHTS, TRAINER, CONFIG)):
+        return False
+    return all((path / name).is_file() for name in load_config(path).get("files", [TOKENIZER]))
 
 
 def _flush(path: Path) -> None:

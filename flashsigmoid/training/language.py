@@ -1,45 +1,29 @@
-"""Training a language model on Lightning: the LightningModule and `train`. Descriptions of runs are run.py's."""
+"""Training a language model: its module, and `train`. What all trainings share is module.py's."""
 
 from __future__ import annotations
 
-import importlib.util
-import random
-import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.plugins.environments import LightningEnvironment  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..diagnostics.probes import probe_attention
+from ..models.generation import generate
 from ..models.gpt import GPT
 from ..record import RECORDS_NAME, RecordWriter, read_records
-from .callbacks import Interrupted, Recorder, Saver, Show, Stopwatch, quiet_lightning, show_line
-from .checkpoint import (
-    FOLDER,
-    TOKENIZER,
-    DirectoryCheckpoint,
-    checkpoints,
-    clean,
-    load_config,
-    rng_state,
-    set_rng_state,
-)
+from .callbacks import Show, show_line
+from .checkpoint import TOKENIZER
 from .data import Batch, LanguageData, load_text
-from .optim import adamw, lr_at
+from .module import Feed, Metric, RunModule, fit, resumed_from
 from .run import LanguageRun as LanguageRun
-from .run import check_unchanged
 from .stream import PREFIX, load_stream
 from .tokenizer import Tokenizer, load_tokenizer
 
 
-class LanguageModule(pl.LightningModule):
+class LanguageModule(RunModule):
     """A GPT with its loss, its optimizer and the position of its data: what Lightning drives.
 
         loss = mean over tokens of -log softmax(logits)[target]       nats per token
@@ -49,15 +33,12 @@ class LanguageModule(pl.LightningModule):
         data: what is read.
     """
 
+    loss_unit = "nats_per_token"
+
     def __init__(self, run: LanguageRun, data: LanguageData) -> None:
-        super().__init__()
-        self.run, self.data = run, data
-        self.model = GPT(run.model)
-        self.position: dict[str, Any] | None = None  # of the data after the last batch used
-        self.clock = Stopwatch()
-        self.grad_norm = torch.tensor(torch.nan)  # of the last optimizer step, before clipping
-        self.step_loss = torch.zeros(())  # mean over the micro-batches of the current step
-        self._resumed: dict[str, Any] | None = None
+        super().__init__(run, GPT(run.model))
+        self.data = data
+        self.read_per_sample = ("tokens_per_s", run.model.seqlen)
         self._val = (0.0, 0, 0)  # nats, tokens, bytes
         self._byte_lengths = torch.from_numpy(data.tokenizer.byte_lengths())
 
@@ -66,6 +47,10 @@ class LanguageModule(pl.LightningModule):
         # (batch, seqlen, vocab_size)
         logits = self.model(tokens[:, :-1]).float()
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """Mean loss of a batch of windows."""
+        return self.loss(batch.tokens)
 
     def train_dataloader(self) -> Feed:
         """Training batches without an end; where they begin is read when they do, after a checkpoint is restored."""
@@ -78,15 +63,6 @@ class LanguageModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Lightning's hook: only the tokens move."""
         return Batch(batch.tokens.to(device, non_blocking=True), batch.position)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a micro-batch; Lightning divides it by their number."""
-        loss = self.loss(batch.tokens)
-        if batch_idx % self.run.accumulate == 0:
-            self.step_loss = torch.zeros((), device=loss.device)
-        self.step_loss += loss.detach() / self.run.accumulate
-        self.position = batch.position
-        return loss
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""
@@ -104,48 +80,40 @@ class LanguageModule(pl.LightningModule):
         nats, tokens, size = self._val
         return nats / tokens, nats / max(1, size)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW; its learning rate is set before each step."""
-        return adamw(self.model, self.run.optim)
+    def validated(self) -> Iterator[Metric]:
+        """Both means."""
+        per_token, per_byte = self.val_losses()
+        yield "val/loss", per_token, "nats_per_token"
+        yield "val/loss_bytes", per_byte, "nats_per_byte"
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set the learning rate of this step: a pure function of its number."""
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(self.trainer.global_step, self.run.steps, self.run.optim)
+    def baselines(self) -> Iterator[Metric]:
+        """A bigram model on the same windows, of text files."""
+        bigram = self.data.bigram
+        if bigram is not None:
+            yield "baseline/bigram", bigram.nats_per_byte, "nats_per_byte"
+            yield "baseline/bigram_floor", bigram.floor_nats_per_byte, "nats_per_byte"
 
-    def configure_gradient_clipping(self, optimizer: Any, *limits: Any, **options: Any) -> None:
-        """Clip the norm of the whole gradient, and keep it for the records."""
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.clip)
+    def probed(self) -> Iterator[tuple[str, float]]:
+        """Attention on the first validation windows, at most a micro-batch."""
+        model = self.run.model
+        # the explicit weights of a layer take at most 1 GiB, unless one window needs more
+        windows = max(1, min(self.run.batch, 2**28 // (model.nheads * model.seqlen**2)))
+        tokens = self.data.val_windows[:windows, :-1].to(self.device)
+        for i, probe in enumerate(probe_attention(self.model, tokens)):
+            yield f"attn_norm/layer_{i}", probe.attention_norm
+            yield f"row_mass/layer_{i}", probe.row_mass
+            yield f"sink/layer_{i}", probe.sink_mass
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not store: the position of the data, the random states, the time."""
-        time_s = self.clock.read()
-        checkpoint["flashsigmoid"] = {"position": self.position, "rng": rng_state(), "time_s": time_s}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it back; the random states wait until nothing else draws before the first batch."""
-        ours: dict[str, Any] = checkpoint["flashsigmoid"]
-        self._resumed, self.position = ours, ours["position"]
-
-    def on_train_start(self) -> None:
-        """Random states and time go on where they stood."""
-        if self._resumed is not None:
-            set_rng_state(self._resumed["rng"])
-        self.clock.start(0.0 if self._resumed is None else self._resumed["time_s"])
-
-
-class Feed:
-    """Batches as Lightning wants them: what can be iterated again and again.
-
-    Args:
-        begin: called for the batches of one iteration.
-    """
-
-    def __init__(self, begin: Callable[[], Iterator[Batch]]) -> None:
-        self.begin = begin
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.begin()
+    def finish(self, writer: RecordWriter) -> None:
+        """The first validation tokens and what the model makes of them, in sample.txt."""
+        run = self.run
+        if not run.sample_tokens:
+            return
+        prompt = self.data.val_windows[:1, : min(32, run.model.seqlen)].to(self.device)
+        tokens = generate(self.model, prompt, run.sample_tokens, temperature=0.8, seed=run.seed)  # pyright: ignore[reportArgumentType]
+        text = self.data.tokenizer.decode(tokens[0].tolist())
+        (writer.path.parent / "sample.txt").write_text(text, "utf-8")
+        writer.write("sample", step=run.steps, artifact="sample.txt", temperature=0.8)
 
 
 def train(
@@ -182,18 +150,19 @@ def train(
         Interrupted: a signal ended it.
     """
     out_dir = Path(out_dir)
-    found = checkpoints(out_dir)
-    if not resume and (found or (out_dir / RECORDS_NAME).exists()):
-        raise ValueError(f"out_dir must not hold a run unless it is resumed, got {out_dir}")
-    clean(out_dir)
-    start = found[-1] if found else None
+    start = resumed_from(out_dir, resume)
     data = load_data(run, None if start is None else load_tokenizer(start / TOKENIZER))
-    config = {**run.sections(), "fingerprint": data.fingerprint}
-    if start is not None:
-        check_unchanged(load_config(start), config)
-    step = 0 if start is None else int(start.name.removeprefix("step-"))
-    if step < run.steps:
-        _fit(run, data, config, out_dir, start, step, device, show, command)
+    fit(
+        run,
+        lambda: LanguageModule(run, data),
+        out_dir,
+        start,
+        fingerprint=data.fingerprint,
+        files={TOKENIZER: data.tokenizer.to_json()},
+        device=device,
+        show=show,
+        command=command,
+    )
     final = ("val/loss", "val/loss_bytes", "baseline/bigram", "baseline/bigram_floor")
     return {
         r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in final and r.value is not None
@@ -214,68 +183,3 @@ def load_data(run: LanguageRun, tokenizer: Tokenizer | None = None) -> LanguageD
             f"model.vocab_size must be at least the tokenizer's {data.tokenizer.vocab_size}, got {run.model.vocab_size}"
         )
     return data
-
-
-def _fit(
-    run: LanguageRun,
-    data: LanguageData,
-    config: dict[str, Any],
-    out_dir: Path,
-    start: Path | None,
-    step: int,
-    device: str,
-    show: Show,
-    command: str | None,
-) -> None:
-    """From the checkpoint `start`, or the beginning, to the end."""
-    if start is None:
-        for leftover in (out_dir / FOLDER, out_dir / "tb"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        (out_dir / RECORDS_NAME).unlink(missing_ok=True)
-    torch.manual_seed(run.seed)
-    random.seed(run.seed)
-    np.random.seed(run.seed)
-    saver = Saver(out_dir)
-    with (
-        RecordWriter(out_dir / RECORDS_NAME, run.settings(), command, None if start is None else step) as writer,
-        quiet_lightning(),
-    ):
-        trainer = pl.Trainer(
-            default_root_dir=out_dir,
-            accelerator={"cuda": "gpu"}.get(device, device),
-            devices=1,
-            precision="bf16-mixed" if run.precision == "bf16" else "32-true",
-            logger=_tensorboard(out_dir, step),
-            callbacks=[Recorder(writer, data, show), saver],
-            max_epochs=-1,
-            max_steps=run.steps,
-            accumulate_grad_batches=run.accumulate,
-            check_val_every_n_epoch=None,
-            val_check_interval=run.val_interval * run.accumulate,
-            # Lightning's check before training, over all windows, is the validation of step 0
-            num_sanity_val_steps=-1 if start is None else 0,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            # one process, wherever it runs: a cluster's variables are not read
-            plugins=[DirectoryCheckpoint(config, data.tokenizer), LightningEnvironment()],
-        )
-        saver.listen()
-        try:
-            trainer.fit(LanguageModule(run, data), ckpt_path=start, weights_only=True)
-        except Interrupted as stop:
-            print(
-                f"\nstopped by {stop.signal_name} after step {stop.step}, saved {stop.checkpoint}: "
-                "the same command with --resume goes on",
-                file=sys.stderr,
-            )
-            raise
-        finally:
-            saver.close()
-
-
-def _tensorboard(out_dir: Path, step: int) -> TensorBoardLogger | Literal[False]:
-    """TensorBoard in tb/, without what lies after `step`; False where it is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        return False
-    return TensorBoardLogger(out_dir, name="tb", version="", purge_step=step + 1 if step else None)

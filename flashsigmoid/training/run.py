@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import Any, Literal, Self
 
 from ..models.gpt import GPTConfig
 from .data import DataConfig
@@ -26,19 +26,18 @@ FREE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageRun:
-    """A complete description of one training: on the same machine with the same versions it gives the same model.
+class Run:
+    """What every training is described by; the model, the data and their kind are a subclass's.
 
     Raises:
         ValueError: a field breaks the rule beside it.
     """
 
     name: str  # of the recipe
-    model: GPTConfig
+    model: Any  # a frozen configuration with a field `attention`
     optim: OptimConfig
-    data: DataConfig = field(default_factory=DataConfig)
     steps: int  # optimizer steps, at most val_every or a multiple of it
-    batch: int  # windows of model.seqlen tokens in a micro-batch
+    batch: int  # samples in a micro-batch
     accumulate: int = 1  # micro-batches in an optimizer step
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: parameters in fp32, products in bf16 under autocast
     seed: int = 0  # of the parameters, the order of the data and dropout
@@ -46,7 +45,6 @@ class LanguageRun:
     save_every: int = 100  # steps between checkpoints; there is one after the last step too
     keep_last: int = 2  # checkpoints that stay
     log_every: int = 10  # steps between records of the training loss
-    sample_tokens: int = 300  # of the text drawn at the end; 0: none
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulate", "val_every", "save_every", "keep_last", "log_every"):
@@ -57,8 +55,6 @@ class LanguageRun:
             raise ValueError(f"steps must be at most val_every={self.val_every} or a multiple of it, got {self.steps}")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
-        if self.sample_tokens < 0:
-            raise ValueError(f"sample_tokens must not be negative, got {self.sample_tokens}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be in [0, 2^32), got {self.seed}")
 
@@ -67,20 +63,49 @@ class LanguageRun:
         """Steps between validations: val_every, or all steps if they are fewer."""
         return min(self.val_every, self.steps)
 
-    def with_attention(self, attention: Literal["sigmoid", "softmax"]) -> LanguageRun:
+    @property
+    def title(self) -> str:
+        """Recipe and attention, and b where it is not the recipe's."""
+        own_bias = self.model.attention == "sigmoid" and self.model.sigmoid_bias is not None
+        return f"{self.name} {self.model.attention}" + (f" b={self.model.sigmoid_bias:g}" if own_bias else "")
+
+    def with_attention(self, attention: Literal["sigmoid", "softmax"]) -> Self:
         """The same run with this attention: a pair differs in nothing else."""
         return replace(self, model=replace(self.model, attention=attention))
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """The description in plain containers, as in config.json: {"model", "optim", "data", "run"}."""
+        """The description in plain containers, as in config.json: {"model", "optim", "data", ..., "run"}."""
         fields = asdict(self)
-        sections = {name: fields.pop(name) for name in ("model", "optim", "data")}
+        sections = {name: fields.pop(name) for name in list(fields) if is_dataclass(getattr(self, name))}
         return json.loads(json.dumps({**sections, "run": fields}))
 
     def settings(self) -> dict[str, Any]:
-        """The description in one flat dict for the records; sigmoid_bias is the number that is used."""
+        """The description in one flat dict for the records."""
         flat = {key: value for section in self.sections().values() for key, value in section.items()}
-        return {"recipe": flat.pop("name"), **flat, "sigmoid_bias": self.model.bias}
+        return {"recipe": flat.pop("name"), **flat}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageRun(Run):
+    """A complete description of one training of a language model: on the same machine with the same versions it gives
+    the same model. A sample of its batches is a window of model.seqlen tokens.
+
+    Raises:
+        ValueError: a field breaks the rule beside it.
+    """
+
+    model: GPTConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    sample_tokens: int = 300  # of the text drawn at the end; 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sample_tokens < 0:
+            raise ValueError(f"sample_tokens must not be negative, got {self.sample_tokens}")
+
+    def settings(self) -> dict[str, Any]:
+        """The description in one flat dict for the records; sigmoid_bias is the number that is used."""
+        return {**super().settings(), "sigmoid_bias": self.model.bias}
 
 
 def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -89,13 +114,13 @@ def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:
     Raises:
         ValueError: a field that shapes the result differs; names it.
     """
-    for section in ("model", "optim", "data", "run"):
-        for name in sorted({*old[section], *new[section]}):
-            before, now = old[section].get(name), new[section].get(name)
+    for section in sorted({*old, *new} - {"fingerprint", "files"}):
+        for name in sorted({*old.get(section, {}), *new.get(section, {})}):
+            before, now = old.get(section, {}).get(name), new.get(section, {}).get(name)
             if before != now and f"{section}.{name}" not in FREE:
                 raise ValueError(f"{section}.{name} must stay as the run began to resume it, {before!r}, got {now!r}")
     if old["fingerprint"] != new["fingerprint"]:
         raise ValueError(
-            f"data must be the same tokens as when the run began to resume it, {old['data']['source']!r}, "
+            f"data must be the same as when the run began to resume it, {old['data']['source']!r}, "
             f"got others from {new['data']['source']!r}"
         )

@@ -36,7 +36,7 @@ FILES = ["config.json", "model.safetensors", "tokenizer.json", "trainer.pt"]
 
 def save(run_dir, step):
     state = {"state_dict": {"model.weight": torch.full((2,), float(step))}, "global_step": step}
-    plugin = DirectoryCheckpoint({"model": {}}, ByteTokenizer())
+    plugin = DirectoryCheckpoint({"model": {}}, {checkpoint.TOKENIZER: ByteTokenizer().to_json()})
     plugin.save_checkpoint(state, checkpoint_path(run_dir, step))
     return plugin
 
@@ -155,9 +155,24 @@ def test_a_model_that_is_no_gpt_is_named(tmp_path):
 def test_config_json_describes_the_run(trained):
     run, run_dir = trained
     config = json.loads((find_checkpoint(run_dir) / "config.json").read_text())
-    fingerprint = config.pop("fingerprint")
+    fingerprint, files = config.pop("fingerprint"), config.pop("files")
     assert config == run.sections()
     assert len(fingerprint) == 64
+    assert files == ["tokenizer.json"]
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    save(tmp_path, 1)
+    path = tmp_path / "checkpoints/step-00000001/config.json"
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(ValueError, match=r"config.json of a checkpoint must be whole, got .*step-00000001: "):
+        find_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_without_further_files(tmp_path):
+    state = {"state_dict": {"model.weight": torch.ones(2)}, "global_step": 1}
+    DirectoryCheckpoint({"model": {}}).save_checkpoint(state, checkpoint_path(tmp_path, 1))
+    assert find_checkpoint(tmp_path).name == "step-00000001"
 
 
 def test_random_states_go_on_where_they_stood():

@@ -123,7 +123,7 @@ def test_a_run_is_not_overwritten(tmp_path):
         (lambda run: replace(run, batch=4), "run.batch"),
         (lambda run: replace(run, seed=1), "run.seed"),
         (lambda run: replace(run, data=replace(run.data, tokenizer="bpe")), "data.tokenizer"),
-        (lambda run: replace(run, data=replace(run.data, source=None)), "data must be the same tokens"),
+        (lambda run: replace(run, data=replace(run.data, source=None)), "data must be the same as when the run began"),
     ],
 )
 def test_a_changed_description_is_one_error_that_names_the_field(tmp_path, change, field):

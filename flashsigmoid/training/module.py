@@ -1,0 +1,230 @@
+"""What Lightning drives, whatever is trained: steps, optimizer, learning rate, resume; and `fit`, from start to end.
+
+The loss, the batches and what is recorded of a validation are a subclass's: language.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.plugins.environments import LightningEnvironment  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, nn
+
+from ..record import RECORDS_NAME, RecordWriter
+from .callbacks import Interrupted, Recorder, Saver, Show, Stopwatch, quiet_lightning
+from .checkpoint import FOLDER, DirectoryCheckpoint, checkpoints, clean, load_config, rng_state, set_rng_state
+from .optim import adamw, lr_at
+from .run import Run, check_unchanged
+
+Metric = tuple[str, float, str]  # name, value, unit
+
+
+class Positioned(Protocol):
+    """A batch that knows where its data stand."""
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """After this batch: what `RunModule.position` becomes."""
+        ...
+
+
+class Feed:
+    """Batches as Lightning wants them: what can be iterated again and again.
+
+    Args:
+        begin: called for the batches of one iteration.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator[Any]]) -> None:
+        self.begin = begin
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.begin()
+
+
+class RunModule(pl.LightningModule):
+    """A model with its optimizer and the position of its data. A subclass has the loss and the batches.
+
+    Args:
+        run: the description.
+        model: what is trained.
+    """
+
+    loss_unit = ""  # of the records of the training loss
+    read_per_sample: tuple[str, int] = ("samples_per_s", 1)  # name of the rate, and how many a sample of a batch counts
+
+    def __init__(self, run: Run, model: nn.Module) -> None:
+        super().__init__()
+        self.run: Any = run
+        self.model = model
+        self.position: dict[str, Any] | None = None  # of the data after the last batch used
+        self.clock = Stopwatch()
+        self.grad_norm = torch.tensor(torch.nan)  # of the last optimizer step, before clipping
+        self.step_loss = torch.zeros(())  # mean over the micro-batches of the current step
+        self._resumed: dict[str, Any] | None = None
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        """Mean loss of a training batch: a scalar, float32."""
+        raise NotImplementedError
+
+    def validated(self) -> Iterable[Metric]:
+        """Numbers of the last validation, the one to compare first."""
+        raise NotImplementedError
+
+    def baselines(self) -> Iterable[Metric]:
+        """What the validation is compared with, recorded once."""
+        return ()
+
+    def probed(self) -> Iterable[tuple[str, float]]:
+        """What is seen inside of the model at a validation."""
+        return ()
+
+    def finish(self, writer: RecordWriter) -> None:
+        """After the last step: samples, pictures."""
+
+    def training_step(self, batch: Positioned, batch_idx: int) -> Tensor:
+        """Loss of a micro-batch; Lightning divides it by their number."""
+        loss = self.batch_loss(batch)
+        if batch_idx % self.run.accumulate == 0:
+            self.step_loss = torch.zeros((), device=loss.device)
+        self.step_loss += loss.detach() / self.run.accumulate
+        self.position = batch.position
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; its learning rate is set before each step."""
+        return adamw(self.model, self.run.optim)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate of this step: a pure function of its number."""
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(self.trainer.global_step, self.run.steps, self.run.optim)
+
+    def configure_gradient_clipping(self, optimizer: Any, *limits: Any, **options: Any) -> None:
+        """Clip the norm of the whole gradient, and keep it for the records."""
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.clip)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning does not store: the position of the data, the random states, the time."""
+        time_s = self.clock.read()
+        checkpoint["flashsigmoid"] = {"position": self.position, "rng": rng_state(), "time_s": time_s}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back; the random states wait until nothing else draws before the first batch."""
+        ours: dict[str, Any] = checkpoint["flashsigmoid"]
+        self._resumed, self.position = ours, ours["position"]
+
+    def on_train_start(self) -> None:
+        """Random states and time go on where they stood."""
+        if self._resumed is not None:
+            set_rng_state(self._resumed["rng"])
+        self.clock.start(0.0 if self._resumed is None else self._resumed["time_s"])
+
+
+def resumed_from(out_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, None to begin anew; what a crash left half written goes.
+
+    Raises:
+        ValueError: a run in `out_dir` already, and not `resume`.
+    """
+    found = checkpoints(out_dir)
+    if not resume and (found or (out_dir / RECORDS_NAME).exists()):
+        raise ValueError(f"out_dir must not hold a run unless it is resumed, got {out_dir}")
+    clean(out_dir)
+    return found[-1] if found else None
+
+
+def fit(
+    run: Run,
+    make: Callable[[], RunModule],
+    out_dir: Path,
+    start: Path | None,
+    *,
+    fingerprint: str,
+    files: dict[str, str] | None = None,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    show: Show,
+    command: str | None = None,
+) -> None:
+    """Train from the checkpoint `start`, or the beginning, to the end; nothing if it is there.
+
+    Args:
+        run: the description.
+        make: the module, made once the seeds are set.
+        out_dir: folder of this one run.
+        start: a checkpoint of it, or None.
+        fingerprint: of the data.
+        files: what a checkpoint has beside weights and states, by name.
+        device, show, command: as `language.train`.
+
+    Raises:
+        ValueError: resuming with another description or other data.
+        Interrupted: a signal ended it.
+    """
+    config = {**run.sections(), "fingerprint": fingerprint}
+    if start is not None:
+        check_unchanged(load_config(start), config)
+    step = 0 if start is None else int(start.name.removeprefix("step-"))
+    if step >= run.steps:
+        return
+    if start is None:
+        for leftover in (out_dir / FOLDER, out_dir / "tb"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (out_dir / RECORDS_NAME).unlink(missing_ok=True)
+    torch.manual_seed(run.seed)
+    random.seed(run.seed)
+    np.random.seed(run.seed)
+    saver = Saver(out_dir)
+    with (
+        RecordWriter(out_dir / RECORDS_NAME, run.settings(), command, None if start is None else step) as writer,
+        quiet_lightning(),
+    ):
+        trainer = pl.Trainer(
+            default_root_dir=out_dir,
+            accelerator={"cuda": "gpu"}.get(device, device),
+            devices=1,
+            precision="bf16-mixed" if run.precision == "bf16" else "32-true",
+            logger=_tensorboard(out_dir, step),
+            callbacks=[Recorder(writer, show), saver],
+            max_epochs=-1,
+            max_steps=run.steps,
+            accumulate_grad_batches=run.accumulate,
+            check_val_every_n_epoch=None,
+            val_check_interval=run.val_interval * run.accumulate,
+            # Lightning's check before training, over everything, is the validation of step 0
+            num_sanity_val_steps=-1 if start is None else 0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            # one process, wherever it runs: a cluster's variables are not read
+            plugins=[DirectoryCheckpoint(config, files), LightningEnvironment()],
+        )
+        saver.listen()
+        try:
+            trainer.fit(make(), ckpt_path=start, weights_only=True)
+        except Interrupted as stop:
+            print(
+                f"\nstopped by {stop.signal_name} after step {stop.step}, saved {stop.checkpoint}: "
+                "the same command with --resume goes on",
+                file=sys.stderr,
+            )
+            raise
+        finally:
+            saver.close()
+
+
+def _tensorboard(out_dir: Path, step: int) -> TensorBoardLogger | Literal[False]:
+    """TensorBoard in tb/, without what lies after `step`; False where it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return False
+    return TensorBoardLogger(out_dir, name="tb", version="", purge_step=step + 1 if step else None)
