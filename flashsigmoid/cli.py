@@ -9,10 +9,10 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -25,7 +25,7 @@ from . import __version__
 if TYPE_CHECKING:
     from .record import Record
     from .training.callbacks import Progress, Show
-    from .training.run import LanguageRun
+    from .training.run import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -142,14 +142,16 @@ def train(
 ) -> None:
     """Train a model by a recipe. Ctrl-C saves a checkpoint, --resume goes on from it."""
     from .recipes.fields import override
-    from .recipes.language import RECIPES
 
+    recipes, missing = _recipes()
     if list_recipes:
-        for name, function in RECIPES.items():
-            print(f"{name:12} {(function.__doc__ or '').strip().partition(chr(10))[0]}")
+        for name, function in recipes.items():
+            print(f"{name:14} {(function.__doc__ or '').strip().partition(chr(10))[0]}")
+        if missing:
+            print(missing)
         return
-    if recipe not in RECIPES:
-        raise ValueError(f"RECIPE must be one of {', '.join(RECIPES)}, got {recipe}")
+    if recipe not in recipes:
+        raise ValueError(f"RECIPE must be one of {', '.join(recipes)}, got {recipe}" + (missing and f"; {missing}"))
     flags = {
         "model.attention": attention,
         "model.sigmoid_bias": sigmoid_bias,
@@ -162,23 +164,42 @@ def train(
         "optim.lr": lr,
     }
     given = {name: text for name, text in flags.items() if text is not None}
-    run = override(RECIPES[recipe](), given, _assignments(assignments))
+    run = override(recipes[recipe](), given, _assignments(assignments))
     if run.model.sigmoid_bias is not None and run.model.attention != "sigmoid":
         bias = run.model.sigmoid_bias
         raise ValueError(f"sigmoid_bias has no effect with attention={run.model.attention}, got {bias}")
     folder = out or Path("runs") / recipe / run.model.attention
     results = _train(run, folder, resume=resume, device=device)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
-    print(f"run: {folder}   next: flashsigmoid generate {folder}   flashsigmoid report {folder}")
+    after = f"flashsigmoid generate {folder}   flashsigmoid report {folder}" if _is_language(run) else ""
+    print(f"run: {folder}" + (after and f"   next: {after}"))
 
 
-def _train(
-    run: LanguageRun, folder: Path, *, resume: bool, device: Literal["auto", "cpu", "cuda", "mps"]
-) -> dict[str, float]:
-    from .training.language import train
+def _recipes() -> tuple[dict[str, Callable[[], Run]], str]:
+    """All recipes by name, and which are not here and why."""
+    from .recipes import language
 
+    recipes: dict[str, Callable[[], Run]] = dict(language.RECIPES)
+    try:
+        from .recipes import vision
+    except ModuleNotFoundError as error:
+        return recipes, f"recipes for images need {error.name}: pip install 'flashsigmoid[vision]'"
+    return recipes | vision.RECIPES, ""
+
+
+def _is_language(run: Run) -> bool:
+    from .training.run import LanguageRun
+
+    return isinstance(run, LanguageRun)
+
+
+def _train(run: Run, folder: Path, *, resume: bool, device: Literal["auto", "cpu", "cuda", "mps"]) -> dict[str, float]:
+    if _is_language(run):
+        from .training.language import train
+    else:
+        from .training.classification import train_classifier as train
     with _progress() as show:
-        return train(run, folder, resume=resume, device=device, show=show)
+        return train(cast(Any, run), folder, resume=resume, device=device, show=show)
 
 
 @contextmanager

@@ -218,6 +218,31 @@ def test_train_lists_its_recipes(flashsigmoid):
     outcome = flashsigmoid("train", "--list")
     assert outcome.code == 0
     assert outcome.out.startswith("demo ")
+    assert "\ncifar10 " in outcome.out
+
+
+def test_train_on_images(flashsigmoid, tmp_path):
+    """A few steps, and what is there already."""
+    out = tmp_path / "run"
+    tiny = (
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--set",
+        "model.dim=16",
+        "--set",
+        "model.depth=1",
+        "--batch-size",
+        "8",
+    )
+    first = flashsigmoid("train", "digits", "--steps", "2", *tiny)
+    assert first.code == 0, first.err
+    assert first.out.startswith("val/accuracy 0.")
+    assert first.out.splitlines()[-1] == f"run: {out}"
+    assert_one_error(flashsigmoid("train", "digits", "--steps", "2", *tiny), 1, "out_dir must not hold a run unless")
+    assert flashsigmoid("train", "digits", "--steps", "2", "--resume", *tiny).out == first.out
+    assert_one_error(flashsigmoid("train", "digits", "--tokenizer", "bpe", *tiny), 1, "the run has no field data.token")
 
 
 def test_explain_says_backend_formula_and_why_not_the_others(flashsigmoid):

@@ -127,9 +127,14 @@ class DirectoryCheckpoint(CheckpointIO):
         if draft.exists():
             shutil.rmtree(draft)
         draft.mkdir(parents=True)
-        weights = {key.removeprefix(_PREFIX): value for key, value in checkpoint["state_dict"].items()}
-        save_file({key: value.contiguous() for key, value in weights.items()}, draft / WEIGHTS)
-        torch.save({key: value for key, value in checkpoint.items() if key != "state_dict"}, draft / TRAINER)
+        weights, others = {}, {}
+        for key, value in checkpoint["state_dict"].items():
+            if key.startswith(_PREFIX):
+                weights[key.removeprefix(_PREFIX)] = value.contiguous()
+            else:
+                others[key] = value
+        save_file(weights, draft / WEIGHTS)
+        torch.save({**checkpoint, "state_dict": others}, draft / TRAINER)
         config = {**self.config, "files": sorted(self.files)}
         (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for name, text in self.files.items():
@@ -152,7 +157,8 @@ class DirectoryCheckpoint(CheckpointIO):
         except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
             reason = (str(error) or "it ends too early").partition("\n")[0]
             raise ValueError(f"a checkpoint must be whole and plain, got {path}: {reason}") from error
-        return {**state, "state_dict": {_PREFIX + key: value for key, value in weights.items()}}
+        others = state.get("state_dict", {})  # an average of the weights
+        return {**state, "state_dict": {**{_PREFIX + key: value for key, value in weights.items()}, **others}}
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove one checkpoint."""

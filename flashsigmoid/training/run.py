@@ -18,6 +18,9 @@ FREE = {
     "run.sample_tokens",
     "run.save_every",
     "run.val_every",
+    "run.workers",
+    "data.download",
+    "data.root",
     "data.source",
     "data.val_fraction",
     "data.val_documents",
@@ -80,9 +83,14 @@ class Run:
         return json.loads(json.dumps({**sections, "run": fields}))
 
     def settings(self) -> dict[str, Any]:
-        """The description in one flat dict for the records."""
-        flat = {key: value for section in self.sections().values() for key, value in section.items()}
-        return {"recipe": flat.pop("name"), **flat}
+        """The description in one flat dict for the records; of two fields of one name the run's own keeps it."""
+        sections = self.sections()
+        flat = {"recipe": sections["run"].pop("name")}
+        for name, section in sections.items():
+            for key, value in section.items():
+                is_taken = key in flat or key == "name" or (name != "run" and key in sections["run"])
+                flat[f"{name}.{key}" if is_taken else key] = value
+        return flat
 
 
 @dataclass(frozen=True, kw_only=True)
