@@ -18,6 +18,8 @@ TRAIN_LOSS = "train/loss"
 VAL_LOSSES = ("val/loss_bytes", "val/loss")  # per byte first: tokens of two tokenizers do not compare
 BIGRAM = "baseline/bigram"
 FLOOR = "baseline/bigram_floor"  # no function of the previous token alone is below it
+ACCURACY = "val/accuracy"
+MAJORITY = "baseline/majority"  # the share of the most frequent class
 SAMPLE = "sample"
 
 
@@ -97,6 +99,18 @@ class Run:
         """The least finite validation loss."""
         finite = [record for record in self.losses if math.isfinite(value_of(record))]
         return min(finite, key=value_of, default=None)
+
+    @property
+    def accuracy(self) -> float | None:
+        """The last validation accuracy, of a classifier."""
+        series = self.series(ACCURACY)
+        return value_of(series[-1]) if series else None
+
+    @property
+    def majority(self) -> float | None:
+        """What the most frequent class alone gets."""
+        series = self.series(MAJORITY)
+        return value_of(series[-1]) if series else None
 
     def baseline(self, name: str = BIGRAM) -> float | None:
         """The baseline of that name that has the unit of the validation loss."""
@@ -185,6 +199,13 @@ class Arm:
     def bests(self) -> Spread:
         """The least validation losses of the runs."""
         return Spread(tuple(value_of(run.best) for run in self.runs if run.best is not None))
+
+    @property
+    def accuracies(self) -> Spread:
+        """Last validation accuracies, of the finished runs if there are any such."""
+        known = [run for run in self.runs if run.accuracy is not None]
+        chosen = [run for run in known if not run.is_unfinished] or known
+        return Spread(tuple(run.accuracy for run in chosen if run.accuracy is not None))
 
     def baselines(self, name: str = BIGRAM) -> Spread:
         """The baselines of the runs."""

@@ -11,11 +11,14 @@ from typing import Any
 from .arms import BIGRAM, FLOOR, SEED, Arm, Run, differing, group_arms, load_runs, show, value_of
 from .figures import DARK, LIGHT, Drawing, colour_variable, layer_drawing, loss_drawings
 from .summary import (
+    accuracy_text,
+    are_classifiers,
     base_of,
     below_text,
     difference_text,
     loss_text,
     loss_unit,
+    majorities,
     norm_text,
     seeds_text,
     statement,
@@ -128,12 +131,14 @@ def _cards(arms: Sequence[Arm]) -> str:
     cards = []
     for arm in arms:
         finals = arm.finals.values
+        beside = {"below bigram": below_text(arm, BIGRAM), "below any bigram": below_text(arm, FLOOR)}
+        if are_classifiers(arms):
+            beside = {"accuracy": accuracy_text(arm.accuracies), "most frequent class": accuracy_text(majorities(arm))}
         facts = {
             "over seeds": f"{loss_text(min(finals))} to {loss_text(max(finals))}" if len(finals) > 1 else "",
             f"minus {base.label}": "" if arm is base else difference_text(arm, base),
             "best on the way": "" if arm.bests == arm.finals or not arm.bests.values else loss_text(arm.bests.mean),
-            "below bigram": below_text(arm, BIGRAM),
-            "below any bigram": below_text(arm, FLOOR),
+            **beside,
             "first |A V|": norm_text(arm),
             "steps": steps_text(arm),
             "seed" if len(arm.runs) == 1 else "seeds": seeds_text(arm),

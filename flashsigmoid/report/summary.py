@@ -37,8 +37,12 @@ def arm_rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
         }
         if len(arms) > 1:
             row[f"minus {base.label}"] = "" if arm is base else difference_text(arm, base)
-        row["below bigram"] = below_text(arm, BIGRAM)
-        row["below any bigram"] = below_text(arm, FLOOR)
+        if are_classifiers(arms):
+            row["accuracy"] = accuracy_text(arm.accuracies)
+            row["most frequent class"] = accuracy_text(majorities(arm))
+        else:
+            row["below bigram"] = below_text(arm, BIGRAM)
+            row["below any bigram"] = below_text(arm, FLOOR)
         row["first |A V|"] = norm_text(arm)
         row["time"] = time_text(arm.time_s)
         rows.append(row)
@@ -56,7 +60,7 @@ def statement(arms: Sequence[Arm]) -> list[str]:
     base = base_of(arms)
     sentences = [_compared(arms), *_ended(arms)]
     sentences += [_difference(arm, base) for arm in arms if arm is not base and not _is_open(arm, base)]
-    sentences += _against_bigrams(arms)
+    sentences += _accuracies(arms) if are_classifiers(arms) else _against_bigrams(arms)
     norms = [f"{norm_text(arm)} for {quoted(arm)}" for arm in arms if first_norm(arm) is not None]
     if norms:
         sentences.append(f"When first measured, the largest attention norm |A V| of a layer was {_join(norms)}.")
@@ -76,7 +80,7 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
                 found.append(f"{who} is unfinished: {run.steps:,} of {run.planned_steps:,} steps are recorded.")
             if run.final is None:
                 found.append(f"{who} has no validation loss on record.")
-            elif run.baseline() is None:
+            elif run.baseline() is None and run.accuracy is None:
                 found.append(f"{who} has no bigram baseline on record.")
     if len({run.loss_name for arm in arms for run in arm.runs if run.loss_name}) > 1:
         found.append("Some losses are per byte and some per token.")
@@ -155,6 +159,24 @@ def below_text(arm: Arm, baseline: str) -> str:
     if below[0] in (0, below[1]):
         return "yes" if below[0] else "no"
     return f"{below[0]} of {below[1]} seeds"
+
+
+def are_classifiers(arms: Sequence[Arm]) -> bool:
+    """Whether any run recorded an accuracy."""
+    return any(arm.accuracies.values for arm in arms)
+
+
+def majorities(arm: Arm) -> Spread:
+    """What the most frequent class alone gets, in each run."""
+    return Spread(tuple(run.majority for run in arm.runs if run.majority is not None))
+
+
+def accuracy_text(spread: Spread) -> str:
+    """In percent: mean, and the range if there are several that differ."""
+    if not spread.values:
+        return NOT_RECORDED
+    least, most = min(spread.values), max(spread.values)
+    return f"{spread.mean:.1%}" + (f" ({least:.1%} to {most:.1%})" if least < most else "")
 
 
 def steps_text(arm: Arm) -> str:
@@ -244,6 +266,14 @@ def _difference(arm: Arm, base: Arm) -> str:
     least, most = min(spread.values), max(spread.values)
     deviation = f"standard deviation {loss_text(spread.deviation)}"
     return f"{text} (seed by seed {least:+.3f} to {most:+.3f}, {deviation})."
+
+
+def _accuracies(arms: Sequence[Arm]) -> list[str]:
+    """Shares of right answers, and what the most frequent class alone gets."""
+    ends = [f"{accuracy_text(arm.accuracies)} for {quoted(arm)}" for arm in arms if arm.accuracies.values]
+    constant = sorted({value for arm in arms for value in majorities(arm).values})
+    beside = f"; the most frequent class alone gets {_join([f'{value:.1%}' for value in constant])}" if constant else ""
+    return [f"The validation accuracy ended at {_join(ends)}{beside}."]
 
 
 def _against_bigrams(arms: Sequence[Arm]) -> list[str]:
