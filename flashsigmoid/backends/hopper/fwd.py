@@ -23,11 +23,11 @@ NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 
 @gluon.jit
 def _produce(
-    q, k, v, counter, memory, tickets, sizes, band,
-    WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr,
+    load_call, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr,
     IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: Q of all warpgroups, then K and V, the last block first, each pair behind one barrier, or two."""
+    q, k, v, counter, memory, tickets, sizes, band = load_call
     qs, ks, vs, _, q_full, q_empty, full, empty, v_full, k_empty = memory
     at = gl.program_id(0)
     turn = 0
@@ -83,8 +83,7 @@ def _step(
 
 @gluon.jit
 def _consume(
-    out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale,
-    WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr,
+    call, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, IS_DYNAMIC: gl.constexpr,
     FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
@@ -93,6 +92,7 @@ def _consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale = call
     qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty = memory
     rows = sizes[4]
     offs = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
@@ -211,69 +211,53 @@ def _fwd_kernel(
     memory = (qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty)
     tickets = make_tickets(WARPGROUPS)
     fence_async_shared()
+    call = (out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale)
+    load_call = (q, k, v, counter, memory, tickets, sizes, band)
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (_consume, (
-                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 0,
-                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
-                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
+                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 1,
-                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
-                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
+                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (
-                q, k, v, counter, memory, tickets, sizes, band, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC,
-                HAS_LEFT, HAS_RIGHT,
-            )),
+            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif WARPGROUPS == 3:
         gl.warp_specialize([
             (_consume, (
-                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 0,
-                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
-                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
+                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 1,
-                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
-                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
+                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 2,
-                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
-                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
+                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (
-                q, k, v, counter, memory, tickets, sizes, band, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC,
-                HAS_LEFT, HAS_RIGHT,
-            )),
+            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
-                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 0,
-                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
-                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
+                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 1,
-                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
-                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
+                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 2,
-                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
-                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
+                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale, 3,
-                WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_ROW_BIAS,
-                HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 3, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
+                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (
-                q, k, v, counter, memory, tickets, sizes, band, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC,
-                HAS_LEFT, HAS_RIGHT,
-            )),
+            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip
