@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from ..models.vision import VisionAttention, ViTConfig, build_vit
+from ..models.vision import VisionAttention, ViTConfig, build_vit, tokens
 from ..record import RECORDS_NAME, read_records
 from .augment import Augment, AugmentConfig, normalised
 from .callbacks import Show, show_line
@@ -47,6 +47,14 @@ class ImageRun(Run):
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
+
+    def settings(self) -> dict[str, Any]:
+        """The description in one flat dict for the records; sigmoid_bias is the number that is used, or begun with."""
+        b = self.model.sigmoid_bias
+        if b is None:
+            with torch.device("meta"):
+                b = -math.log(tokens(build_vit(replace(self.model, pretrained=False))))
+        return {**super().settings(), "sigmoid_bias": b}
 
 
 class ImageBatch(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from dataclasses import replace
@@ -94,6 +95,11 @@ def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, signum, s
 def load_majority() -> float:
     labels = load_images(RUN.data).val.labels[:30]
     return float(torch.bincount(labels).max()) / 30
+
+
+def test_the_records_say_which_b() -> None:
+    assert RUN.settings()["sigmoid_bias"] == -math.log(5)  # four patches and the class token
+    assert replace(RUN, model=replace(MODEL, sigmoid_bias=-1.0)).settings()["sigmoid_bias"] == -1.0
 
 
 def test_workers_read_the_same(tmp_path) -> None:
