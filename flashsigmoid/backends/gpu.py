@@ -16,6 +16,8 @@ from .problem import Problem, bias_rows
 # terms of a sum from which what the matrix units truncate is more than what the dtype rounds
 LONG = {torch.float16: 2**16, torch.bfloat16: 2**19, torch.float32: 0}
 
+LARGEST = 2**30  # positions are 32-bit integers
+
 _threads = threading.local()
 _HERE = nullcontext()
 
@@ -46,6 +48,14 @@ def are_aligned(*tensors: Tensor) -> bool:
             if n > 1 and (s <= 0 or s * size % 16):
                 return False
     return True
+
+
+def too_long(problem: Problem) -> str | None:
+    """Why positions do not fit the kernels' integers, None if they do."""
+    if max(problem.seqlen_q, problem.seqlen_k, abs(problem.q_offset)) <= LARGEST:
+        return None
+    sizes = f"{problem.seqlen_q}, {problem.seqlen_k}, {problem.q_offset}"
+    return f"seqlen and q_offset must be at most 2**30, got {sizes}"
 
 
 def bias_strides(problem: Problem, bias: Tensor | None) -> tuple[int, ...]:

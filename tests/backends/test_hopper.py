@@ -43,6 +43,7 @@ def test_auto_takes_it_where_it_is_faster() -> None:
         ({"dtype": torch.float32}, "fb", "dtype must be float16 or bfloat16, got float32"),
         ({"head_dim": 100}, "fb", "must have a head_dim of a multiple of 8 up to"),
         ({"head_dim": 256}, "b", "backward must have a head_dim of a multiple of 8 up to 128, got 256 and 128"),
+        ({"q_offset": -(2**31)}, "fb", "seqlen and q_offset must be at most 2**30, got 8192, 8192, -2147483648"),
         ({"dropout_p": 0.1}, "fb", "dropout_p must be 0, got 0.1"),
         ({"total_q": 9000, "total_k": 9000}, "fb", "sequences must not be packed"),
         ({"seqlen_k": 2**20}, "f", "a float32 sum of products must have at most 524288 terms, got 1048576"),

@@ -69,7 +69,7 @@ def tensors_of(options: dict[str, Any], batch: int, rows: int, nheads: int) -> d
     """Options with their tensors made."""
     made = dict(options)
     if isinstance(made.get("alibi_slopes"), tuple):
-        made["alibi_slopes"] = torch.rand(nheads, device=DEVICE) * 0.1
+        made["alibi_slopes"] = torch.rand(nheads, device=DEVICE)
     if isinstance(made.get("sigmoid_bias"), tuple):
         shape = (batch, nheads, rows) if made["sigmoid_bias"] == ("rows",) else (nheads,)
         made["sigmoid_bias"] = torch.randn(shape, device=DEVICE) - 5.0

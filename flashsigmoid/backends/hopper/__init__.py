@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..formula import in_words
-from ..gpu import LONG
+from ..gpu import LONG, too_long
 from ..problem import Problem
 from .tiles import LARGEST_HEAD_DIM
 from .tiles import slower as slower
@@ -33,6 +33,8 @@ def unsupported(problem: Problem, direction: str = "forward") -> str | None:
     dims, largest = (problem.head_dim, problem.head_dim_v), LARGEST_HEAD_DIM[direction]
     if max(dims) > largest or dims[0] % 8 or dims[1] % 8:
         return f"{direction} must have a head_dim of a multiple of 8 up to {largest}, got {dims[0]} and {dims[1]}"
+    if reason := too_long(problem):
+        return reason
     if problem.dropout_p > 0:
         return f"dropout_p must be 0, got {problem.dropout_p}"
     if problem.is_packed:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..formula import in_words
+from ..gpu import too_long
 from ..problem import Problem
 
 NAME = "triton"
@@ -20,7 +21,6 @@ PACKED = True  # takes cu_seqlens itself, without a host synchronisation
 ALIGNED = False
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_LARGEST = 2**30  # positions are 32-bit integers
 
 
 def unsupported(problem: Problem, direction: str = "forward") -> str | None:
@@ -29,9 +29,8 @@ def unsupported(problem: Problem, direction: str = "forward") -> str | None:
         return f"dtype must be float16, bfloat16 or float32, got {str(problem.dtype).removeprefix('torch.')}"
     if max(problem.head_dim, problem.head_dim_v) > 256:
         return f"head_dim must be at most 256, got {problem.head_dim} and {problem.head_dim_v}"
-    if max(problem.seqlen_q, problem.seqlen_k, abs(problem.q_offset)) > _LARGEST:
-        sizes = f"{problem.seqlen_q}, {problem.seqlen_k}, {problem.q_offset}"
-        return f"seqlen and q_offset must be at most 2**30, got {sizes}"
+    if reason := too_long(problem):
+        return reason
     if problem.device == "cpu" and not is_interpreted():
         return "device must be a GPU, got cpu"
     if problem.device == "cpu" and problem.dtype == torch.bfloat16:
