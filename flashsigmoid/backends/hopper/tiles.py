@@ -31,7 +31,7 @@ _BACK128 = Tile(2, 64, 2, 240, is_persistent=True)
 _TILES = {
     "forward": {
         64: (_D64, _D64),
-        128: (_D128, Tile(3, 64, 4, 160)),
+        128: (_D128, Tile(3, 64, 4, 160, is_from_end=True)),
         256: (_D256, replace(_D256, is_persistent=False)),
     },
     "backward": {64: (_BACK64, _BACK64), 128: (_BACK128, replace(_BACK128, is_persistent=False))},
@@ -41,8 +41,8 @@ LARGEST_HEAD_DIM = {direction: max(table) for direction, table in _TILES.items()
 # seqlen from which these kernels were measured to be faster than those of the Triton backend: direction -> head_dim ->
 # (full, masked)
 _FROM = {
-    "forward": {64: (4096, 4096), 128: (1024, 4096), 256: (4096, 4096)},
-    "backward": {64: (4096, 4096), 128: (1024, 4096)},
+    "forward": {64: (1024, 2048), 128: (512, 1024), 256: (4096, 4096)},
+    "backward": {64: (1024, 4096), 128: (512, 2048)},
 }
 _MULTIPROCESSORS = 132
 
