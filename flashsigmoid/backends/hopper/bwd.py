@@ -118,12 +118,6 @@ def _reduce(
 
 
 @gluon.jit
-def _meet(x):
-    """Both warpgroups of keys; the loading and the adding warp do not take part."""
-    gl.inline_asm_elementwise("bar.sync 8, 256; mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def _dq(ds_block, keys, zero, WARPGROUP: gl.constexpr, DIM: gl.constexpr):
     """dS K of all 128 keys, in flight: this warpgroup's 64 rows, or its 64 channels of 64 rows."""
     if DIM == 64:
@@ -284,6 +278,8 @@ def _turn(
         part = _dq(dss.index(last & 1), keys, zero_part, WARPGROUP, DIM)
         part = warpgroup_mma_wait(0, deps=[part])
         mbarrier.arrive(ds_empty.index(last & 1), count=1)
+        if DIM != 64:  # dK will lie where both warpgroups read dS
+            mbarrier.wait(ds_empty.index(last & 1), (last // 2) & 1)
         mbarrier.wait(dq_empty, end & 1)
         dqs.index(WARPGROUP).reshape([64, 64]).store(part)
         fence_async_shared()
@@ -297,7 +293,6 @@ def _turn(
         dk_out = outs.index(2 * WARPGROUP)
         dv_out = outs.index(2 * WARPGROUP + 1)
     else:
-        _meet(turn)  # both have read all dS
         dk_out = _view(dss, qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
         dv_out = _view(dqs, qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
     mbarrier.wait(dq_empty, (end & 1) ^ 1)
