@@ -26,25 +26,27 @@ test-long: $(VENV)/.test
 GPU ?= python3
 RESULTS := benchmarks/results
 BENCH = $(GPU) -m flashsigmoid bench --device cuda $(PEERS)
-FAST := --peer triton --peer fa3 --peer 'sdpa flash' --peer 'sdpa cudnn'
+FAST := --peer hopper --peer triton --peer fa3 --peer 'sdpa flash' --peer 'sdpa cudnn'
+EXACT := --peer 'hopper exact' --peer 'triton exact' --peer fa3 --peer 'sdpa cudnn'
 KERNELS := --work forward --work backward
 WORKERS := -n logical --maxprocesses 14 --maxschedchunk 1
 gpu:
 	$(GPU) -m pytest tests/gpu --ignore tests/gpu/test_hopper.py $(WORKERS)
 	$(GPU) -m pytest tests/gpu/test_hopper.py --gpu-record gpu-tests-hopper.jsonl $(WORKERS)
-	$(BENCH) 'vit-*' $(FAST) --peer triton-sigmoid --out $(RESULTS)/triton-vit-bfloat16.jsonl
-	$(BENCH) 'vit-*' $(FAST) --no-graphs --work both --out $(RESULTS)/triton-vit-eager-bfloat16.jsonl
-	$(BENCH) 'lm-1k-d64*' 'lm-1k-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/triton-1k-bfloat16.jsonl
-	$(BENCH) lm-4k-d64 lm-4k-d64-causal 'lm-4k-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/triton-4k-bfloat16.jsonl
-	$(BENCH) 'lm-16k-d64*' 'lm-16k-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/triton-16k-bfloat16.jsonl
-	$(BENCH) gqa window varlen cross 'lm-4k-d256*' 'lm-16k-d256*' long $(FAST) $(KERNELS) \
-	  --out $(RESULTS)/triton-more-bfloat16.jsonl
-	$(BENCH) 'lm-1k-d128*' 'lm-4k-d128*' 'lm-16k-d128*' --peer triton --peer 'triton fp8' --work forward \
-	  --out $(RESULTS)/triton-fp8.jsonl
-	$(BENCH) lm-4k-d64 lm-4k-d64-causal 'lm-4k-d128*' 'lm-4k-d256*' --peer hopper $(FAST) $(KERNELS) \
-	  --out $(RESULTS)/hopper-4k-bfloat16.jsonl
+	$(BENCH) 'lm-*-d64' 'lm-*-d64-causal' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/lm-d64-bfloat16.jsonl
+	$(BENCH) 'lm-*-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/lm-d128-bfloat16.jsonl
+	$(BENCH) 'lm-*-d256*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/lm-d256-bfloat16.jsonl
+	$(BENCH) lm-4k-d64 lm-4k-d64-causal 'lm-16k-d64*' 'lm-4k-d128*' 'lm-16k-d128*' 'lm-4k-d256*' 'lm-16k-d256*' $(EXACT) \
+	  $(KERNELS) --out $(RESULTS)/exact-bfloat16.jsonl
+	$(BENCH) 'b0-*' 'wide-*' $(FAST) $(KERNELS) --out $(RESULTS)/scores-bfloat16.jsonl
+	$(BENCH) gqa window varlen cross long $(FAST) $(KERNELS) --out $(RESULTS)/others-bfloat16.jsonl
+	$(BENCH) 'vit-*' $(FAST) --peer triton-sigmoid --out $(RESULTS)/vit-bfloat16.jsonl
+	$(BENCH) 'vit-*' $(FAST) --no-graphs --work both --out $(RESULTS)/vit-eager-bfloat16.jsonl
+	$(BENCH) 'lm-1k-d128*' 'lm-4k-d128*' 'lm-16k-d128*' --peer triton --peer hopper --peer 'triton fp8' --work forward \
+	  --out $(RESULTS)/fp8.jsonl
+	$(BENCH) lm-4k-d64 lm-4k-d128-causal lm-4k-d64-alibi-causal $(KERNELS) --out $(RESULTS)/everybody-bfloat16.jsonl
 	$(GPU) -m flashsigmoid.report.accuracy $(RESULTS)/gpu-tests.jsonl docs/images/accuracy.png
-	$(GPU) -m flashsigmoid.report.speed $(foreach n,1k 4k 16k,$(RESULTS)/triton-$(n)-bfloat16.jsonl) docs/images/speed.png
+	$(GPU) -m flashsigmoid.report.speed $(foreach n,64 128,$(RESULTS)/lm-d$(n)-bfloat16.jsonl) docs/images/speed.png
 	$(GPU) -m flashsigmoid.report.tables docs/numerics.md
 
 lint: $(VENV)/.test

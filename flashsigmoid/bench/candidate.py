@@ -67,7 +67,7 @@ def visible(shape: Shape, distance: Tensor) -> Tensor:
 def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     """Independent normals, the same for every candidate."""
     sizes = (shape.batch, shape.seqlen_q, shape.seqlen_k, shape.nheads, shape.nheads_k, shape.head_dim)
-    tensors = make_qkv(*sizes, dtype=dtype, device=device)
+    tensors = make_qkv(*sizes, dtype=dtype, device=device, score_std=shape.score_std)
     return Inputs(shape, *(x[0] if shape.lengths else x for x in tensors))
 
 

@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,15 +21,16 @@ from .sdpa import SDPA
 
 
 class Ours(Candidate):
-    """sigmoid_attention by one of our backends, with b = -log n as a number."""
+    """sigmoid_attention by one of our backends, with b as a number."""
 
     kind = "ours"
 
-    def __init__(self, backend: str) -> None:
-        self.name = backend
+    def __init__(self, backend: str, sigmoid: Literal["auto", "exact"] = "auto") -> None:
+        self.name = backend if sigmoid == "auto" else f"{backend} {sigmoid}"
+        self.backend, self.sigmoid = backend, sigmoid
 
     def unavailable(self, shape: Shape, dtype: torch.dtype, device: str) -> str | None:
-        if device == "cpu" and self.name == "triton":
+        if device == "cpu" and self.backend == "triton":
             return "needs a GPU: here it would be interpreted"
         if shape.lengths:
             return None  # its own call says
@@ -40,9 +41,9 @@ class Ours(Candidate):
         options: dict[str, Any] = self._options(shape, slopes) | {"backend": "reference"}
         told = functional.explain(q, k, k, **options)
         try:
-            backends.select(told.problem, self.name)
+            backends.select(told.problem, self.backend)
         except BackendUnsupported as error:
-            return str(error).removeprefix(f"{self.name}: ")
+            return str(error).removeprefix(f"{self.backend}: ")
         return None
 
     def attention(self, inputs: Inputs) -> Attention:
@@ -60,7 +61,8 @@ class Ours(Candidate):
             "causal": shape.causal,
             "window_size": shape.window_size,
             "alibi_slopes": slopes,
-            "backend": self.name,
+            "backend": self.backend,
+            "sigmoid": self.sigmoid,
         }
 
 
@@ -167,6 +169,8 @@ def candidates() -> dict[str, Candidate]:
     """Everybody by name, ours first."""
     everybody = (
         *map(Ours, backends.NAMES),
+        Ours("triton", "exact"),
+        Ours("hopper", "exact"),
         OursFp8(),
         *SDPA,
         FlashAttention3(),

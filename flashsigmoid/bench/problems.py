@@ -14,7 +14,7 @@ _PRODUCTS = {"forward": 4, "backward": 10, "both": 14}  # operations per visible
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """An attention problem with b = -log n: q of (batch, seqlen_q, nheads, head_dim), k, v of (batch, seqlen_k, ...).
+    """An attention problem: q of (batch, seqlen_q, nheads, head_dim), k and v of (batch, seqlen_k, ...).
 
     Packed (`lengths` not empty): self-attention within sequences of these lengths, q, k, v of (total, heads, head_dim).
     """
@@ -30,6 +30,8 @@ class Shape:
     window_size: tuple[int | None, int | None] = (None, None)
     alibi: bool = False
     lengths: tuple[int, ...] = ()
+    sigmoid_bias: float | None = None  # b; None: -log n
+    score_std: float = 1.0  # of scale * q k^T
 
     @property
     def group(self) -> int:
@@ -43,8 +45,9 @@ class Shape:
 
     @property
     def bias(self) -> float:
-        """b = -log n: n is the number of keys, of the longest sequence where they differ."""
-        return -math.log(max(self.lengths, default=self.seqlen_k))
+        """b: its own, or -log n with n keys, of the longest sequence where they differ."""
+        own = self.sigmoid_bias
+        return -math.log(max(self.lengths, default=self.seqlen_k)) if own is None else own
 
     @property
     def has_window(self) -> bool:
@@ -72,7 +75,9 @@ class Shape:
 
     def row(self) -> dict[str, str]:
         """What it is, in words, for a table."""
-        mask = ["causal"] * self.causal + [f"window {self.window_size}"] * self.has_window + ["ALiBi"] * self.alibi
+        options = ["causal"] * self.causal + [f"window {self.window_size}"] * self.has_window + ["ALiBi"] * self.alibi
+        options += [] if self.sigmoid_bias is None else [f"b = {self.sigmoid_bias:g}"]
+        options += [f"scores x {self.score_std:g}"] * (self.score_std != 1.0)
         one = self.seqlen_q == self.seqlen_k
         return {
             "problem": self.name,
@@ -80,7 +85,7 @@ class Shape:
             "seqlen": str(self.seqlen_q) if one else f"{self.seqlen_q}, {self.seqlen_k} keys",
             "nheads": str(self.nheads) if self.group == 1 else f"{self.nheads}, {self.nheads_k} of keys",
             "head_dim": str(self.head_dim),
-            "mask": ", ".join(mask),
+            "options": ", ".join(options),
         }
 
     def flop(self, work: str) -> float:
@@ -131,6 +136,13 @@ def _language_models() -> Iterator[Shape]:
                 yield from _pair(f"lm-{label}-d{head_dim}", 16384 // n, 2048 // head_dim, n, head_dim)
 
 
+def _other_scores() -> Iterator[Shape]:
+    """Scores that leave the range of a series: b = 0, and three times as wide."""
+    for head_dim in (64, 128, 256):
+        yield from _pair(f"b0-4k-d{head_dim}", 4, 2048 // head_dim, 4096, head_dim, sigmoid_bias=0.0)
+        yield from _pair(f"wide-4k-d{head_dim}", 4, 2048 // head_dim, 4096, head_dim, score_std=3.0)
+
+
 _CROSS: dict[str, Any] = {"batch": 4, "seqlen_q": 1024, "seqlen_k": 8192, "nheads": 16, "nheads_k": 16, "head_dim": 128}
 
 PROBLEMS = {
@@ -141,6 +153,7 @@ PROBLEMS = {
         *_pair("cpu-4k-d128", 1, 4, 4096, 128),
         *(_self(f"vit-197-d64-b{batch}", batch, 12, 197, 64) for batch in (4, 64, 256)),
         *_language_models(),
+        *_other_scores(),
         *_pair("long-64k-d128", 1, 16, 65536, 128),
         *_pair("gqa-32-8-d128", 4, 32, 4096, 128, nheads_k=8),
         Shape(name="cross-1k-8k-d128", **_CROSS),

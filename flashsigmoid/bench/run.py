@@ -62,7 +62,7 @@ def run(
         for name in given:
             if name not in legal:
                 raise ValueError(f"{what} must be one of {', '.join(legal)}, got {name!r}")
-    settings = {"dtype": str(dtype).removeprefix("torch."), "device": device, "rounds": rounds, "bias": "-log n"}
+    settings = {"dtype": str(dtype).removeprefix("torch."), "device": device, "rounds": rounds, "bias": "-log n or own"}
     settings |= {"threads": torch.get_num_threads()}
     if device == "cuda":
         settings |= {"graphs": graphs, "l2": "not flushed", "causal_pairs": "half"}

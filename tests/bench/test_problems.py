@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -35,6 +38,16 @@ def test_a_window_counts_the_pairs_that_are_seen(causal: bool, window: tuple[int
     )
     inputs = make_inputs(shape, torch.float32, "cpu")
     assert shape.pairs == 2 * visible(shape, inputs.distance()).sum().item()
+
+
+def test_other_scores_are_another_bias_or_wider() -> None:
+    plain, zero, wide = (PROBLEMS[f"{kind}-4k-d64"] for kind in ("lm", "b0", "wide"))
+    assert (zero.bias, plain.bias, wide.bias) == (0.0, -math.log(4096), -math.log(4096))
+    assert [shape.row()["options"] for shape in (plain, zero, wide)] == ["", "b = 0", "scores x 3"]
+    small = Shape(name="s", seqlen_q=64, seqlen_k=64, nheads=2, nheads_k=2, head_dim=16)
+    usual, wider = (make_inputs(x, torch.float32, "cpu") for x in (small, replace(small, score_std=3.0)))
+    assert torch.equal(3.0 * usual.q, wider.q)
+    assert torch.equal(usual.k, wider.k)
 
 
 def test_packed_lengths_differ_and_add_up() -> None:

@@ -50,7 +50,7 @@ def test_a_run_records_error_speed_and_reasons(tiny: str, tmp_path: Path) -> Non
     records = bench.run([tiny], rounds=3, out=out, show=shown.extend)
     assert shown == records
     assert read_records(out).records == records
-    assert read_records(out).settings["bias"] == "-log n"
+    assert read_records(out).settings["bias"] == "-log n or own"
     rows = {(row.work, row.peer): row for row in joined(records)}
     assert {work for work, _ in rows} == {"forward", "backward", "both"}
     for (_, peer), row in rows.items():
