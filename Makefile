@@ -46,7 +46,8 @@ gpu:
 	  --out $(RESULTS)/fp8.jsonl
 	$(BENCH) lm-4k-d64 lm-4k-d128-causal lm-4k-d64-alibi-causal $(KERNELS) --out $(RESULTS)/everybody-bfloat16.jsonl
 	$(GPU) -m flashsigmoid.report.accuracy $(RESULTS)/gpu-tests.jsonl docs/images/accuracy.png
-	$(GPU) -m flashsigmoid.report.speed $(foreach n,64 128,$(RESULTS)/lm-d$(n)-bfloat16.jsonl) docs/images/speed.png
+	$(GPU) -m flashsigmoid.report.speed $(RESULTS)/lm-d128-bfloat16.jsonl docs/images/speed.png
+	$(GPU) -m flashsigmoid.report.curves $(foreach n,64 128,$(RESULTS)/lm-d$(n)-bfloat16.jsonl) docs/images/curves.png
 	$(GPU) -m flashsigmoid.report.tables docs/numerics.md
 
 lint: $(VENV)/.test
