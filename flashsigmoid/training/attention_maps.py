@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 NAME, ARTIFACT = "attention_maps", "attention-maps.npz"
-_IMAGES, _HEADS = 4, 3  # of one class each; of the first, the middle and the last block
+_IMAGES, _HEADS = 4, 2  # of one class each; of the first, the middle and the last block
 
 
 def attention_rows(
