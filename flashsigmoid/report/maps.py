@@ -47,7 +47,7 @@ def read_maps(run: Run) -> Maps | None:
 
 def _read(path: Path) -> Maps:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             maps = Maps(**{name: file[name] for name in Maps.__dataclass_fields__})
         n, blocks, heads, _, _ = maps.maps.shape
         shapes = (maps.classes.shape, maps.sums.shape, maps.blocks.shape, maps.heads.shape)
@@ -65,7 +65,7 @@ def maps_drawing(arms: Sequence[Arm]) -> Drawing:
     whose = ["the class token" if maps.query == "class token" else "all tokens, their mean" for maps in shown.values()]
     caption = (
         "Attention weights over the patches of validation images after training, of "
-        f"{join(list(dict.fromkeys(whose)))}: two heads of the first, the middle and the last layer, laid over the image. "
+        f"{join(list(dict.fromkeys(whose)))}: two heads of the first, the middle and the last layer, over the image. "
         "Colours go from 0, dark, to the largest weight of each map, bright. The number below a map is what its row of "
         "weights adds up to over all tokens: 1 for softmax, free for sigmoid."
     )
@@ -112,7 +112,9 @@ def _draw(axes: Axes, maps: Maps) -> None:
 
 
 def _tile(axes: Axes, rgb: np.ndarray, x: float, y: float) -> None:
-    axes.imshow(rgb, extent=(x, x + 1, y, y + 1), interpolation="none", aspect="auto")
+    # without an id of its own, two equal pictures would share one
+    gid = f"tile-{len(axes.images)}"
+    axes.imshow(rgb, extent=(x, x + 1, y, y + 1), interpolation="none", aspect="auto", gid=gid)
 
 
 def _over(rgb: np.ndarray, weights: np.ndarray) -> np.ndarray:
