@@ -341,7 +341,7 @@ def test_demo_vision_trains_both_arms_on_digits(flashsigmoid, tmp_path):
         for each, arm in zip(values, ("sigmoid", "softmax"), strict=True)
     )
     assert f"The validation accuracy ended at {ends}; the most frequent class alone gets 11.7%." in first.out
-    assert "In standard errors above the most frequent class that is " in first.out
+    assert " standard errors above the most frequent class for sigmoid and " in first.out
     assert "side of the standard error of the difference, " in first.out
     assert "bigram" not in first.out
     assert {each["data/skipped"] for each in values} == {0.0}

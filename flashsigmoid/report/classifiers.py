@@ -44,7 +44,7 @@ def speed_rows(arm: Arm) -> dict[str, str]:
     return {
         "time per step": f"{number_text(step_ms.mean)} ms" if step_ms.values else NOT_RECORDED,
         "images per second": f"{rate.mean:,.0f}" if rate.values else NOT_RECORDED,
-        "corrupt files left out": join([f"{value:.0f}" for value in skipped.values]) or NOT_RECORDED,
+        "corrupt files left out": join(list(dict.fromkeys(f"{value:.0f}" for value in skipped.values))) or NOT_RECORDED,
     }
 
 
@@ -55,6 +55,13 @@ def accuracy_text(arm: Arm) -> str:
     errors = arm.over_runs(lambda run: run.accuracy_se)
     mean, *of_seeds = _range_text(arm.accuracies).split(" ", 1)
     return " ".join([mean, *([f"± {errors.mean:.1%}"] if errors.values else []), *of_seeds])
+
+
+def run_accuracy_text(run: Run) -> str:
+    """The last accuracy of one run, "" if it has none."""
+    if run.accuracy is None:
+        return ""
+    return f"{run.accuracy:.1%}" + ("" if run.accuracy_se is None else f" ± {run.accuracy_se:.1%}")
 
 
 def accuracy_difference_text(arm: Arm, base: Arm) -> str:
@@ -90,10 +97,12 @@ def sentences(arms: Sequence[Arm], base: Arm) -> list[str]:
     ]
     above = {quoted(arm): value for arm in known if (value := above_majority(arm)) is not None}
     if above:
-        clauses = [f"{_times(value)} for {name}" for name, value in above.items()]
+        (name, value), *others = above.items()
+        clauses = [f"{_times(value)} standard errors above the most frequent class for {name}"]
+        clauses += [f"{_times(value)} for {name}" for name, value in others]
         few = [name for name, value in above.items() if value < LEARNED]
         short = f"; fewer than {LEARNED:.0f} are no sign of learning: {join(few)}" if few else ""
-        said.append(f"In standard errors above the most frequent class that is {join(clauses)}{short}.")
+        said.append(f"That is {join(clauses)}{short}.")
     return said + [_parity(arm, base) for arm in known if arm is not base and _comparable(arm, base)]
 
 
@@ -115,7 +124,7 @@ def _parity(arm: Arm, base: Arm) -> str:
         what += f" (seed by seed {least:+.2f} to {most:+.2f}, standard deviation {100 * spread.deviation:.2f})"
     if error is None:
         return f"{what}; without a standard error on record that says nothing about parity."
-    of = f"over {len(spread.values)} seeds" if several else "of the validation images"
+    of = f"over {len(spread.values)} seeds" if several else "by the number of validation images"
     measure = f"of the standard error of the difference, {100 * error:.2f} points {of}"
     if abs(spread.mean) <= error:
         return f"{what}, inside {measure}: at parity, as far as these runs can tell."

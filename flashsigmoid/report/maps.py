@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from .words import join
 
 RECORD = "attention_maps"
 _COLOURS, _IMAGE = "inferno", 0.35  # of a map, and how much of the image shows through
+_PIXELS = 112  # a side of a tile at most: twice what a page shows
 _GAP, _LINE = 0.12, 0.3  # between tiles of side 1, and a line of text
 
 
@@ -51,9 +53,10 @@ def _read(path: Path) -> Maps:
             maps = Maps(**{name: file[name] for name in Maps.__dataclass_fields__})
         n, blocks, heads, _, _ = maps.maps.shape
         shapes = (maps.classes.shape, maps.sums.shape, maps.blocks.shape, maps.heads.shape)
-        if shapes != ((n,), (n, blocks, heads), (blocks,), (heads,)) or maps.images.ndim != 4 or len(maps.images) != n:
+        pictures, channels, _, _ = maps.images.shape
+        if shapes != ((n,), (n, blocks, heads), (blocks,), (heads,)) or pictures != n or channels not in (1, 3):
             raise ValueError("the shapes do not fit")
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"attention maps must be whole arrays that fit, got {path}: {error}") from error
     return maps
 
@@ -99,7 +102,8 @@ def _draw(axes: Axes, maps: Maps) -> None:
     for i in range(n):
         bottom = height - 2 * _LINE - i * (1 + _LINE + _GAP) - 1
         _tile(axes, _pixels(maps.images[i]), 0, bottom)
-        axes.text(0.5, bottom - _LINE / 2, str(maps.classes[i])[:10], **text)
+        name = str(maps.classes[i])
+        axes.text(0.5, bottom - _LINE / 2, name if len(name) <= 12 else f"{name[:11]}…", **text)
         for block in range(blocks):
             for head in range(heads):
                 x, weights = left(block, head), maps.maps[i, block, head]
@@ -125,6 +129,7 @@ def _over(rgb: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _pixels(image: np.ndarray) -> np.ndarray:
-    """(height, width, 3) of (channels, height, width)."""
-    rgb = np.moveaxis(image, 0, -1)
+    """(height, width, 3) of (channels, height, width), every so many pixels of a large one."""
+    stride = -(-max(image.shape[1:]) // _PIXELS)
+    rgb = np.moveaxis(image, 0, -1)[::stride, ::stride]
     return np.repeat(rgb, 3, axis=-1) if rgb.shape[-1] == 1 else rgb

@@ -188,7 +188,7 @@ def _figure(drawing: Drawing) -> str:
         return f'<figure>{heading}<p class="missing">not recorded</p></figure>\n'
     panels = "".join(f'<div class="panel">{svg}</div>' for svg in drawing.svgs())
     caption = f"<figcaption>{escape(drawing.caption)}</figcaption>"
-    return f'<figure>{heading}<div class="panels">{panels}</div>{caption}</figure>\n'
+    return f'<figure>{heading}<div class="panels {drawing.name}">{panels}</div>{caption}</figure>\n'
 
 
 def _samples(arms: Sequence[Arm]) -> str:
@@ -231,7 +231,7 @@ def _settings(arms: Sequence[Arm]) -> str:
 
 
 def _runs(arms: Sequence[Arm]) -> str:
-    rows = []
+    rows, has_accuracy = [], are_classifiers(arms)
     for arm in arms:
         for run in arm.runs:
             final, best = run.final, run.best
@@ -239,13 +239,17 @@ def _runs(arms: Sequence[Arm]) -> str:
             cells = [
                 show(run.seed),
                 f"{run.steps:,}{of}",
+                *([classifiers.run_accuracy_text(run)] if has_accuracy else []),
                 "" if final is None else loss_text(value_of(final)),
                 "" if best is None else f"{loss_text(value_of(best))} at step {best.step:,}",
                 time_text(run.time_s),
                 str(run.file.header.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
             ]
             rows.append(_row(_name(arm), map(escape, cells)))
-    return _table(rows, ["arm", "seed", "steps", "final loss", "best loss", "time", "started"])
+    return _table(
+        rows,
+        ["arm", "seed", "steps", *(["accuracy"] if has_accuracy else []), "final loss", "best loss", "time", "started"],
+    )
 
 
 def _provenance(arms: Sequence[Arm]) -> str:
@@ -334,6 +338,7 @@ figure{margin:0 0 1rem}
 .cards,.samples{grid-template-columns:repeat(auto-fit,minmax(min(100%,15.5rem),1fr))}
 .pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 .panels{grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:.5rem}
+.attention-maps{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 .cards{margin-top:1.75rem}
 .cards article{border-top:5px solid;max-width:38rem}
 .value{font-size:2.3rem;font-weight:650;line-height:1.1;margin:.2rem 0 0;font-variant-numeric:tabular-nums}

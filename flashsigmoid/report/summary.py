@@ -69,7 +69,8 @@ def statement(arms: Sequence[Arm]) -> list[str]:
     """What was compared and what happened, sentence by sentence."""
     base = base_of(arms)
     sentences = [_compared(arms), *classifiers.sentences(arms, base), *_ended(arms)]
-    sentences += [_difference(arm, base) for arm in arms if arm is not base and not _is_open(arm, base)]
+    of_loss = "in loss, " if are_classifiers(arms) else ""
+    sentences += [of_loss + _difference(arm, base) for arm in arms if arm is not base and not _is_open(arm, base)]
     sentences += [] if are_of_images(arms) else _against_bigrams(arms)
     norms = [f"{norm_text(arm)} for {quoted(arm)}" for arm in arms if first_norm(arm) is not None]
     if norms:

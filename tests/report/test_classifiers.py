@@ -24,7 +24,7 @@ ImageRun = Callable[..., Path]
 # words
 
 
-ERROR = "side of the standard error of the difference, 1.41 points of the validation images"
+ERROR = "side of the standard error of the difference, 1.41 points by the number of validation images"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_how_far_above_the_most_frequent_class(image_run: ImageRun, accuracy, er
     folder = image_run("a", accuracy=accuracy, error=error)
     assert summary_rows([folder])[0]["standard errors above it"] == above
     text = told(folder)
-    assert f"In standard errors above the most frequent class that is {above} for sigmoid" in text
+    assert f"That is {above} standard errors above the most frequent class for sigmoid" in text
     assert ("fewer than 3 are no sign of learning: sigmoid." in text) == (not learned)
 
 
@@ -153,13 +153,18 @@ def test_maps_are_read_from_the_last_file_that_is_there(image_run: ImageRun, tmp
     assert "Attention maps" in Page(write_report([arm.runs[0].path], tmp_path / "page.html").read_text("utf-8")).text
 
 
-@pytest.mark.parametrize("damage", ["cut", "key", "shape", "text"])
+@pytest.mark.parametrize("damage", ["cut", "bits", "key", "shape", "text"])
 def test_damaged_maps_are_one_error(image_run: ImageRun, tmp_path: Path, damage: str) -> None:
     path = image_run("a") / "attention-maps.npz"
     with np.load(path) as file:
         arrays = dict(file)
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:500])
+    elif damage == "bits":
+        content = bytearray(path.read_bytes())
+        start = content.index(b"maps.npy") + 200
+        content[start : start + 60] = bytes(60)
+        path.write_bytes(content)
     elif damage == "text":
         path.write_text("no arrays")
     else:
@@ -204,10 +209,37 @@ def test_the_page_of_images_stands_alone(pair: Path, tmp_path: Path) -> None:
     assert all(sentence in page.text for sentence in accuracy_statement([pair]))
     assert "not recorded" not in page.text
     assert not {"Text", "Row mass"} & set(re.findall(r"<h[23]>(.*?)</h[23]>", source))
+    assert "<td>600</td><td>90.0% ± 1.0%</td><td>0.300</td>" in source
+    assert "In loss, sigmoid and softmax end equal to three decimals." in page.text
     assert re.findall(r'<tr class="differs"><th scope="row">(.*?)</th>', source) == ["attention"]
 
     write_report([pair], out)
     assert out.read_text(encoding="utf-8") == source
+
+
+def test_maps_that_are_not_finite_are_drawn(image_run: ImageRun, tmp_path: Path) -> None:
+    """Of a run that broke: the sums say it."""
+    path = image_run("a") / "attention-maps.npz"
+    with np.load(path) as file:
+        arrays = {
+            name: np.full_like(array, np.nan) if name in ("maps", "sums") else array for name, array in file.items()
+        }
+    np.savez(path, **arrays)
+    source = write_report([path.parent], tmp_path / "page.html").read_text("utf-8")
+    assert source.count(">nan</text>") == 12
+
+
+def test_large_pictures_are_thinned_out(image_run: ImageRun, tmp_path: Path) -> None:
+    """Noise of 500 pixels a side, which no PNG makes small: 14 tiles of it would be 10 MB."""
+    path = image_run("a") / "attention-maps.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    noise = np.random.default_rng(0).integers(0, 256, (2, 3, 500, 400), dtype=np.uint8)
+    np.savez(path, **(arrays | {"images": noise, "classes": np.array(["great white shark", "tench"])}))
+    source = write_report([path.parent], tmp_path / "page.html").read_text("utf-8")
+    assert source.count("data:image/png") == 14
+    assert len(source) < 1e6
+    assert "great white…" in source
 
 
 def test_maps_of_one_arm_only_are_told(image_run: ImageRun) -> None:
