@@ -98,7 +98,7 @@ def demo(
     if kind == "language":
         from .recipes.language import demo as recipe
     else:
-        from .recipes.vision import digits as recipe
+        from .recipes.vision import demo as recipe
     out = out or Path("runs", "demo" if kind == "language" else f"demo-{kind}")
     run = override(recipe(), {"seed": str(seed)}, _assignments(assignments))
     if run.model.attention != "sigmoid":
