@@ -70,27 +70,37 @@ def options(
 
 
 @app.command(
-    epilog="Examples: flashsigmoid demo --no-bias-arm; "
+    epilog="Examples: flashsigmoid demo --no-bias-arm; flashsigmoid demo vision; "
     "flashsigmoid demo --seed 1 --out runs/demo-1; flashsigmoid report runs/demo runs/demo-1"
 )
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the arms and the report.")] = Path("runs/demo"),
+    kind: Annotated[
+        Literal["language", "vision"], typer.Argument(help="Shakespeare, or handwritten digits.")
+    ] = "language",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the arms and the report.", show_default="runs/demo, runs/demo-vision"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of parameters and order of data, in both arms.")] = 0,
     no_bias_arm: Annotated[bool, typer.Option("--no-bias-arm", help="A third arm: sigmoid with b = 0.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Train anew, or take what the folder holds.")] = False,
     device: Device = "cpu",
     assignments: Fields = None,
 ) -> None:
-    """Train a sigmoid and a softmax transformer on Shakespeare, side by side, and report what happened.
+    """Train a sigmoid and a softmax transformer on text or images, side by side, and report what happened.
 
     A few minutes on two CPU cores. A second time it takes what is trained, and goes on where it was stopped.
     """
-    from .recipes import language
     from .recipes.fields import override
-    from .report import summary_rows, write_report
+    from .report import accuracy_statement, summary_rows, write_report
     from .training.checkpoint import checkpoints
 
-    run = override(language.demo(), {"seed": str(seed)}, _assignments(assignments))
+    if kind == "language":
+        from .recipes.language import demo as recipe
+    else:
+        from .recipes.vision import demo as recipe
+    out = out or Path("runs", "demo" if kind == "language" else f"demo-{kind}")
+    run = override(recipe(), {"seed": str(seed)}, _assignments(assignments))
     if run.model.attention != "sigmoid":
         raise ValueError(f"model.attention has no effect: the demo trains both arms, got {run.model.attention}")
     arms = {"sigmoid": run, "softmax": run.with_attention("softmax")}
@@ -116,6 +126,8 @@ def demo(
     if "baseline/bigram_floor" in results["sigmoid"]:
         bigram, floor = (results["sigmoid"][f"baseline/{name}"] for name in ("bigram", "bigram_floor"))
         print(f"nats per byte of a bigram model of the same text: {bigram:.3f}, of the best there can be: {floor:.3f}")
+    for sentence in accuracy_statement(folders):
+        print(sentence)
     print(f"report: {page.absolute()}")
 
 
@@ -224,8 +236,9 @@ def _progress() -> Iterator[Show]:
         def show(progress: Progress) -> None:
             if progress.name not in tasks:
                 tasks[progress.name] = bar.add_task(progress.name, total=progress.steps, numbers="")
-            losses = {"val": progress.metrics.get("val/loss"), "train": progress.metrics.get("train/loss")}
-            numbers = "  ".join(f"{name} {value:.3f}" for name, value in losses.items() if value is not None)
+            shown = {"val": "val/loss", "train": "train/loss", "accuracy": "val/accuracy"}
+            latest = {name: progress.metrics.get(metric) for name, metric in shown.items()}
+            numbers = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if value is not None)
             bar.update(tasks[progress.name], completed=progress.step, numbers=numbers)
 
         yield show

@@ -320,6 +320,55 @@ def test_demo_trains_both_arms_and_takes_them_the_second_time(flashsigmoid, tmp_
     assert "trained already" not in fresh.out
 
 
+TINY_IMAGES = (
+    *("--set", "steps=2", "--set", "model.dim=16", "--set", "depth=1", "--set", "nheads=2", "--set", "batch=8"),
+    *("--set", "data.img_size=14", "--set", "model.img_size=14", "--set", "patch_size=7", "--set", "val_every=2"),
+)
+
+
+def test_demo_vision_trains_both_arms_on_digits(flashsigmoid, tmp_path):
+    first = flashsigmoid("demo", "vision", *TINY_IMAGES)
+    assert first.code == 0, first.err
+    out = tmp_path / "runs/demo-vision"
+    assert "attention-maps-0-" in (out / "report.html").read_text("utf-8")
+    assert (out / "report-figures/attention-maps.png").exists()
+    assert re.search(r"accuracy +. +\d+\.\d% ± \d\.\d% . +\d+\.\d% ± ", first.out)
+    values = [
+        {r.name: r.value for r in read_records(out / arm / "records.jsonl").records} for arm in ("sigmoid", "softmax")
+    ]
+    ends = " and ".join(
+        f"{each['val/accuracy']:.1%} ± {each['val/accuracy_se']:.1%} for {arm}"
+        for each, arm in zip(values, ("sigmoid", "softmax"), strict=True)
+    )
+    assert f"The validation accuracy ended at {ends}; the most frequent class alone gets 11.7%." in first.out
+    assert " standard errors above the most frequent class for sigmoid and " in first.out
+    assert "side of the standard error of the difference, " in first.out
+    assert "bigram" not in first.out
+    assert {each["data/skipped"] for each in values} == {0.0}
+
+    second = flashsigmoid("demo", "vision", *TINY_IMAGES)
+    assert second.out.count("trained already") == 2
+    assert second.out.splitlines()[2:] == first.out.splitlines()
+    fresh = flashsigmoid("demo", "vision", "--fresh", "--no-bias-arm", "--out", out, *TINY_IMAGES)
+    assert fresh.code == 0, fresh.err
+    assert "trained already" not in fresh.out
+    assert read_records(out / "sigmoid-no-bias/records.jsonl").settings["sigmoid_bias"] == 0.0
+    assert_one_error(flashsigmoid("demo", "speech"), 2, "'speech' is not one of 'language', 'vision'")
+    assert_one_error(flashsigmoid("demo", "vision", "--set", "dropout_p=0.1"), 1, "the run has no field dropout_p")
+
+
+@pytest.mark.parametrize("module", ["timm", "torchvision"])
+def test_demo_vision_without_its_libraries_names_the_extra(tmp_path, module):
+    program = (
+        f"import sys; sys.modules[{module!r}] = None; from flashsigmoid.__main__ import main; main(['demo', 'vision'])"
+    )
+    done = run_python("-c", program, folder=tmp_path)
+    assert done.returncode == 1
+    assert module in done.stderr
+    assert 'pip install "flashsigmoid[vision]"' in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_terminal_gets_a_bar(flashsigmoid, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")

@@ -93,6 +93,20 @@ def test_a_second_time_installs_nothing(copy, tmp_path, fake_python):
     assert calls(tmp_path) == ["-m flashsigmoid demo"]
 
 
+def test_the_demo_of_vision_installs_its_extra_too(copy, tmp_path, fake_python):
+    """Beside the language demo, which stays as it is."""
+    assert make(copy, "demo", "ARGS=vision --fresh", python=fake_python).returncode == 0
+    assert calls(tmp_path) == [
+        "-m venv --clear .venv-fakepython",
+        "-m pip install -e .[train,report,vision]",
+        "-m flashsigmoid demo vision --fresh",
+    ]
+    assert make(copy, "demo", "ARGS=vision", python=fake_python).returncode == 0
+    assert calls(tmp_path) == ["-m flashsigmoid demo vision"]
+    assert make(copy, "demo", "ARGS=--fresh", python=fake_python).returncode == 0
+    assert calls(tmp_path) == ["-m pip install -e .[train,report]", "-m flashsigmoid demo --fresh"]
+
+
 def test_a_changed_pyproject_installs_again_into_the_same_environment(copy, tmp_path, fake_python):
     make(copy, "demo", python=fake_python)
     calls(tmp_path)

@@ -16,7 +16,8 @@ def digits() -> ImageRun:
     """The embedded handwritten digits, small enough that both arms train in a few minutes on two CPU cores.
 
     Paper: arXiv:2409.04431, its practices for vision at toy size. Command: flashsigmoid train digits. Hardware: 2 CPU
-    cores. Wall time: not yet measured. Expected: not yet measured (the most frequent digit has 11.7 %).
+    cores. Wall time: one minute an arm. Expected: accuracy 0.888 to 0.904 over seeds 0, 1, 2, softmax 0.893 to 0.905
+    (the most frequent digit has 0.117).
     """
     return ImageRun(
         name="digits",
@@ -31,6 +32,15 @@ def digits() -> ImageRun:
         val_every=200,
         save_every=200,
     )  # fmt: skip
+
+
+def demo() -> ImageRun:
+    """`digits` in two thirds of its steps, so that a pair takes less than three minutes on cores that others use too.
+
+    Paper: arXiv:2409.04431. Command: flashsigmoid demo vision. Hardware: 2 CPU cores. Wall time: 2.7 minutes a pair
+    beside two other processes. Expected: accuracy 0.852, softmax 0.860, one seed.
+    """
+    return replace(digits(), steps=800)
 
 
 def cifar10() -> ImageRun:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,10 @@ VAL_LOSSES = ("val/loss_bytes", "val/loss")  # per byte first: tokens of two tok
 BIGRAM = "baseline/bigram"
 FLOOR = "baseline/bigram_floor"  # no function of the previous token alone is below it
 ACCURACY = "val/accuracy"
+ACCURACY_SE = "val/accuracy_se"  # its standard error, of the validation images
 MAJORITY = "baseline/majority"  # the share of the most frequent class
+IMAGES_PER_S = "images_per_s"
+SKIPPED = "data/skipped"  # corrupt files that were left out
 SAMPLE = "sample"
 
 
@@ -111,6 +116,33 @@ class Run:
         """What the most frequent class alone gets."""
         series = self.series(MAJORITY)
         return value_of(series[-1]) if series else None
+
+    @property
+    def accuracy_se(self) -> float | None:
+        """The standard error of the last validation accuracy, of the validation images."""
+        series = self.series(ACCURACY_SE)
+        return value_of(series[-1]) if series else None
+
+    @property
+    def skipped(self) -> int | None:
+        """How many corrupt files were left out."""
+        series = self.series(SKIPPED)
+        return int(value_of(series[-1])) if series else None
+
+    @property
+    def step_ms(self) -> float | None:
+        """Milliseconds of training for a step, median over the records of the training loss."""
+        timed = [r for r in self.series(TRAIN_LOSS) if r.time_s is not None]
+        spans = [
+            ((b.time_s or 0.0) - (a.time_s or 0.0), (b.step or 0) - (a.step or 0)) for a, b in itertools.pairwise(timed)
+        ]
+        return statistics.median(1e3 * time_s / steps for time_s, steps in spans) if spans else None
+
+    @property
+    def images_per_s(self) -> float | None:
+        """Images trained on in a second, median over the records."""
+        series = self.series(IMAGES_PER_S)
+        return statistics.median(map(value_of, series)) if series else None
 
     def baseline(self, name: str = BIGRAM) -> float | None:
         """The baseline of that name that has the unit of the validation loss."""
@@ -207,9 +239,13 @@ class Arm:
         chosen = [run for run in known if not run.is_unfinished] or known
         return Spread(tuple(run.accuracy for run in chosen if run.accuracy is not None))
 
+    def over_runs(self, of: Callable[[Run], float | None]) -> Spread:
+        """A number of each run that has it."""
+        return Spread(tuple(value for run in self.runs if (value := of(run)) is not None))
+
     def baselines(self, name: str = BIGRAM) -> Spread:
         """The baselines of the runs."""
-        return Spread(tuple(value for run in self.runs if (value := run.baseline(name)) is not None))
+        return self.over_runs(lambda run: run.baseline(name))
 
     def below(self, name: str = BIGRAM) -> tuple[int, int] | None:
         """(runs whose final loss is below their baseline, runs that recorded both); None if no run did."""
@@ -321,12 +357,25 @@ def paired_differences(arm: Arm, base: Arm) -> Spread:
 
     Otherwise the one difference of the means; nothing where an arm has no finite loss.
     """
-    ours, theirs = _finals_by_seed(arm), _finals_by_seed(base)
-    if ours and ours.keys() == theirs.keys():
-        return Spread(tuple(ours[seed] - theirs[seed] for seed in ours))
-    if not arm.finals.values or not base.finals.values:
-        return Spread(())
-    return Spread((arm.finals.mean - base.finals.mean,))
+
+    def final(run: Run) -> float | None:
+        return None if run.final is None else value_of(run.final)
+
+    return _paired(arm, base, final) or _of_means(arm.finals, base.finals)
+
+
+def accuracy_differences(arm: Arm, base: Arm) -> tuple[Spread, float | None]:
+    """arm - base of the last accuracies, as `paired_differences`, and the standard error of their mean.
+
+    Of several seeds it is that of the mean over seeds; of one difference, that of two samples of validation images,
+    None where it was not recorded. Both arms are judged on the same images, so the latter is rather too large.
+    """
+    paired = _paired(arm, base, lambda run: run.accuracy)
+    if paired is not None and len(paired.values) > 1:
+        return paired, paired.deviation / math.sqrt(len(paired.values))
+    errors = [each.over_runs(lambda run: run.accuracy_se) for each in (arm, base)]
+    error = math.hypot(*(each.mean for each in errors)) if all(each.values for each in errors) else None
+    return paired or _of_means(arm.accuracies, base.accuracies), error
 
 
 def value_of(record: Record) -> float:
@@ -353,11 +402,23 @@ def _comparable(settings: dict[str, Any], name: str) -> str | None:
     return json.dumps(settings[name]) if name in settings else None
 
 
-def _finals_by_seed(arm: Arm) -> dict[str, float]:
-    """Empty if two runs share a seed, or one is unfinished or ended without a finite loss."""
-    finals = {
-        str(run.seed): value_of(run.final)
+def _paired(arm: Arm, base: Arm, of: Callable[[Run], float | None]) -> Spread | None:
+    """arm - base of a number seed by seed, None if they have not the same seeds, all finished with a finite number."""
+    ours, theirs = _by_seed(arm, of), _by_seed(base, of)
+    if not ours or ours.keys() != theirs.keys():
+        return None
+    return Spread(tuple(ours[seed] - theirs[seed] for seed in ours))
+
+
+def _by_seed(arm: Arm, of: Callable[[Run], float | None]) -> dict[str, float]:
+    """Empty if two runs share a seed, or one is unfinished or ended without a finite number."""
+    numbers = {
+        str(run.seed): value
         for run in arm.runs
-        if run.final is not None and math.isfinite(value_of(run.final)) and not run.is_unfinished
+        if (value := of(run)) is not None and math.isfinite(value) and not run.is_unfinished
     }
-    return finals if len(finals) == len(arm.runs) else {}
+    return numbers if len(numbers) == len(arm.runs) else {}
+
+
+def _of_means(ours: Spread, theirs: Spread) -> Spread:
+    return Spread((ours.mean - theirs.mean,) if ours.values and theirs.values else ())

@@ -14,10 +14,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from .arms import BIGRAM, FLOOR, Arm, Point
-from .summary import loss_text, loss_unit
+from .arms import ACCURACY, ACCURACY_SE, BIGRAM, FLOOR, Arm, Point
+from .classifiers import are_of_images, majorities
+from .summary import loss_unit
+from .words import loss_text
 
 # after Okabe and Ito, told apart by colour-blind readers: on white, and lighter on black
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b5608f", "#a67c00", "#3a3a3a")
@@ -68,6 +70,7 @@ class Drawing:
     title: str
     caption: str
     panels: tuple[Panel, ...]  # none: the records have nothing to draw
+    height: float = _PANEL_INCHES[1]  # of a panel
 
     def svgs(self) -> list[str]:
         """Each panel as an <svg> element that names no address and takes its colours from CSS variables."""
@@ -87,8 +90,8 @@ class Drawing:
 
     def _figure(self, panels: Sequence[Panel]) -> Figure:
         with matplotlib.rc_context(_STYLE):
-            width, height = _PANEL_INCHES
-            figure = Figure(figsize=(width * len(panels), height), layout=_LAYOUT)
+            width, _ = _PANEL_INCHES
+            figure = Figure(figsize=(width * len(panels), self.height), layout=_LAYOUT)
             for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
                 axes.set_title(panel.title)
                 panel.draw(axes)
@@ -135,6 +138,39 @@ def loss_drawings(arms: Sequence[Arm]) -> list[Drawing]:
             panels(by_time=True) if is_timed else (),
         ),
     ]
+
+
+def accuracy_drawing(arms: Sequence[Arm]) -> Drawing:
+    """Validation accuracy against step, with what the most frequent class alone gets."""
+    shown = [arm for arm in arms if arm.points(ACCURACY)]
+    caption = "Share of validation images that are classified rightly. Bands: one standard error of it, up and down."
+    if any(len(arm.runs) > 1 for arm in shown):
+        caption = "Share of validation images that are classified rightly, mean over seeds. Bands: least to largest."
+    constant = sorted({value for arm in shown for value in majorities(arm).values})
+    if constant:
+        caption += " Dashed: the most frequent class alone."
+
+    def draw(axes: Axes) -> None:
+        for arm in shown:
+            points, own = arm.points(ACCURACY), colour(arm)
+            steps, errors = [p.step for p in points], {p.step: p.mean for p in arm.points(ACCURACY_SE)}
+            lows, highs = [p.low for p in points], [p.high for p in points]
+            if len(arm.runs) == 1:
+                lows = [p.mean - errors.get(p.step, 0.0) for p in points]
+                highs = [p.mean + errors.get(p.step, 0.0) for p in points]
+            means = [p.mean for p in points]
+            axes.fill_between(steps, lows, highs, color=own, alpha=0.18, linewidth=0)
+            axes.plot(steps, means, color=own, linewidth=2.2, marker=_marker(points), label=arm.label)
+        for value in constant:
+            axes.axhline(value, color=_INK, linewidth=1.2, linestyle=(0, (5, 3)))
+        axes.set_xlabel("step")
+        axes.set_ylabel("validation accuracy")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend(loc="center right", handlelength=1.4)
+
+    return Drawing("accuracy", "Accuracy against step", caption, (Panel("", draw),) if shown else ())
 
 
 def layer_drawing(arms: Sequence[Arm], statistic: str, title: str, caption: str) -> Drawing:
@@ -215,7 +251,7 @@ def _draw_losses(axes: Axes, arms: Sequence[Arm], by_time: bool) -> None:
 
 
 def _loss_limits(arms: Sequence[Arm]) -> tuple[float, float] | None:
-    """The region where the arms differ: the loss of an untrained model, far above, runs out at the top."""
+    """The region where the arms differ: the loss of an untrained language model, far above, runs out at the top."""
     points = [point for arm in arms for point in (*arm.losses, *smooth(arm.train_losses))]
     finite = [value for p in points for value in (p.mean, p.low) if math.isfinite(value)]
     if not finite:
@@ -223,7 +259,10 @@ def _loss_limits(arms: Sequence[Arm]) -> tuple[float, float] | None:
     least, most = min(finite), max([*finite, *_baselines(arms, BIGRAM)])
     ends = max([least, *_baselines(arms, BIGRAM), *(value for arm in arms for value in arm.finals.values)])
     legend = 0.35 + 0.15 * len(arms)  # room for its lines above the curves
-    top = min(ends + legend * (ends - least or 1.0), most)
+    top = ends + legend * (ends - least or 1.0)
+    if are_of_images(arms):  # it begins near log(classes), in sight of the end
+        top = max([top, *(arm.losses[0].mean for arm in arms if arm.losses and math.isfinite(arm.losses[0].mean))])
+    top = min(top, most)
     margin = 0.06 * (top - least or 1.0)
     return least - margin, top + margin
 

@@ -8,25 +8,24 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from . import classifiers
 from .arms import BIGRAM, FLOOR, SEED, Arm, Run, differing, group_arms, load_runs, show, value_of
-from .figures import DARK, LIGHT, Drawing, colour_variable, layer_drawing, loss_drawings
+from .classifiers import are_classifiers, are_of_images
+from .figures import DARK, LIGHT, Drawing, accuracy_drawing, colour_variable, layer_drawing, loss_drawings
+from .maps import maps_drawing
 from .summary import (
-    accuracy_text,
-    are_classifiers,
     base_of,
     below_text,
     difference_text,
-    loss_text,
     loss_unit,
-    majorities,
     norm_text,
     seeds_text,
     statement,
     steps_text,
-    time_text,
     title,
     warnings,
 )
+from .words import loss_text, time_text
 
 _SAMPLE_CHARACTERS = 1500
 _STATISTICS = (
@@ -71,7 +70,8 @@ def write_report(runs: Iterable[str | Path], out: str | Path) -> Path:
     page = Path(out)
     if page.suffix.lower() not in (".html", ".htm"):
         page = page / "report.html"
-    drawings = [*loss_drawings(arms), *(layer_drawing(arms, *statistic) for statistic in _STATISTICS)]
+    statistics = [layer_drawing(arms, *statistic) for statistic in _STATISTICS]
+    drawings = [accuracy_drawing(arms), *loss_drawings(arms), *statistics, maps_drawing(arms)]
     folder = page.with_name(f"{page.stem}-figures")
     folder.mkdir(parents=True, exist_ok=True)
     for drawing in drawings:
@@ -80,7 +80,7 @@ def write_report(runs: Iterable[str | Path], out: str | Path) -> Path:
             _write(png, drawing.png())
         else:
             png.unlink(missing_ok=True)  # of an earlier report of the same name
-    _write(page, _page(arms, drawings).encode())
+    _write(page, _page(arms, {drawing.name: drawing for drawing in drawings}).encode())
     return page
 
 
@@ -90,11 +90,13 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(draft, path)
 
 
-def _page(arms: Sequence[Arm], drawings: Sequence[Drawing]) -> str:
+def _page(arms: Sequence[Arm], drawings: dict[str, Drawing]) -> str:
     heading, (lead, *facts) = escape(title(arms)), map(escape, statement(arms))
-    # nothing may be loaded, and no script may run
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    losses, statistics = drawings[: -len(_STATISTICS)], drawings[-len(_STATISTICS) :]
+    curves, attention = _figure_names(arms)
+    curves, attention = ("".join(_figure(drawings[name]) for name in names) for names in (curves, attention))
+    # nothing may be loaded, and no script may run; the pixels of attention maps are within the page
+    pixels = " img-src data:;" if drawings["attention-maps"].panels else ""
+    policy = f"default-src 'none';{pixels} style-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -110,15 +112,24 @@ def _page(arms: Sequence[Arm], drawings: Sequence[Drawing]) -> str:
 <ul class="lead">{"".join(f"<li>{fact}</li>" for fact in facts)}</ul></header>
 {_warnings(arms)}
 {_cards(arms)}
-<section><h2>Loss</h2><div class="pair">{"".join(map(_figure, losses))}</div></section>
-<section><h2>Attention</h2>{"".join(map(_figure, statistics))}</section>
-<section><h2>Text</h2>{_samples(arms)}</section>
+<section><h2>{"Accuracy and loss" if are_classifiers(arms) else "Loss"}</h2><div class="pair">{curves}</div></section>
+<section><h2>Attention</h2>{attention}</section>
+{"" if are_of_images(arms) else f"<section><h2>Text</h2>{_samples(arms)}</section>"}
 <section><h2>Settings</h2>{_settings(arms)}</section>
 <section><h2>Runs and provenance</h2>{_runs(arms)}{_provenance(arms)}</section>
 </main>
 </body>
 </html>
 """
+
+
+def _figure_names(arms: Sequence[Arm]) -> tuple[Sequence[str], Sequence[str]]:
+    """The curves and the figures of attention that are shown; what only language models record is no gap elsewhere."""
+    if not are_of_images(arms):
+        return ("loss-step", "loss-time"), ("attn-norm", "row-mass", "sink")
+    recorded = [name for name in ("row_mass", "sink") if any(arm.layers(name) for arm in arms)]
+    curves = ("accuracy", "loss-step") if are_classifiers(arms) else ("loss-step", "loss-time")
+    return curves, ("attn-norm", *(name.replace("_", "-") for name in recorded), "attention-maps")
 
 
 def _warnings(arms: Sequence[Arm]) -> str:
@@ -130,28 +141,45 @@ def _cards(arms: Sequence[Arm]) -> str:
     base = base_of(arms)
     cards = []
     for arm in arms:
-        finals = arm.finals.values
-        beside = {"below bigram": below_text(arm, BIGRAM), "below any bigram": below_text(arm, FLOOR)}
+        value, what, facts = _loss_card(arm, base)
         if are_classifiers(arms):
-            beside = {"accuracy": accuracy_text(arm.accuracies), "most frequent class": accuracy_text(majorities(arm))}
-        facts = {
-            "over seeds": f"{loss_text(min(finals))} to {loss_text(max(finals))}" if len(finals) > 1 else "",
-            f"minus {base.label}": "" if arm is base else difference_text(arm, base),
-            "best on the way": "" if arm.bests == arm.finals or not arm.bests.values else loss_text(arm.bests.mean),
-            **beside,
-            "first |A V|": norm_text(arm),
+            value, what, facts = _accuracy_card(arm, base)
+        if are_of_images(arms):
+            facts |= classifiers.speed_rows(arm)
+        facts |= {
             "steps": steps_text(arm),
             "seed" if len(arm.runs) == 1 else "seeds": seeds_text(arm),
             "time": time_text(arm.time_s),
         }
         rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts.items() if v)
-        value = loss_text(arm.finals.mean) if finals else "not finite"
         cards.append(
             f'<article style="border-top-color:{colour_variable(arm)}"><h3>{escape(arm.label)}</h3>'
-            f'<p class="value">{value}</p><p class="unit">final validation loss, '
-            f"{escape(loss_unit([arm]))}</p><dl>{rows}</dl></article>"
+            f'<p class="value">{value}</p><p class="unit">{escape(what)}</p><dl>{rows}</dl></article>'
         )
     return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _loss_card(arm: Arm, base: Arm) -> tuple[str, str, dict[str, str]]:
+    """The final loss, what it is, and what stands below it."""
+    finals = arm.finals.values
+    facts = {
+        "over seeds": f"{loss_text(min(finals))} to {loss_text(max(finals))}" if len(finals) > 1 else "",
+        f"minus {base.label}": "" if arm is base else difference_text(arm, base),
+        "best on the way": "" if arm.bests == arm.finals or not arm.bests.values else loss_text(arm.bests.mean),
+    }
+    if not are_of_images([arm]):
+        facts |= {"below bigram": below_text(arm, BIGRAM), "below any bigram": below_text(arm, FLOOR)}
+    value = loss_text(arm.finals.mean) if finals else "not finite"
+    return value, f"final validation loss, {loss_unit([arm])}", facts | {"first |A V|": norm_text(arm)}
+
+
+def _accuracy_card(arm: Arm, base: Arm) -> tuple[str, str, dict[str, str]]:
+    """The final accuracy, what it is, and what stands below it."""
+    value, _, beside = classifiers.accuracy_text(arm).partition(" ")
+    facts = classifiers.rows(arm, base)
+    del facts["accuracy"]
+    facts["loss"] = f"{loss_text(arm.finals.mean)}" if arm.finals.values else "not finite"
+    return value, f"final validation accuracy {beside}".strip(), facts | {"first |A V|": norm_text(arm)}
 
 
 def _figure(drawing: Drawing) -> str:
@@ -160,7 +188,7 @@ def _figure(drawing: Drawing) -> str:
         return f'<figure>{heading}<p class="missing">not recorded</p></figure>\n'
     panels = "".join(f'<div class="panel">{svg}</div>' for svg in drawing.svgs())
     caption = f"<figcaption>{escape(drawing.caption)}</figcaption>"
-    return f'<figure>{heading}<div class="panels">{panels}</div>{caption}</figure>\n'
+    return f'<figure>{heading}<div class="panels {drawing.name}">{panels}</div>{caption}</figure>\n'
 
 
 def _samples(arms: Sequence[Arm]) -> str:
@@ -203,7 +231,7 @@ def _settings(arms: Sequence[Arm]) -> str:
 
 
 def _runs(arms: Sequence[Arm]) -> str:
-    rows = []
+    rows, has_accuracy = [], are_classifiers(arms)
     for arm in arms:
         for run in arm.runs:
             final, best = run.final, run.best
@@ -211,13 +239,17 @@ def _runs(arms: Sequence[Arm]) -> str:
             cells = [
                 show(run.seed),
                 f"{run.steps:,}{of}",
+                *([classifiers.run_accuracy_text(run)] if has_accuracy else []),
                 "" if final is None else loss_text(value_of(final)),
                 "" if best is None else f"{loss_text(value_of(best))} at step {best.step:,}",
                 time_text(run.time_s),
                 str(run.file.header.get("started", "")).replace("T", " ").replace("+00:00", " UTC"),
             ]
             rows.append(_row(_name(arm), map(escape, cells)))
-    return _table(rows, ["arm", "seed", "steps", "final loss", "best loss", "time", "started"])
+    return _table(
+        rows,
+        ["arm", "seed", "steps", *(["accuracy"] if has_accuracy else []), "final loss", "best loss", "time", "started"],
+    )
 
 
 def _provenance(arms: Sequence[Arm]) -> str:
@@ -306,6 +338,7 @@ figure{margin:0 0 1rem}
 .cards,.samples{grid-template-columns:repeat(auto-fit,minmax(min(100%,15.5rem),1fr))}
 .pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 .panels{grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:.5rem}
+.attention-maps{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 .cards{margin-top:1.75rem}
 .cards article{border-top:5px solid;max-width:38rem}
 .value{font-size:2.3rem;font-weight:650;line-height:1.1;margin:.2rem 0 0;font-variant-numeric:tabular-nums}

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .arms import BIGRAM, FLOOR, Arm, Run, Spread, differing, group_arms, load_runs, paired_differences, show
-
-NOT_RECORDED = "not recorded"
+from . import classifiers
+from .arms import BIGRAM, FLOOR, Arm, Spread, differing, group_arms, load_runs, paired_differences, show
+from .classifiers import are_classifiers, are_of_images
+from .words import NOT_RECORDED, count, join, loss_text, number_text, quoted, run_name, time_text
 
 
 def summary_rows(runs: Iterable[str | Path]) -> list[dict[str, str]]:
@@ -28,25 +29,34 @@ def arm_rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
     unit, base = loss_unit(arms), base_of(arms)
     rows = []
     for arm in arms:
-        row = {
-            "arm": arm.label,
-            "seeds": str(len(arm.runs)),
-            "steps": steps_text(arm),
-            f"final loss, {unit}": spread_text(arm.finals),
-            "best loss": spread_text(arm.bests),
-        }
+        row = {"arm": arm.label, "seeds": str(len(arm.runs)), "steps": steps_text(arm)}
+        if are_classifiers(arms):
+            row |= classifiers.rows(arm, base)
+        row |= {f"final loss, {unit}": spread_text(arm.finals), "best loss": spread_text(arm.bests)}
         if len(arms) > 1:
             row[f"minus {base.label}"] = "" if arm is base else difference_text(arm, base)
-        if are_classifiers(arms):
-            row["accuracy"] = accuracy_text(arm.accuracies)
-            row["most frequent class"] = accuracy_text(majorities(arm))
-        else:
+        if not are_of_images(arms):
             row["below bigram"] = below_text(arm, BIGRAM)
             row["below any bigram"] = below_text(arm, FLOOR)
         row["first |A V|"] = norm_text(arm)
+        if are_of_images(arms):
+            row |= classifiers.speed_rows(arm)
         row["time"] = time_text(arm.time_s)
         rows.append(row)
     return rows
+
+
+def accuracy_statement(runs: Iterable[str | Path]) -> list[str]:
+    """What the runs on images reached, and whether an arm is at parity with softmax, sentence by sentence.
+
+    Args:
+        runs: run directories, or folders of them.
+
+    Raises:
+        ValueError: a folder is missing, holds no run, or its records are damaged.
+    """
+    arms = group_arms(load_runs(runs))
+    return _capitalised(classifiers.sentences(arms, base_of(arms)))
 
 
 def title(arms: Sequence[Arm]) -> str:
@@ -58,13 +68,14 @@ def title(arms: Sequence[Arm]) -> str:
 def statement(arms: Sequence[Arm]) -> list[str]:
     """What was compared and what happened, sentence by sentence."""
     base = base_of(arms)
-    sentences = [_compared(arms), *_ended(arms)]
-    sentences += [_difference(arm, base) for arm in arms if arm is not base and not _is_open(arm, base)]
-    sentences += _accuracies(arms) if are_classifiers(arms) else _against_bigrams(arms)
+    sentences = [_compared(arms), *classifiers.sentences(arms, base), *_ended(arms)]
+    of_loss = "in loss, " if are_classifiers(arms) else ""
+    sentences += [of_loss + _difference(arm, base) for arm in arms if arm is not base and not _is_open(arm, base)]
+    sentences += [] if are_of_images(arms) else _against_bigrams(arms)
     norms = [f"{norm_text(arm)} for {quoted(arm)}" for arm in arms if first_norm(arm) is not None]
     if norms:
-        sentences.append(f"When first measured, the largest attention norm |A V| of a layer was {_join(norms)}.")
-    return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+        sentences.append(f"When first measured, the largest attention norm |A V| of a layer was {join(norms)}.")
+    return _capitalised(sentences)
 
 
 def warnings(arms: Sequence[Arm]) -> list[str]:
@@ -80,15 +91,16 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
                 found.append(f"{who} is unfinished: {run.steps:,} of {run.planned_steps:,} steps are recorded.")
             if run.final is None:
                 found.append(f"{who} has no validation loss on record.")
-            elif run.baseline() is None and run.accuracy is None:
+            elif run.baseline() is None and not are_of_images(arms):
                 found.append(f"{who} has no bigram baseline on record.")
     if len({run.loss_name for arm in arms for run in arm.runs if run.loss_name}) > 1:
         found.append("Some losses are per byte and some per token.")
     baselines = {round(value, 6) for arm in arms for value in arm.baselines().values}
     if len(baselines) > 1:
-        found.append(f"The runs have different bigram baselines: {_join([loss_text(b) for b in sorted(baselines)])}.")
+        found.append(f"The runs have different bigram baselines: {join([loss_text(b) for b in sorted(baselines)])}.")
     if len(arms) > 1 and len({seeds_text(arm) for arm in arms}) > 1:
-        found.append(f"The arms have different seeds: {_join([f'{quoted(a)} {seeds_text(a)}' for a in arms])}.")
+        found.append(f"The arms have different seeds: {join([f'{quoted(a)} {seeds_text(a)}' for a in arms])}.")
+    found += classifiers.warnings(arms)
     base = base_of(arms)
     found += [
         f"No difference between {quoted(arm)} and {quoted(base)} is given: they cannot be compared yet."
@@ -105,32 +117,10 @@ def base_of(arms: Sequence[Arm]) -> Arm:
     return next((arm for arm in arms if arm.settings.get("attention") == "softmax"), arms[0])
 
 
-def quoted(arm: Arm) -> str:
-    """The label, in quotes where it would run into the sentence."""
-    return f"“{arm.label}”" if "," in arm.label or " " in arm.label else arm.label
-
-
-def run_name(arm: Arm, run: Run) -> str:
-    """The arm, and the seed if it has several."""
-    return quoted(arm) if len(arm.runs) == 1 else f"{quoted(arm)} of seed {show(run.seed)}"
-
-
 def loss_unit(arms: Sequence[Arm]) -> str:
     """As "nats per byte"; the unit that the records of the validation loss carry."""
     units = dict.fromkeys(record.unit for arm in arms for run in arm.runs for record in run.losses)
     return " or ".join(unit.replace("_", " ") for unit in units if unit) or "no unit"
-
-
-def loss_text(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def number_text(value: float) -> str:
-    """Three significant digits, without an exponent where that can be read."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.{max(0, digits)}f}" if -4 <= 2 - digits <= 5 else f"{value:.2e}"
 
 
 def spread_text(spread: Spread) -> str:
@@ -161,24 +151,6 @@ def below_text(arm: Arm, baseline: str) -> str:
     return f"{below[0]} of {below[1]} seeds"
 
 
-def are_classifiers(arms: Sequence[Arm]) -> bool:
-    """Whether any run recorded an accuracy."""
-    return any(arm.accuracies.values for arm in arms)
-
-
-def majorities(arm: Arm) -> Spread:
-    """What the most frequent class alone gets, in each run."""
-    return Spread(tuple(run.majority for run in arm.runs if run.majority is not None))
-
-
-def accuracy_text(spread: Spread) -> str:
-    """In percent: mean, and the range if there are several that differ."""
-    if not spread.values:
-        return NOT_RECORDED
-    least, most = min(spread.values), max(spread.values)
-    return f"{spread.mean:.1%}" + (f" ({least:.1%} to {most:.1%})" if least < most else "")
-
-
 def steps_text(arm: Arm) -> str:
     steps = [run.steps for run in arm.runs]
     text = f"{min(steps):,}" if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,}"
@@ -187,15 +159,7 @@ def steps_text(arm: Arm) -> str:
 
 
 def seeds_text(arm: Arm) -> str:
-    return _join([show(run.seed) for run in arm.runs])
-
-
-def time_text(time_s: float | None) -> str:
-    if time_s is None:
-        return NOT_RECORDED
-    if time_s < 120:
-        return f"{time_s:.0f} s"
-    return f"{time_s / 60:.1f} min" if time_s < 7200 else f"{time_s / 3600:.1f} h"
+    return join([show(run.seed) for run in arm.runs])
 
 
 def first_norm(arm: Arm) -> float | None:
@@ -211,16 +175,16 @@ def norm_text(arm: Arm) -> str:
 
 def _compared(arms: Sequence[Arm]) -> str:
     recipes = dict.fromkeys(str(arm.settings["recipe"]) for arm in arms if arm.settings.get("recipe"))
-    of_recipe = f" of the recipe {_join(list(recipes))}" if recipes else ""
-    steps = _join(list(dict.fromkeys(steps_text(arm) for arm in arms)))
+    of_recipe = f" of the recipe {join(list(recipes))}" if recipes else ""
+    steps = join(list(dict.fromkeys(steps_text(arm) for arm in arms)))
     seeds = dict.fromkeys(seeds_text(arm) for arm in arms)
     trained = f"{steps} steps" + (f", with {_plural('seed', arms[0])} {next(iter(seeds))}" if len(seeds) == 1 else "")
     if len(arms) == 1:
-        return f"{_count(len(arms[0].runs), 'run')}{of_recipe}: {quoted(arms[0])}, {trained}."
+        return f"{count(len(arms[0].runs), 'run')}{of_recipe}: {quoted(arms[0])}, {trained}."
     fields = differing([arm.settings for arm in arms])
     return (
-        f"{_count(len(arms), 'arm')}{of_recipe}, {_join([quoted(arm) for arm in arms])}, differ in "
-        f"{_count(len(fields), 'setting')}, {_join(fields)}. They were trained for {trained}."
+        f"{count(len(arms), 'arm')}{of_recipe}, {join([quoted(arm) for arm in arms])}, differ in "
+        f"{count(len(fields), 'setting')}, {join(fields)}. They were trained for {trained}."
     )
 
 
@@ -240,9 +204,9 @@ def _ended(arms: Sequence[Arm]) -> list[str]:
             done.append(arm)
     if done:
         counts = {len(arm.finals.values) for arm in done}
-        over = f", mean of {_join([str(count) for count in sorted(counts)])} seeds" if max(counts) > 1 else ""
+        over = f", mean of {join([str(count) for count in sorted(counts)])} seeds" if max(counts) > 1 else ""
         ends = [f"{loss_text(arm.finals.mean)} for {quoted(arm)}{_best_and_lost(arm)}" for arm in done]
-        sentences.insert(0, f"The validation loss ({loss_unit(done)}{over}) ended at {_join(ends)}.")
+        sentences.insert(0, f"The validation loss ({loss_unit(done)}{over}) ended at {join(ends)}.")
     return sentences
 
 
@@ -250,7 +214,7 @@ def _best_and_lost(arm: Arm) -> str:
     """In brackets, the best loss on the way if it is not the last, and how many runs the mean leaves out."""
     best, lost = loss_text(arm.bests.mean), len(arm.runs) - len(arm.finals.values)
     remarks = [f"best on the way {best}"] if best != loss_text(arm.finals.mean) else []
-    remarks += [f"without {_count(lost, 'run')}, unfinished or not finite"] if lost else []
+    remarks += [f"without {count(lost, 'run')}, unfinished or not finite"] if lost else []
     return f" ({', '.join(remarks)})" if remarks else ""
 
 
@@ -268,14 +232,6 @@ def _difference(arm: Arm, base: Arm) -> str:
     return f"{text} (seed by seed {least:+.3f} to {most:+.3f}, {deviation})."
 
 
-def _accuracies(arms: Sequence[Arm]) -> list[str]:
-    """Shares of right answers, and what the most frequent class alone gets."""
-    ends = [f"{accuracy_text(arm.accuracies)} for {quoted(arm)}" for arm in arms if arm.accuracies.values]
-    constant = sorted({value for arm in arms for value in majorities(arm).values})
-    beside = f"; the most frequent class alone gets {_join([f'{value:.1%}' for value in constant])}" if constant else ""
-    return [f"The validation accuracy ended at {_join(ends)}{beside}."]
-
-
 def _against_bigrams(arms: Sequence[Arm]) -> list[str]:
     """Whether the last losses are below each baseline: one sentence for each value of it."""
     sentences = []
@@ -288,10 +244,10 @@ def _against_bigrams(arms: Sequence[Arm]) -> list[str]:
             ends = [(arm, below, of) for arm, (below, of), each in known if each == value]
             under = [quoted(arm) for arm, below, of in ends if below == of]
             if len(under) == len(arms) > 1:
-                who = "Both arms" if len(arms) == 2 else f"All {_count(len(arms), 'arm')}"
+                who = "Both arms" if len(arms) == 2 else f"All {count(len(arms), 'arm')}"
                 sentences.append(f"{who} are below the {value} {what}.")
                 continue
-            clauses = [f"{_join(under)} {'are' if len(under) > 1 else 'is'} below"] if under else []
+            clauses = [f"{join(under)} {'are' if len(under) > 1 else 'is'} below"] if under else []
             clauses += [f"{quoted(arm)} {_where(below, of)}" for arm, below, of in ends if below < of]
             clauses[0] += f" the {value} {what}"
             sentences.append(f"{', '.join(clauses)}.")
@@ -308,16 +264,9 @@ def _is_open(arm: Arm, base: Arm) -> bool:
     return not ends or loss_unit([arm]) != loss_unit([base])
 
 
-def _count(number: int, noun: str) -> str:
-    words = dict(enumerate(("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")))
-    return f"{words.get(number, number)} {noun}{'' if number == 1 else 's'}"
-
-
 def _plural(noun: str, arm: Arm) -> str:
     return noun if len(arm.runs) == 1 else f"{noun}s"
 
 
-def _join(words: Sequence[str]) -> str:
-    if len(words) < 2:
-        return "".join(words)
-    return f"{', '.join(words[:-1])} and {words[-1]}"
+def _capitalised(sentences: Sequence[str]) -> list[str]:
+    return [sentence[0].upper() + sentence[1:] for sentence in sentences]

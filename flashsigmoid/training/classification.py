@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from ..models.vision import VisionAttention, ViTConfig, build_vit, tokens
-from ..record import RECORDS_NAME, read_records
+from ..record import RECORDS_NAME, RecordWriter, read_records
+from .attention_maps import write_attention_maps
 from .augment import Augment, AugmentConfig, normalised
 from .callbacks import Show, show_line
 from .data import shuffled
@@ -181,6 +182,22 @@ class ClassificationModule(RunModule):
             for hook in hooks:
                 hook.remove()
         yield from ((f"attn_norm/layer_{i}", norm) for i, norm in enumerate(norms))
+
+    def finish(self, writer: RecordWriter) -> None:
+        """How many files were left out, and where the model looks in a few validation images."""
+        writer.write("data/skipped", sum(map(len, self.data.skipped)), unit="files", step=self.run.steps)
+        judged = self.model if self.average is None else self.average.module
+        write_attention_maps(writer, judged, self.data, step=self.run.steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add which files were left out."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["flashsigmoid"]["skipped"] = self.data.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back, of a checkpoint that has it."""
+        super().on_load_checkpoint(checkpoint)
+        self.data.skip(checkpoint["flashsigmoid"].get("skipped", [[], []]))
 
 
 class _Order:

@@ -81,6 +81,35 @@ class ImageData:
         labels = torch.tensor(_labels(self.val))
         return float(torch.bincount(labels).max()) / len(labels)
 
+    def examples(self, count: int) -> tuple[Tensor, list[str]]:
+        """The first readable validation image of each of the first `count` classes that it has, and their names.
+
+        Returns:
+            (count or fewer, channels, size, size) uint8, and the name of each one's class.
+        """
+        val: Any = self.val
+        labels = _labels(val)
+        found: dict[int, Tensor] = {}
+        wanted = sorted(set(labels))[:count]
+        for index, label in enumerate(labels):
+            if label in wanted and label not in found and (sample := val[index]) is not None:
+                found[label] = sample[0]
+            if len(found) == len(wanted):
+                break
+        return torch.stack([found[label] for label in sorted(found)]), [self.classes[label] for label in sorted(found)]
+
+    @property
+    def skipped(self) -> list[list[int]]:
+        """Numbers of the files of `train`, and of `val`, that were found corrupt and left out so far."""
+        parts = (self.train, self.val)
+        return [part.skipped.nonzero().flatten().tolist() if isinstance(part, Files) else [] for part in parts]
+
+    def skip(self, numbers: list[list[int]]) -> None:
+        """Take as found what `skipped` said in an earlier process."""
+        for part, found in zip((self.train, self.val), numbers, strict=True):
+            if isinstance(part, Files):
+                part.skipped[found] = True
+
 
 class Arrays(Dataset[Sample]):
     """Images in memory, (n, channels, height, width) uint8, resized as they are taken."""

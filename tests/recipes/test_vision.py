@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flashsigmoid.models.vision import build_vit
-from flashsigmoid.recipes.vision import RECIPES
+from flashsigmoid.recipes.vision import RECIPES, demo
 
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 
@@ -41,6 +41,12 @@ def test_the_schedule_fits_and_the_model_builds(recipe) -> None:
         model = build_vit(run.model)
         out = model(torch.empty(2, run.model.in_chans, run.model.img_size or 224, run.model.img_size or 224))
     assert out.shape == (2, run.model.num_classes)
+
+
+def test_the_demo_is_a_shorter_run_of_a_recipe() -> None:
+    ours, whole = demo().settings(), RECIPES["digits"]().settings()
+    assert {key for key in ours if ours[key] != whole[key]} == {"steps"}
+    assert ours["steps"] % ours["val_every"] == 0
 
 
 def test_the_papers_sizes() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashsigmoid.record import RecordWriter
@@ -95,3 +96,68 @@ def make_run(
 def run(tmp_path: Path) -> Callable[..., Path]:
     """run(name, **options of make_run) makes tmp_path/runs/name."""
     return lambda name, **options: make_run(tmp_path / "runs" / name, **options)
+
+
+def make_image_run(
+    folder: Path,
+    *,
+    attention: str = "sigmoid",
+    seed: int = 0,
+    accuracy: float = 0.9,
+    error: float | None = 0.01,
+    majority: float | None = 0.12,
+    steps: int = 600,
+    stop: int | None = None,
+    step_ms: float = 50.0,
+    skipped: int | None = 0,
+    maps: bool = True,
+    query: str = "class token",
+    **settings: Any,
+) -> Path:
+    """A run directory as training an image classifier would leave it; `accuracy` is the last one."""
+    fields = {"recipe": "digits", "attention": attention, "seed": seed, "steps": steps, "batch": 64, **settings}
+    with RecordWriter(folder / "records.jsonl", fields, command="flashsigmoid demo vision") as writer:
+        if majority is not None:
+            writer.write("baseline/majority", majority, step=0)
+        for step in range(0, (steps if stop is None else stop) + 1, 10):
+            when = {"step": step, "time_s": step_ms * step / 1e3}
+            share = step / steps
+            if step:
+                writer.write("train/loss", 2.3 - 2.0 * share, unit="nats_per_image", **when)
+                writer.write("images_per_s", 64e3 / step_ms, unit="images_per_s", **when)
+            if step % 100 == 0:
+                writer.write("val/accuracy", 0.1 + (accuracy - 0.1) * share, **when)
+                if error is not None:
+                    writer.write("val/accuracy_se", error, **when)
+                writer.write("val/loss", 2.3 - 2.0 * share, unit="nats_per_image", **when)
+                writer.write("attn_norm/layer_0", 1.0 + share, **when)
+        if skipped is not None and stop is None:
+            writer.write("data/skipped", skipped, unit="files", step=steps)
+        if maps and stop is None:
+            weights = np.random.default_rng(seed).random((2, 3, 2, 4, 4), dtype=np.float32) / 16
+            sums = weights.sum((-2, -1)) if attention == "sigmoid" else np.ones((2, 3, 2), np.float32)
+            np.savez_compressed(
+                folder / "attention-maps.npz",
+                images=np.full((2, 1, 12, 12), 200, np.uint8),
+                classes=np.array(["<four>", "nine"]),
+                maps=weights,
+                sums=sums,
+                blocks=np.array([0, 2, 3]),
+                heads=np.array([0, 1]),
+                query=np.array(query),
+            )
+            writer.write("attention_maps", step=steps, artifact="attention-maps.npz")
+    return folder
+
+
+@pytest.fixture
+def image_run(tmp_path: Path) -> Callable[..., Path]:
+    """image_run(name, **options of make_image_run) makes tmp_path/runs/name."""
+    return lambda name, **options: make_image_run(tmp_path / "runs" / name, **options)
+
+
+@pytest.fixture
+def pair(image_run: Callable[..., Path]) -> Path:
+    """Both arms on images, one seed each, with maps."""
+    image_run("sigmoid", accuracy=0.9, error=0.01)
+    return image_run("softmax", attention="softmax", accuracy=0.91, error=0.01).parent

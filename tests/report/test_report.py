@@ -359,12 +359,15 @@ def test_records_are_read_without_importing_a_model(run: MakeRun, tmp_path: Path
 
 @pytest.mark.long
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (500, "light"), (1200, "dark")])
-def test_a_browser_shows_the_page(seeds: Path, tmp_path: Path, width: int, scheme: str) -> None:
+@pytest.mark.parametrize("runs", ["seeds", "pair"])
+def test_a_browser_shows_the_page(
+    request: pytest.FixtureRequest, tmp_path: Path, runs: str, width: int, scheme: str
+) -> None:
     """Nothing overflows sideways, every figure has a size, and dark mode is dark."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
-    out = write_report([seeds], tmp_path / "page.html")
+    out = write_report([request.getfixturevalue(runs)], tmp_path / "page.html")
     # the page forbids scripts, so that a copy without that rule measures itself
     probe = (
         "<script>document.title = JSON.stringify({"

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -90,6 +91,9 @@ def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, signum, s
         assert numbers(tmp_path / "whole", name) == numbers(tmp_path / "halves", name)
     assert [step for step, _ in numbers(tmp_path / "whole", "val/accuracy")] == [0, 4, 8]
     assert numbers(tmp_path / "whole", "baseline/majority") == [(0, load_majority())]
+    assert numbers(tmp_path / "whole", "data/skipped") == [(8, 0.0)]
+    maps = [(tmp_path / name / "attention-maps.npz").read_bytes() for name in ("whole", "halves")]
+    assert maps[0] == maps[1]
 
 
 def load_majority() -> float:
@@ -157,11 +161,47 @@ def test_a_corrupt_image_is_left_out_of_training(tmp_path, capsys) -> None:
     result = train_classifier(replace(RUN, data=data, model=model), tmp_path / "run", device="cpu", show=quiet)
     assert result["baseline/majority"] == 0.5
     assert capsys.readouterr().err.count("left out, not a readable image") == 1
+    assert numbers(tmp_path / "run", "data/skipped") == [(8, 1.0)]
     with pytest.raises(ValueError, match=r"images must be readable, got .*red.2.png"):
         train_classifier(
             replace(RUN, data=replace(data, on_corrupt="fail"), model=model), tmp_path / "other", device="cpu",
             show=quiet,
         )  # fmt: skip
+
+
+def test_a_resumed_run_knows_what_was_left_out(tmp_path, capsys) -> None:
+    """Of training and of validation; what was named once is not named again."""
+    for split in ("train", "val"):
+        for number in range(4):
+            draw(tmp_path / split / "red" / f"{number}.png")
+            draw(tmp_path / split / "blue" / f"{number}.png")
+        (tmp_path / split / "red" / "2.png").write_bytes(b"no image")
+    data = ImageConfig(source="folder", root=str(tmp_path), img_size=14, on_corrupt="skip")
+    run = replace(RUN, data=data, model=replace(MODEL, num_classes=2, in_chans=3))
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train_classifier(run, tmp_path / "run", device="cpu", show=stop)
+    assert capsys.readouterr().err.count("left out, not a readable image") == 2
+    train_classifier(run, tmp_path / "run", resume=True, device="cpu", show=quiet)
+    assert "left out" not in capsys.readouterr().err
+    assert numbers(tmp_path / "run", "data/skipped") == [(8, 2.0)]
+
+
+def test_what_the_average_looks_at_is_drawn(tmp_path) -> None:
+    """With a decay near 1 its maps are those of the first step, whatever the model has learned since."""
+    maps = []
+    for steps in (1, 8):
+        run = replace(
+            RUN, ema=0.999999, steps=steps, val_every=steps, optim=OptimConfig(lr=0.1, warmup=0, final_lr=1.0)
+        )
+        train_classifier(run, tmp_path / str(steps), device="cpu", show=quiet)
+        with np.load(tmp_path / str(steps) / "attention-maps.npz") as file:
+            maps.append(file["maps"])
+    assert maps[0] == pytest.approx(maps[1], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,26 @@ def test_the_embedded_digits() -> None:
     assert load_images(ImageConfig()).fingerprint == data.fingerprint
 
 
+def test_examples_are_the_first_readable_image_of_each_class(folder) -> None:
+    draw(folder / "val" / "cat" / "2.png", colour=(0, 0, 0))
+    (folder / "val" / "cat" / "1.png").write_bytes(b"no image")
+    data = load_images(ImageConfig(source="folder", root=str(folder), img_size=8, on_corrupt="skip"))
+    images, names = data.examples(3)
+    assert names == ["cat", "dog"]
+    assert [int(image.sum()) > 0 for image in images] == [False, True]
+    assert data.examples(1)[1] == ["cat"]
+    assert data.skipped == [[], [0]]
+    other = load_images(ImageConfig(source="folder", root=str(folder), img_size=8, on_corrupt="skip"))
+    other.skip(data.skipped)
+    assert other.skipped == data.skipped
+    digits = load_images(ImageConfig())
+    images, names = digits.examples(4)
+    labels = [digits.val[i][1] for i in range(100)]
+    assert names == ["0", "1", "2", "3"]
+    assert all(torch.equal(image, digits.val[labels.index(i)][0]) for i, image in enumerate(images))
+    assert digits.skipped == [[], []]
+
+
 def test_images_are_resized() -> None:
     image, _ = load_images(ImageConfig(img_size=16)).train[0]
     assert image.shape == (1, 16, 16)
