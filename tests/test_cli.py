@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from flashsigmoid import __main__, __version__, cli
 from flashsigmoid.record import read_records
 
-COMMANDS = ("demo", "train", "generate", "report", "explain", "bench")
+COMMANDS = ("demo", "train", "generate", "report", "study", "explain", "bench")
 TINY = (
     *(
         "--set",
@@ -142,6 +142,9 @@ def test_version(flashsigmoid):
         (["demo", "--set", "attention=softmax"], 1, "the demo trains both arms"),
         (["generate", "nowhere"], 1, "nowhere"),
         (["report", "nowhere"], 1, "nowhere"),
+        (["study", "sleep"], 1, "STUDY must be vision-ablation, got sleep"),
+        (["study", "vision-ablation", "--recipe", "demo"], 1, "--recipe must be one of digits, cifar10, "),
+        (["study", "vision-ablation", "--only", "swish"], 1, "a variant must be one of base, softmax, "),
         (["explain", "--backend", "warp"], 1, "backend must be one of auto, "),
         (
             ["explain", "--nheads", "3", "--nheads-k", "2"],
@@ -243,6 +246,25 @@ def test_train_on_images(flashsigmoid, tmp_path):
     assert_one_error(flashsigmoid("train", "digits", "--steps", "2", *tiny), 1, "out_dir must not hold a run unless")
     assert flashsigmoid("train", "digits", "--steps", "2", "--resume", *tiny).out == first.out
     assert_one_error(flashsigmoid("train", "digits", "--tokenizer", "bpe", *tiny), 1, "the run has no field data.token")
+
+
+def test_a_study_trains_compares_and_takes_what_is_there(flashsigmoid, tmp_path):
+    words = ("study", "vision-ablation", "--only", "base", "--only", "relu", "--device", "cpu", "--set", "steps=2")
+    words += ("--set", "model.dim=16", "--set", "model.depth=1", "--set", "batch=8")
+    first = flashsigmoid(*words)
+    assert first.code == 0, first.err
+    assert re.search(r"base +│.*│ +\d+\.\d ± \d\.\d +│ +│", first.out)
+    assert re.search(r"relu +│.*activation=relu.*│ +\d+\.\d ± \d\.\d +│ [+-]\d\.\d ± ", first.out)
+    folder = Path("runs/vision-ablation/digits")
+    assert first.out.splitlines()[-1] == f"records: {folder / 'ablation.jsonl'}"
+    assert "hints, not findings" in first.out
+    assert "\nrelu  2/2 " in first.err
+    again = flashsigmoid(*words)
+    assert (again.out, again.err) == (first.out, "")
+    assert_one_error(flashsigmoid(*words, "--set", "seed=1"), 1, "seed must be that of the run in", "0, got 1")
+    fresh = flashsigmoid(*words, "--set", "seed=1", "--fresh")
+    assert fresh.code == 0, fresh.err
+    assert {path.name for path in (tmp_path / folder).iterdir()} == {"base", "relu", "ablation.jsonl"}
 
 
 def test_explain_says_backend_formula_and_why_not_the_others(flashsigmoid):

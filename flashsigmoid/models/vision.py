@@ -91,12 +91,11 @@ class VisionAttention(Attention):
         here = self.nheads_k
         if nheads_k < 1 or here % nheads_k:
             raise ValueError(f"nheads_k must be a divisor of the key heads, {here}, got {nheads_k}")
-        shared = torch.arange(0, here, here // nheads_k)
-        heads = torch.cat([torch.arange(self.num_heads), self.num_heads + shared, self.num_heads + here + shared])
         for name, parameter in list(self.qkv.named_parameters()):
-            rows = parameter.detach().unflatten(0, (-1, self.head_dim))[heads.to(parameter.device)].flatten(0, 1)
-            setattr(self.qkv, name, nn.Parameter(rows))
-        self.qkv.out_features = len(heads) * self.head_dim
+            q, k, v = parameter.detach().unflatten(0, (-1, self.head_dim)).split([self.num_heads, here, here])
+            kept = torch.cat([q, *(heads[:: here // nheads_k] for heads in (k, v))])
+            setattr(self.qkv, name, nn.Parameter(kept.flatten(0, 1)))
+        self.qkv.out_features = (self.num_heads + 2 * nheads_k) * self.head_dim
 
     def forward(
         self, x: Float[Tensor, "batch seqlen dim"], attn_mask: Tensor | None = None, is_causal: bool = False

@@ -64,8 +64,8 @@ def cifar10() -> ImageRun:
 def cifar10_short() -> ImageRun:
     """CIFAR-10 for 30 epochs: the run of which the ablations are variants.
 
-    Paper: arXiv:2409.04431. Command: flashsigmoid train cifar10_short --set data.root=FOLDER. Hardware: 1 GPU. Wall
-    time: not yet measured. Expected: not yet measured.
+    Paper: arXiv:2409.04431. Command: flashsigmoid train cifar10_short --set data.root=FOLDER. Hardware: 1 GPU.
+    Wall time: not yet measured. Expected: not yet measured.
     """
     run = cifar10()
     optim = replace(run.optim, warmup=585)
