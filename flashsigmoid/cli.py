@@ -366,7 +366,8 @@ def study(
         _remove_run(folder / variant)
     with _progress() as show:
         summary = vision_ablation(base, folder, only=only or (), device=device, show=show)
-    _print_table(ablation_rows(summary))
+    # what a variant differs in is too wide for a terminal, and its name says it
+    _print_table([{key: text for key, text in row.items() if key != "differs in"} for row in ablation_rows(summary)])
     print(f"{NOTE}\nrecords: {summary}")
 
 

@@ -36,7 +36,7 @@ def ablation_rows(path: str | Path) -> list[dict[str, str]]:
             "differs in": str(records["val/accuracy"].tags.get("change") or ""),
             "accuracy, %": _accuracy_text(records),
             "minus base": "" if base is None or records is base else _difference_text(records, base),
-            "|A V| at the start": _norm_text(records),
+            "first |A V|": _norm_text(records),
             "ms per step": number_text(_value(records, "step_ms")) if "step_ms" in records else NOT_RECORDED,
         }
         for name, records in variants.items()

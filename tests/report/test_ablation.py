@@ -35,7 +35,7 @@ def test_differences_in_points(tmp_path) -> None:
         "differs in": "",
         "accuracy, %": "90.0 ± 0.3",
         "minus base": "",
-        "|A V| at the start": "0.250 to 1.50",
+        "first |A V|": "0.250 to 1.50",
         "ms per step": "12.0",
     }
     assert worse == {
@@ -43,14 +43,14 @@ def test_differences_in_points(tmp_path) -> None:
         "differs in": "sigmoid_bias=0",
         "accuracy, %": "85.0 ± 0.4, loss not finite",
         "minus base": "-5.0 ± 0.5",
-        "|A V| at the start": "30.0",
+        "first |A V|": "30.0",
         "ms per step": "not recorded",
     }
 
 
 def test_without_a_base_there_is_no_difference(tmp_path) -> None:
     (row,) = ablation_rows(write(tmp_path / "a.jsonl", {"no-bias": (*WORSE[:3], (math.nan, 1.0), *WORSE[4:])}))
-    assert (row["minus base"], row["|A V| at the start"]) == ("", "nan")
+    assert (row["minus base"], row["first |A V|"]) == ("", "nan")
 
 
 def test_a_page_has_the_table_and_the_note(tmp_path) -> None:
