@@ -118,7 +118,8 @@ class Files(Dataset["Sample | None"]):
             with path.open("rb") as file:
                 image = transforms.pil_to_tensor(Image.open(file).convert("RGB"))
         except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            text = str(error).partition(" <_io.")[0].strip()  # Pillow shows the open file too
+            reason = text.splitlines()[0] if text else type(error).__name__
             if self.on_corrupt == "fail":
                 raise ValueError(f"images must be readable, got {path}: {reason}") from error
             if not self.skipped[index]:
