@@ -263,6 +263,16 @@ def _print_rows(rows: list[dict[str, str]]) -> None:
     Console().print(table)
 
 
+def _print_table(rows: list[dict[str, str]]) -> None:
+    """One line per row, under the names of its columns."""
+    table = Table()
+    for name in rows[0]:
+        table.add_column(name, no_wrap=name == next(iter(rows[0])), overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
+    Console().print(table)
+
+
 @app.command(epilog='Example: flashsigmoid generate runs/demo/sigmoid --prompt "ROMEO:" --temperature 0.7')
 def generate(
     checkpoint: Annotated[
@@ -335,6 +345,56 @@ def report(
     page = write_report(runs, out or Path(os.path.commonpath([run.absolute() for run in runs])))
     _print_rows(summary_rows(runs))
     print(f"report: {page.absolute()}")
+
+
+@app.command(
+    epilog="Example: flashsigmoid study vision-ablation --only base --only no-bias --set steps=200 --set seed=1"
+)
+def study(
+    name: Annotated[str, typer.Argument(help="vision-ablation: what each practice is worth.", show_default=False)],
+    recipe: Annotated[str, typer.Option(help="A recipe for images, of which the variants are made.")] = "digits",
+    only: Annotated[
+        list[str] | None, typer.Option(help="A variant; may be repeated, all by default.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study.", show_default="runs/STUDY/RECIPE")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Train anew, or take what the folder holds.")] = False,
+    device: Device = "auto",
+    assignments: Fields = None,
+) -> None:
+    """Train the variants of a recipe, one seed each, and compare them in a table.
+
+    What the folder holds already is taken as it is, so a run may come from another machine.
+    """
+    if name != "vision-ablation":
+        raise ValueError(f"STUDY must be vision-ablation, got {name}")
+    from .recipes.fields import override
+    from .recipes.vision import RECIPES
+    from .report.ablation import NOTE, ablation_rows
+    from .studies.vision_ablation import chosen, vision_ablation
+
+    if recipe not in RECIPES:
+        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe}")
+    base, folder = override(RECIPES[recipe](), _assignments(assignments)), out or Path("runs") / name / recipe
+    for variant in chosen(base, only or ()) if fresh else ():
+        _remove_run(folder / variant)
+    with _progress() as show:
+        summary = vision_ablation(base, folder, only=only or (), device=device, show=show)
+    # what a variant differs in is too wide for a terminal, and its name says it
+    _print_table([{key: text for key, text in row.items() if key != "differs in"} for row in ablation_rows(summary)])
+    print(f"{NOTE}\nrecords: {summary}")
+
+
+@app.command(epilog="Example: flashsigmoid pack imagenet imagenet-tar --shard-size 5000")
+def pack(
+    folder: Annotated[Path, typer.Argument(help="Images: train/CLASS/* and val/CLASS/*.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder of the shards, not there yet.", show_default=False)],
+    shard_size: Annotated[int, typer.Option(help="Images in a shard.")] = 10_000,
+) -> None:
+    """Put a folder of images into tar files, as webdataset reads them, and trainings with data.source=tar."""
+    from .training.pack import pack_images
+
+    pack_images(folder, out, shard_size=shard_size)
+    print(f"shards: {out}   next: flashsigmoid train RECIPE --set data.source=tar --set data.root={out}")
 
 
 @app.command(epilog="Example: flashsigmoid explain --seqlen 4096 --head-dim 128 --causal --dtype float32")
@@ -445,13 +505,7 @@ def bench(
     from .record import read_records
 
     if list_problems:
-        rows = [shape.row() for shape in PROBLEMS.values()]
-        table = Table()
-        for name in rows[0]:
-            table.add_column(name, no_wrap=name == "problem")
-        for row in rows:
-            table.add_row(*row.values())
-        Console().print(table)
+        _print_table([shape.row() for shape in PROBLEMS.values()])
         print(f"peers: {', '.join(candidates())}")
         return
     if plot is not None and plot.suffix not in (".png", ".svg"):

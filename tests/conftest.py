@@ -29,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+    with torch.device("meta"):  # torch remembers its allocators at the first use, which must not find poisoned ones
+        torch.empty(())
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from training.test_images import draw
 from typer.testing import CliRunner
 
 from flashsigmoid import __main__, __version__, cli
 from flashsigmoid.record import read_records
 
-COMMANDS = ("demo", "train", "generate", "report", "explain", "bench")
+COMMANDS = ("demo", "train", "generate", "report", "study", "pack", "explain", "bench")
 TINY = (
     *(
         "--set",
@@ -142,6 +143,11 @@ def test_version(flashsigmoid):
         (["demo", "--set", "attention=softmax"], 1, "the demo trains both arms"),
         (["generate", "nowhere"], 1, "nowhere"),
         (["report", "nowhere"], 1, "nowhere"),
+        (["pack", "nowhere", "shards"], 1, "root must hold the folders train and val, got none at nowhere"),
+        (["pack", "nowhere", "."], 1, "out must not exist yet, got ."),
+        (["study", "sleep"], 1, "STUDY must be vision-ablation, got sleep"),
+        (["study", "vision-ablation", "--recipe", "demo"], 1, "--recipe must be one of digits, cifar10, "),
+        (["study", "vision-ablation", "--only", "swish"], 1, "a variant must be one of base, softmax, "),
         (["explain", "--backend", "warp"], 1, "backend must be one of auto, "),
         (
             ["explain", "--nheads", "3", "--nheads-k", "2"],
@@ -243,6 +249,40 @@ def test_train_on_images(flashsigmoid, tmp_path):
     assert_one_error(flashsigmoid("train", "digits", "--steps", "2", *tiny), 1, "out_dir must not hold a run unless")
     assert flashsigmoid("train", "digits", "--steps", "2", "--resume", *tiny).out == first.out
     assert_one_error(flashsigmoid("train", "digits", "--tokenizer", "bpe", *tiny), 1, "the run has no field data.token")
+
+
+def test_a_folder_is_packed_and_trained_on(flashsigmoid, tmp_path):
+    for split, count in (("train", 9), ("val", 2)):
+        for number in range(count):
+            draw(tmp_path / "images" / split / f"class-{number % 2}" / f"{number}.png")
+    packed = flashsigmoid("pack", "images", "shards", "--shard-size", "4")
+    assert (packed.code, packed.err) == (0, "")
+    assert packed.out.splitlines()[:3] == [f"train-000{i}.tar: {n} images" for i, n in enumerate((4, 4, 1))]
+    assert packed.out.splitlines()[3] == "val-0000.tar: 2 images"
+    words = ("train", "digits", "--steps", "1", "--batch-size", "4", "--device", "cpu", "--out", "run")
+    fields = ("data.source=tar", "data.root=shards", "num_classes=2", "in_chans=3", "data.img_size=28", "model.dim=16")
+    trained = flashsigmoid(*words, *(word for field in fields for word in ("--set", field)))
+    assert trained.code == 0, trained.err
+    assert "baseline/majority 0.5000" in trained.out
+
+
+def test_a_study_trains_compares_and_takes_what_is_there(flashsigmoid, tmp_path):
+    words = ("study", "vision-ablation", "--only", "base", "--only", "relu", "--device", "cpu", "--set", "steps=2")
+    words += ("--set", "model.dim=16", "--set", "model.depth=1", "--set", "batch=8")
+    first = flashsigmoid(*words)
+    assert first.code == 0, first.err
+    assert re.search(r"base +│ +\d+\.\d ± \d\.\d +│ +│", first.out)
+    assert re.search(r"relu +│ +\d+\.\d ± \d\.\d +│ [+-]\d\.\d ± ", first.out)
+    folder = Path("runs/vision-ablation/digits")
+    assert first.out.splitlines()[-1] == f"records: {folder / 'ablation.jsonl'}"
+    assert "hints, not findings" in first.out
+    assert "\nrelu  2/2 " in first.err
+    again = flashsigmoid(*words)
+    assert (again.out, again.err) == (first.out, "")
+    assert_one_error(flashsigmoid(*words, "--set", "seed=1"), 1, "seed must be that of the run in", "0, got 1")
+    fresh = flashsigmoid(*words, "--set", "seed=1", "--fresh")
+    assert fresh.code == 0, fresh.err
+    assert {path.name for path in (tmp_path / folder).iterdir()} == {"base", "relu", "ablation.jsonl"}
 
 
 def test_explain_says_backend_formula_and_why_not_the_others(flashsigmoid):

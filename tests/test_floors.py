@@ -49,6 +49,7 @@ GUESTS = {
     "datasets": {"training"},
     "tokenizers": {"training"},
     "webdataset": {"training"},
+    "PIL": {"training"},
     "tensorboard": {"training"},
     "numpy": {"training", "report"},
     "safetensors": {"training", "models"},

@@ -54,8 +54,8 @@ def _distance(problem: Problem, device: torch.device) -> Tensor:
     return p[:, None] - torch.arange(problem.seqlen_k, device=device)
 
 
-def weights(problem: Problem, q: Tensor, k: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Tensor:
-    """A = sigmoid(scale * Q K^T + b - slope * |p_i - j|), 0 where not visible: (batch, nheads, seqlen_q, seqlen_k)."""
+def scores(problem: Problem, q: Tensor, k: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Tensor:
+    """S = scale * Q K^T + b - slope * |p_i - j|, visible or not: (batch, nheads, seqlen_q, seqlen_k)."""
     dtype = problem.compute_dtype
     # query head h reads key head h // group: (batch, seqlen, nheads_k, group, head_dim)
     q = q.to(dtype).unflatten(2, (problem.nheads_k, problem.group))
@@ -67,9 +67,23 @@ def weights(problem: Problem, q: Tensor, k: Tensor, bias: Tensor | None, slopes:
         s = s + bias_rows(bias.to(dtype), problem.batch, problem.nheads)[..., None]
     if slopes is not None:
         s = s - slopes.to(dtype)[..., None, None] * _distance(problem, q.device).abs()
-    a = torch.sigmoid(s)
+    return s
+
+
+def weights(problem: Problem, q: Tensor, k: Tensor, bias: Tensor | None, slopes: Tensor | None) -> Tensor:
+    """A = sigmoid(S), 0 where not visible: (batch, nheads, seqlen_q, seqlen_k)."""
+    a = torch.sigmoid(scores(problem, q, k, bias, slopes))
     keep = visible(problem, q.device)
     return a if keep is None else torch.where(keep, a, 0.0)
+
+
+def product(problem: Problem, a: Tensor, v: Tensor, seed: Tensor | None = None) -> Tensor:
+    """A V in the dtype of v, with A dropped out and rescaled by 1 / (1 - dropout_p) where a seed is given."""
+    if seed is not None:
+        a = a * keep_mask(seed, problem.dropout_p, problem.origin, tuple(a.shape)) / (1.0 - problem.dropout_p)
+    a = a.unflatten(1, (problem.nheads_k, problem.group))
+    out = torch.einsum("bkgij,bjkd->bikgd", a, v.to(a.dtype)).flatten(2, 3)
+    return out.to(v.dtype).contiguous()
 
 
 def forward(
@@ -81,13 +95,8 @@ def forward(
     slopes: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """O = A V, with A dropped out and rescaled by 1 / (1 - dropout_p) where a seed is given."""
-    a = weights(problem, q, k, bias, slopes)
-    if seed is not None:
-        a = a * keep_mask(seed, problem.dropout_p, problem.origin, tuple(a.shape)) / (1.0 - problem.dropout_p)
-    a = a.unflatten(1, (problem.nheads_k, problem.group))
-    out = torch.einsum("bkgij,bjkd->bikgd", a, v.to(a.dtype)).flatten(2, 3)
-    return out.to(q.dtype).contiguous()
+    """O = A V, with dropout where a seed is given."""
+    return product(problem, weights(problem, q, k, bias, slopes), v, seed)
 
 
 def attention_weights(

@@ -29,7 +29,9 @@ class VisionAttention(Attention):
     """timm's multi-head attention with sigmoid in place of softmax: the same parameters, arguments and layout.
 
         q, k, v = W_qkv x       per head; q and k normalised if qk_norm
-        out = W_o A v,          A = sigmoid(q k^T / sqrt(head_dim) + b)
+        out = W_o A v,          A = sigmoid(t q k^T / sqrt(head_dim) + b)
+
+    with t = 1, or a parameter of every head that starts there: exp(log_temperature).
 
     It is what timm takes as `attn_layer`; `integrations.timm` makes one of an attention that is already there.
 
@@ -39,6 +41,8 @@ class VisionAttention(Attention):
         attention_fn: called as `nn.SigmoidAttention` calls its own; None: `sigmoid_attention`, or torch's SDPA for
             the twin.
     """
+
+    log_temperature: nn.Parameter | None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -50,6 +54,7 @@ class VisionAttention(Attention):
         sigmoid_bias: float | None = None,
         bias_mode: Literal["fixed", "learnable", "per_head"] = "fixed",
         attention_fn: AttentionFn | None = None,
+        learnable_temperature: bool = False,
     ) -> None:
         """Set the attributes anew: b fixed, or one parameter, or one of every head, that starts at sigmoid_bias.
 
@@ -58,14 +63,39 @@ class VisionAttention(Attention):
         """
         check_settings(kind, sigmoid_bias, bias_mode)
         self.kind, self.attention_fn = kind, attention_fn
+        device = self.qkv.weight.device
+        temperature = nn.Parameter(torch.zeros(self.num_heads, device=device)) if learnable_temperature else None
+        self.register_parameter("log_temperature", temperature)
         self._parameters.pop("sigmoid_bias", None)
         if bias_mode == "fixed":
             self.sigmoid_bias: float | Tensor | None = sigmoid_bias
             return
         self.__dict__.pop("sigmoid_bias", None)
         shape = () if bias_mode == "learnable" else (self.num_heads,)
-        initial = torch.full(shape, float(sigmoid_bias or 0.0), device=self.qkv.weight.device)
+        initial = torch.full(shape, float(sigmoid_bias or 0.0), device=device)
         self.sigmoid_bias = nn.Parameter(initial)
+
+    @property
+    def nheads_k(self) -> int:
+        """Key and value heads; query head h reads key head h // (num_heads // nheads_k)."""
+        return (self.qkv.out_features // self.head_dim - self.num_heads) // 2
+
+    def share_keys(self, nheads_k: int) -> None:
+        """Leave this many key and value heads: of every group of query heads the first head's.
+
+        W_qkv then has dim + 2 nheads_k head_dim rows, where timm's has 3 dim.
+
+        Raises:
+            ValueError: nheads_k is no divisor of the heads that are there.
+        """
+        here = self.nheads_k
+        if nheads_k < 1 or here % nheads_k:
+            raise ValueError(f"nheads_k must be a divisor of the key heads, {here}, got {nheads_k}")
+        for name, parameter in list(self.qkv.named_parameters()):
+            q, k, v = parameter.detach().unflatten(0, (-1, self.head_dim)).split([self.num_heads, here, here])
+            kept = torch.cat([q, *(heads[:: here // nheads_k] for heads in (k, v))])
+            setattr(self.qkv, name, nn.Parameter(kept.flatten(0, 1)))
+        self.qkv.out_features = (self.num_heads + 2 * nheads_k) * self.head_dim
 
     def forward(
         self, x: Float[Tensor, "batch seqlen dim"], attn_mask: Tensor | None = None, is_causal: bool = False
@@ -81,9 +111,13 @@ class VisionAttention(Attention):
         Raises:
             ValueError: attn_mask is not bool, or differs between queries.
         """
-        # (batch, seqlen, nheads, head_dim)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        q, k = (norm(y).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        # (batch, seqlen, nheads or nheads_k, head_dim)
+        heads = [self.num_heads, self.nheads_k, self.nheads_k]
+        q, k, v = self.qkv(x).unflatten(-1, (sum(heads), self.head_dim)).split(heads, 2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.log_temperature is not None:  # a factor of q is one of the scores, whatever computes them
+            q = q * self.log_temperature.exp()[:, None]
+        q, k = q.to(v.dtype), k.to(v.dtype)
         options: dict[str, Any] = {"sigmoid_bias": self.sigmoid_bias, "scale": self.scale, "causal": is_causal}
         options["dropout_p"] = self.attn_drop.p if self.training else 0.0
         if attn_mask is not None:
@@ -104,7 +138,7 @@ class VisionAttention(Attention):
 
     def extra_repr(self) -> str:
         bias = "learnable" if isinstance(self.sigmoid_bias, Tensor) else self.sigmoid_bias
-        return f"kind={self.kind!r}, sigmoid_bias={bias}"
+        return f"kind={self.kind!r}, nheads_k={self.nheads_k}, sigmoid_bias={bias}"
 
 
 def check_settings(kind: str, sigmoid_bias: float | None, bias_mode: str) -> None:
@@ -152,9 +186,11 @@ class ViTConfig:
     dim: int | None = None  # channels, a multiple of nheads; None: the model's
     depth: int | None = None  # blocks; None: the model's
     nheads: int | None = None  # None: the model's
+    nheads_k: int | None = None  # key and value heads, a divisor of nheads; 1: multi-query; None: nheads
     attention: Literal["sigmoid", "softmax"] = "sigmoid"  # the one field in which a pair differs
     sigmoid_bias: float | None = None  # b; None: -log of the tokens at img_size
     bias_mode: Literal["fixed", "learnable", "per_head"] = "fixed"
+    learnable_temperature: bool = False  # a factor of the scores for every head, which starts at 1
     layer_scale: float | None = 1e-4  # initial factor per channel on each branch; None: no LayerScale
     qk_norm: bool = True
     position: Literal["learned", "sincos"] = "learned"
@@ -171,7 +207,7 @@ class ViTConfig:
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} must be one of {allowed}, got {getattr(self, field)!r}")
-        for field in ("img_size", "patch_size", "in_chans", "dim", "depth", "nheads"):
+        for field in ("img_size", "patch_size", "in_chans", "dim", "depth", "nheads", "nheads_k"):
             size = getattr(self, field)
             if size is not None and not (type(size) is int and size > 0):
                 raise ValueError(f"{field} must be a positive integer, got {size!r}")
@@ -181,6 +217,11 @@ class ViTConfig:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
         if self.sigmoid_bias is not None and not self.sigmoid_bias < math.inf:
             raise ValueError(f"sigmoid_bias must be a number below inf, or None, got {self.sigmoid_bias}")
+        if self.pretrained and self.nheads_k is not None:
+            raise ValueError(
+                f"nheads_k must be None with pretrained weights, which have a key head for each query head, "
+                f"got {self.nheads_k}"
+            )
         if not timm.is_model(self.name):
             near = difflib.get_close_matches(self.name, timm.list_models("vit*"), n=3)
             such = ", ".join(near) or "vit_base_patch16_224"
@@ -233,7 +274,9 @@ def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> 
         _fix_positions(model)
     b = -math.log(tokens(model)) if config.sigmoid_bias is None else config.sigmoid_bias
     for attention in attentions:
-        attention.configure(config.attention, b, config.bias_mode, attention_fn)
+        attention.configure(config.attention, b, config.bias_mode, attention_fn, config.learnable_temperature)
+        if config.nheads_k is not None:
+            attention.share_keys(config.nheads_k)
     return model
 
 

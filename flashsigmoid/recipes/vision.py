@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from ..models.vision import ViTConfig
 from ..training.augment import AugmentConfig
@@ -70,6 +71,18 @@ def cifar10() -> ImageRun:
     )  # fmt: skip
 
 
+def cifar10_short() -> ImageRun:
+    """CIFAR-10 for 30 epochs: the run of which the ablations are variants.
+
+    Paper: arXiv:2409.04431. Command: flashsigmoid train cifar10_short --set data.root=FOLDER. Hardware: 1 GPU.
+    Wall time: not yet measured. Expected: not yet measured.
+    """
+    run = cifar10()
+    optim = replace(run.optim, warmup=585)
+    # an average over 30 epochs that remembers as large a share of them as that over 200 does
+    return replace(run, name="cifar10_short", optim=optim, ema=0.997, steps=5850, val_every=585, save_every=585)
+
+
 def paper_vit_b16() -> ImageRun:
     """The paper's ViT-B/16 on ImageNet, 300 epochs of 1.28 M images in batches of 4,096.
 
@@ -109,5 +122,28 @@ def paper_vit_l16() -> ImageRun:
 
 
 RECIPES: dict[str, Callable[[], ImageRun]] = {
-    recipe.__name__: recipe for recipe in (digits, cifar10, paper_vit_b16, paper_vit_l16)
+    recipe.__name__: recipe for recipe in (digits, cifar10, cifar10_short, paper_vit_b16, paper_vit_l16)
 }
+
+# one practice each, taken away or added: what differs from the base in the model's description
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "softmax": {"attention": "softmax"},
+    "no-bias": {"sigmoid_bias": 0.0},
+    "no-layer-scale": {"layer_scale": None},
+    "no-qk-norm": {"qk_norm": False},
+    "learnable-bias": {"bias_mode": "learnable"},
+    "bias-per-head": {"bias_mode": "per_head"},
+    "learnable-temperature": {"learnable_temperature": True},
+    "multi-query": {"nheads_k": 1},
+    "sin-cos-positions": {"position": "sincos"},
+    "average-pooling": {"pool": "avg"},
+}
+
+
+def ablations(base: ImageRun) -> dict[str, ImageRun]:
+    """The variants of a run that `ABLATIONS` names, with the run itself as "base": each differs in one field.
+
+    Source: arXiv:2409.04431 (its practices for vision; learnable b and temperature, multi-query).
+    """
+    return {name: replace(base, model=replace(base.model, **change)) for name, change in ABLATIONS.items()}

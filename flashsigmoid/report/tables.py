@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..record import Record, read_records
+from .ablation import NOTE, ablation_rows
 from .speed import Speed, ceilings_text, speeds
 from .summary import summary_rows
 
@@ -28,6 +29,12 @@ def arms(path: str | Path) -> str:
     rows = summary_rows([path])
     label, *names = rows[0]
     return _table([label, *(row[label] for row in rows)], [[name, *(row[name] for row in rows)] for name in names])
+
+
+def ablation(path: str | Path) -> str:
+    """The summary of a study of ablations: a row per variant."""
+    rows = ablation_rows(path)
+    return _table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n{NOTE}\n"
 
 
 def speed(path: str | Path) -> str:
@@ -90,6 +97,7 @@ def faults(path: str | Path) -> str:
 
 KINDS: dict[str, Callable[[str | Path], str]] = {
     "arms": arms,
+    "ablation": ablation,
     "speed": speed,
     "faults": faults,
     "gpu-speed": gpu_speed,

@@ -49,6 +49,10 @@ class ImageRun(Run):
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
 
+    def build(self) -> torch.nn.Module:
+        """The model to train; a study's run that injects another attention builds its own."""
+        return build_vit(self.model)
+
     def settings(self) -> dict[str, Any]:
         """The description in one flat dict for the records; sigmoid_bias is the number that is used, or begun with."""
         b = self.model.sigmoid_bias
@@ -89,7 +93,7 @@ class ClassificationModule(RunModule):
         ):
             if has != needs:
                 raise ValueError(f"model.{name} must be that of the data, {needs}, got {has}")
-        super().__init__(run, build_vit(run.model))
+        super().__init__(run, run.build())
         self.data = data
         self.augment = Augment(run.augment, data.mean, data.std, len(data.classes))
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema else None

@@ -1,4 +1,4 @@
-"""Images and labels: the embedded digits, torchvision's public sets, folders of any images. No augmentation, no model.
+"""Images and labels: embedded digits, torchvision's public sets, folders and shards of any images. No augmentation.
 
 What cannot be read is named in one line, and ends the run or is left out and counted: `ImageConfig.on_corrupt`.
 """
@@ -16,21 +16,25 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as transforms
 
 from ..samples import mnist
+from .shards import Member, Shards
 
 _PUBLIC: dict[str, tuple[Callable[..., Any], int]] = {  # (class, channels)
     "cifar10": (datasets.CIFAR10, 3),
     "cifar100": (datasets.CIFAR100, 3),
     "mnist": (datasets.MNIST, 1),
 }
-SOURCES = ("sample", *_PUBLIC, "folder")
+SOURCES = ("sample", *_PUBLIC, "folder", "tar")
 SUFFIXES = datasets.folder.IMG_EXTENSIONS
 Sample = tuple[Tensor, int]  # ((channels, size, size) uint8, label)
+# mean and std of what ImageNet's photographs have: reading a large folder for its own would take minutes
+_PHOTOGRAPHS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +45,12 @@ class ImageConfig:
         ValueError: a field breaks the rule beside it.
     """
 
-    source: str = (
-        "sample"  # embedded digits; "cifar10", "cifar100", "mnist"; "folder": root/train/CLASS/*, root/val/CLASS/*
-    )
+    # "sample": embedded digits; "cifar10", "cifar100", "mnist"; "folder": root/train/CLASS/*, root/val/CLASS/*;
+    # "tar": root/train-*.tar, root/val-*.tar, root/classes.txt, see shards.py
+    source: str = "sample"
     root: str | None = None  # folder of the data; None for the embedded ones only
     download: bool = False  # let torchvision fetch a public set into root
-    img_size: int | None = None  # pixels a side; None: as they are, 224 of a folder
+    img_size: int | None = None  # pixels a side; None: as they are, 224 of a folder or of shards
     on_corrupt: Literal["fail", "skip"] = "fail"  # at a file that is no image: end, or leave it out and count it
 
     def __post_init__(self) -> None:
@@ -125,10 +129,12 @@ class Arrays(Dataset[Sample]):
 
 
 class Files(Dataset["Sample | None"]):
-    """Image files, decoded as RGB: the shorter side resized, the middle cut out."""
+    """Image files, of a folder or inside of shards, decoded as RGB: the shorter side resized, the middle cut out."""
 
-    def __init__(self, files: Sequence[tuple[Path, int]], size: int, on_corrupt: Literal["fail", "skip"]) -> None:
-        self.files, self.size, self.on_corrupt = list(files), size, on_corrupt
+    def __init__(
+        self, files: Sequence[tuple[Path | Member, int]], size: int, on_corrupt: Literal["fail", "skip"]
+    ) -> None:
+        self.files, self.size, self.on_corrupt = files, size, on_corrupt
         # shared by the workers of a DataLoader
         self.skipped = torch.zeros(len(self.files), dtype=torch.bool).share_memory_()
 
@@ -138,9 +144,11 @@ class Files(Dataset["Sample | None"]):
     def __getitem__(self, index: int) -> Sample | None:
         path, label = self.files[index]
         try:
-            image = transforms.pil_to_tensor(datasets.folder.pil_loader(str(path)))
+            with path.open("rb") as file:
+                image = transforms.pil_to_tensor(Image.open(file).convert("RGB"))
         except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            text = str(error).partition(" <_io.")[0].strip()  # Pillow shows the open file too
+            reason = text.splitlines()[0] if text else type(error).__name__
             if self.on_corrupt == "fail":
                 raise ValueError(f"images must be readable, got {path}: {reason}") from error
             if not self.skipped[index]:
@@ -177,6 +185,8 @@ def load_images(config: ImageConfig) -> ImageData:
     """
     if config.source == "folder":
         return _load_folder(config)
+    if config.source == "tar":
+        return _load_tar(config)
     if config.source == "sample":
         arrays = [read_idx(path) for split in ("train", "test") for path in mnist(split)]
         parts = [(arrays[0][:, None], arrays[1]), (arrays[2][:, None], arrays[3])]
@@ -244,11 +254,36 @@ def _load_folder(config: ImageConfig) -> ImageData:
         for split in ("train", "val")
     )
     digest = hashlib.sha256(repr((config.img_size, classes)).encode())
-    for path, _ in (*train.files, *val.files):
-        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
-    # of what ImageNet's photographs have: reading a large folder for its own would take minutes
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return ImageData(train, val, classes, size, 3, mean, std, digest.hexdigest())
+    for paths in (*listed["train"].values(), *listed["val"].values()):
+        for path in paths:
+            digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
+    return ImageData(train, val, classes, size, 3, *_PHOTOGRAPHS, digest.hexdigest())
+
+
+def _load_tar(config: ImageConfig) -> ImageData:
+    root, parts = Path(config.root or ""), []
+    for split in ("train", "val"):
+        paths = sorted(root.glob(f"{split}-*.tar"))
+        if not paths:
+            raise FileNotFoundError(f"root must hold train-*.tar and val-*.tar, got no {split}-*.tar in {root}")
+        parts.append(Shards(paths, SUFFIXES))
+        if not len(parts[-1]):
+            raise ValueError(f"shards must hold images, got none in {root / f'{split}-*.tar'}")
+    names = root / "classes.txt"
+    classes = tuple(names.read_text("utf-8").splitlines() if names.is_file() else map(str, range(_classes(parts[:1]))))
+    if _classes(parts) > len(classes):
+        raise ValueError(f"labels must be below the number of classes, {len(classes)}, got {_classes(parts) - 1}")
+    digest = hashlib.sha256(repr((config.img_size, classes)).encode())
+    for shards in parts:
+        digest.update(repr([path.name for path in shards.paths]).encode())
+        digest.update(shards.rows.numpy().tobytes())
+    train, val = (Files(shards, config.img_size or 224, config.on_corrupt) for shards in parts)
+    return ImageData(train, val, classes, train.size, 3, *_PHOTOGRAPHS, digest.hexdigest())
+
+
+def _classes(parts: Sequence[Shards]) -> int:
+    """How many classes the labels need."""
+    return max(int(shards.labels.max()) for shards in parts) + 1
 
 
 def _listed(folder: Path) -> dict[str, list[Path]]:

@@ -107,6 +107,60 @@ def test_a_learnable_bias_starts_at_minus_log_n_and_learns(mode, shape) -> None:
     assert (missing, set(unexpected)) == ([], names)
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("nheads_k", [1, 2])
+def test_query_heads_share_key_heads(kind, nheads_k) -> None:
+    """The same as every head having a copy of the key and value head that it reads."""
+    shared, whole = (
+        build_vit(dataclasses.replace(SMALL, attention=kind, nheads_k=n)).double().eval() for n in (nheads_k, None)
+    )
+    assert {a.nheads_k for a in attentions(shared)} == {nheads_k}
+    assert shared.state_dict()["blocks.0.attn.qkv.weight"].shape == (48 + 2 * nheads_k * 12, 48)
+    copies = torch.arange(4) // (4 // nheads_k)
+    rows = torch.cat([torch.arange(4), 4 + copies, 4 + nheads_k + copies])
+    state = {
+        name: x.unflatten(0, (-1, 12))[rows].flatten(0, 1) if ".qkv." in name else x
+        for name, x in shared.state_dict().items()
+    }
+    whole.load_state_dict(state)
+    torch.testing.assert_close(shared(images().double()), whole(images().double()))
+    shared(images().double()).sum().backward()
+    assert all(a.qkv.weight.grad.abs().sum() > 0 for a in attentions(shared))
+
+
+def test_shared_key_heads_begin_as_those_of_the_whole_model() -> None:
+    models = []
+    for nheads_k in (None, 1):
+        torch.manual_seed(0)
+        models.append(build_vit(dataclasses.replace(SMALL, nheads_k=nheads_k)).state_dict())
+    for name, x in models[0].items():
+        if ".qkv." in name:  # all queries; the first head of the keys and of the values
+            x = torch.cat([x[:48], x[48:60], x[96:108]])
+        assert torch.equal(models[1][name], x), name
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_a_learnable_temperature_starts_at_the_default_and_multiplies_the_scores(kind) -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, attention=kind, learnable_temperature=True)
+    warm, plain = build_vit(config).eval(), build_vit(dataclasses.replace(SMALL, attention=kind)).eval()
+    missing, extra = plain.load_state_dict(warm.state_dict(), strict=False)
+    assert (missing, set(extra)) == ([], {f"blocks.{i}.attn.log_temperature" for i in range(2)})
+    assert torch.equal(warm(images()), plain(images()))
+    warm(images()).square().sum().backward()
+    for attention in attentions(warm):
+        assert attention.log_temperature is not None
+        assert attention.log_temperature.grad is not None
+        assert attention.log_temperature.grad.abs().min() > 0
+    with torch.no_grad():
+        for attention, other in zip(attentions(warm), attentions(plain), strict=True):
+            assert attention.log_temperature is not None
+            attention.log_temperature.fill_(math.log(3.0))
+            other.scale *= 3.0
+    torch.testing.assert_close(warm(images()), plain(images()))
+    assert not torch.allclose(build_vit(config).eval()(images()), warm(images()))
+
+
 def test_positions_of_sines_are_fixed_and_differ() -> None:
     model = build_vit(dataclasses.replace(SMALL, position="sincos"))
     assert model.pos_embed is not None
@@ -116,7 +170,7 @@ def test_positions_of_sines_are_fixed_and_differ() -> None:
 
 
 def test_a_model_is_copied_saved_and_compiled() -> None:
-    model = build_vit(dataclasses.replace(SMALL, bias_mode="per_head")).eval()
+    model = build_vit(dataclasses.replace(SMALL, bias_mode="per_head", learnable_temperature=True, nheads_k=2)).eval()
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -147,6 +201,9 @@ def test_papers_sizes_on_the_meta_device() -> None:
         ({"num_classes": -1}, "num_classes must be at least 0, got -1"),
         ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
         ({"sigmoid_bias": math.nan}, "sigmoid_bias must be a number below inf, or None, got nan"),
+        ({"nheads_k": 0}, "nheads_k must be a positive integer, got 0"),
+        ({"nheads_k": 3}, "nheads_k must be a divisor of the key heads, 4, got 3"),
+        ({"nheads_k": 1, "pretrained": True}, "nheads_k must be None with pretrained weights, .*, got 1"),
         ({"nheads": 5}, "name must be a VisionTransformer of timm that takes these fields"),
         ({"position": "sincos", "dim": 50, "nheads": 5}, "dim must be a multiple of 4 for position='sincos', got 50"),
     ],

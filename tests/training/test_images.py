@@ -153,7 +153,11 @@ def test_idx_files(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"source": "imagenet22k"}, ValueError, "source must be one of sample, cifar10, cifar100, mnist, folder, got"),
+        (
+            {"source": "imagenet22k"},
+            ValueError,
+            "source must be one of sample, cifar10, cifar100, mnist, folder, tar, got",
+        ),
         ({"source": "folder"}, ValueError, "root must be the folder of the data for source='folder', got None"),
         ({"img_size": 0}, ValueError, "img_size must be a positive integer, got 0"),
         ({"on_corrupt": "hide"}, ValueError, "on_corrupt must be 'fail' or 'skip', got 'hide'"),
