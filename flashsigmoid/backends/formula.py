@@ -1,4 +1,4 @@
-"""Six formulas of sigmoid(x) for kernels on a GPU, of y = log2(e) x: which to take, and its text in PTX.
+"""Seven formulas of sigmoid(x) for kernels on a GPU, of y = log2(e) x: which to take, and its text in PTX.
 
 Costs and errors: docs/numerics.md.
 """
@@ -24,10 +24,10 @@ class Formula:
     algebra runs element by element.
     """
 
-    name: str  # "full", "pair", "fine", "narrow", "wide", "tanh"
-    unit: float  # of the scores: log2(e), or 0.5 for tanh
+    name: str  # "full", "pair", "fine", "narrow", "wide", "high", "tanh"
+    unit: float  # of the scores: log2(e), or 0.5 for tanh and high
     gain: float = 1.0
-    threshold: float = 0.0  # a series holds where y + shift is at most this
+    threshold: float = 0.0  # a series holds where y + shift is at most this; high: tanh where |y| is
     terms: tuple[float, ...] = ()  # c: e (1 + c1 e + c2 e^2 + ...), e = 2^y
     asm: str = ""
     constraints: str = ""
@@ -44,6 +44,7 @@ class Formula:
 # on 0 < e <= 1/32, 1.1e-6.
 _WIDE = {False: (-0.98042166, 0.72728918), True: (-0.99984406, 0.99378353, -0.92057201, 0.57202391)}
 _FINE = (-0.99959702, 0.95791844)
+_HIGH = 3.5  # of |x| / 2: the hardware's tanh gives weights within 1.3e-4 down to x = -7, and 1e-2 below -8
 _SERIES = {
     ("narrow", "fwd", False): (-4.0, 0.948, (-1.0,)),
     ("narrow", "fwd", True): (-6.0, 0.985, (-1.0,)),
@@ -56,7 +57,7 @@ _SERIES = {
 
 def make_formula(name: str, kind: str, is_float16: bool, pack: int, has_asm: bool) -> Formula:
     """The formula `name` for `kind` "fwd" or "bwd", of `pack` scores that a thread evaluates together."""
-    if name == "full" or (name == "pair" and not has_asm):
+    if name == "full" or (name in ("pair", "high") and not has_asm):
         return Formula("full", LOG2E)
     if name == "tanh":
         return Formula("tanh", 0.5, asm="tanh.approx.f32 $0, $1;" if has_asm else "", constraints="=f,f")
@@ -64,6 +65,9 @@ def make_formula(name: str, kind: str, is_float16: bool, pack: int, has_asm: boo
         return Formula(
             "pair", LOG2E, asm=_block(_exponentials(2) + _pairs(2, 1.0)), constraints=_constraints(2), pack=2
         )
+    if name == "high":
+        asm = _tanh_or_pairs(pack)
+        return Formula("high", 0.5, threshold=_HIGH, asm=asm, constraints=_constraints(pack), pack=pack)
     threshold, gain, terms = _SERIES[name, kind, is_float16]
     if not has_asm:
         return Formula(name, LOG2E, gain, threshold, terms)
@@ -80,7 +84,7 @@ def _constraints(pack: int) -> str:
 
 
 def _block(body: str) -> str:
-    return "{ .reg .f32 a,b,m; .reg .b32 t,x0,x1,x2,x3; .reg .pred wide; " + body + " }"
+    return "{ .reg .f32 a,b,m,m0,m1,m2,m3; .reg .b32 t,x0,x1,x2,x3; .reg .pred wide; " + body + " }"
 
 
 def _exponentials(pack: int) -> str:
@@ -123,8 +127,24 @@ def _series_or_pairs(pack: int, threshold: float, gain: float, terms: tuple[floa
     return _block(text + _pairs(pack, gain) + "DONE:")
 
 
+def _tanh_or_pairs(pack: int) -> str:
+    """0.5 + 0.5 tanh(x / 2) if no score of the warp is beyond -7 or 7, else pairs. No maximum sees NaN, which stays."""
+    text = "".join(f"mov.f32 m{i},0f00000000; " for i in range(4))
+    for i in range(pack):
+        text += f"abs.f32 a,${pack + i}; max.f32 m{i % 4},m{i % 4},a; "
+    text += "max.f32 m0,m0,m1; max.f32 m2,m2,m3; max.f32 m0,m0,m2; "
+    text += f"setp.gt.f32 wide,m0,0f{_bits(_HIGH)}; vote.sync.any.pred wide,wide,0xffffffff; @wide bra WIDE; "
+    for i in range(pack):
+        text += f"tanh.approx.f32 a,${pack + i}; fma.rn.ftz.f32 ${i},a,0f3F000000,0f3F000000; "
+    text += "bra.uni DONE; WIDE: "
+    for i in range(pack):
+        text += f"mul.ftz.f32 a,${pack + i},0f{_bits(2.0 * LOG2E)}; min.ftz.NaN.f32 a,a,0f42780000; "
+        text += f"ex2.approx.ftz.f32 ${i},a; "
+    return _block(text + _pairs(pack, 1.0) + "DONE:")
+
+
 def choose_formula(problem: Problem, kernel: str) -> str:
-    """ "full", "pair", "fine", "narrow", "wide" or "tanh".
+    """ "full", "pair", "fine", "narrow", "wide", "high" or "tanh".
 
     float32 is always "full". "auto" takes a series where the scores of N(0, 1) seldom leave its range, given b; a
     tensor b is not read, and gets the wide one.
@@ -137,7 +157,7 @@ def choose_formula(problem: Problem, kernel: str) -> str:
     if problem.sigmoid == "exact":
         return "fine" if b is not None and b <= -7.2 else "pair"
     if b is not None and b > -4.6:
-        return "pair"
+        return "high" if problem.dtype == torch.bfloat16 else "pair"
     narrow = (-6.2 if kernel == "fwd" else -7.2) - (0.0 if problem.dtype == torch.bfloat16 else 1.4)
     return "wide" if b is None or b > narrow else "narrow"
 
@@ -150,5 +170,6 @@ def in_words(problem: Problem) -> str:
         "fine": "exact: a series where a warp's scores are all below -3.4, else two share a reciprocal; 2e-6",
         "narrow": "adaptive: e - e^2 where a warp's scores are all below -2.8 (relative error 1e-3), else exact",
         "wide": "adaptive: a series where a warp's scores are all below -1.4 (relative error 4e-4), else exact",
+        "high": "adaptive: tanh.approx where a warp's scores are all within 7 of 0 (relative error 1.3e-4), else exact",
         "tanh": "fast: tanh.approx, relative error of a weight 1e-2 below 1e-4 and nothing below 2e-7",
     }[choose_formula(problem, "fwd")]

@@ -50,6 +50,12 @@ def execute(formula: Formula, y: np.ndarray) -> tuple[np.ndarray, bool]:
             put(words[0], np.exp2(number(words[1])))
         elif name.startswith("rcp"):
             put(words[0], 1.0 / number(words[1]))
+        elif name.startswith("tanh"):
+            put(words[0], np.tanh(number(words[1])))
+        elif name == "abs.f32":
+            put(words[0], np.abs(number(words[1])))
+        elif name == "max.f32":
+            put(words[0], np.fmax(number(words[1]), number(words[2])))
         elif name.startswith("neg"):
             put(words[0], -number(words[1]))
         elif name.startswith("mov"):
@@ -67,6 +73,8 @@ def execute(formula: Formula, y: np.ndarray) -> tuple[np.ndarray, bool]:
             put(words[0], number(words[1]) * number(words[2]) + number(words[3]))
         elif name.startswith("setp.lt.u32"):
             registers[words[0]] = bits(words[1]) < bits(words[2])
+        elif name == "setp.gt.f32":
+            registers[words[0]] = number(words[1]) > number(words[2])
         elif name.startswith("vote"):
             predicate = bool(registers[words[1]].any())
         else:
@@ -121,7 +129,24 @@ def test_a_series_is_as_good_as_it_says_and_leaves_its_range_exactly(key, allowe
         assert np.abs(p * (1.0 + np.exp(-x)) - 1.0).max() < 4e-6
 
 
-@pytest.mark.parametrize("name", ["pair", "narrow", "wide"])
+@pytest.mark.parametrize("pack", [2, 8, 32])
+def test_tanh_is_left_for_scores_that_it_is_not_good_for(pack) -> None:
+    """Not the error of the hardware's tanh, which is exact here: which scores it gets."""
+    formula = make_formula("high", "fwd", False, pack, has_asm=True)
+    x = scores(-6.99, 6.99, pack)
+    p, jumped = weights(formula, x)
+    assert not jumped
+    assert np.abs(p * (1.0 + np.exp(-x)) - 1.0).max() < 1e-4  # cancellation near x = -7
+    for beyond in (-7.01, -30.0, -np.inf, 7.01, 500.0):
+        x[pack // 2, 11] = beyond
+        p, jumped = weights(formula, x)
+        assert jumped
+        seen = x > -np.inf
+        assert np.abs(p[seen] * (1.0 + np.exp(-x[seen])) - 1.0).max() < 6e-6
+        assert not p[~seen].any()
+
+
+@pytest.mark.parametrize("name", ["pair", "narrow", "wide", "high"])
 def test_every_score_has_its_weight(name) -> None:
     """Zeros at -inf, ones at large scores, never a NaN, beside any other score."""
     formula = make_formula(name, "fwd", False, 2, has_asm=True)
@@ -136,7 +161,7 @@ def test_every_score_has_its_weight(name) -> None:
 
 
 def test_not_a_number_stays_one() -> None:
-    for name in ("pair", "narrow", "wide"):
+    for name in ("pair", "narrow", "wide", "high"):
         pack = 2 if name == "pair" else 4
         formula = make_formula(name, "fwd", False, pack, has_asm=True)
         x = np.full((pack, LANES), -9.0)
