@@ -40,7 +40,13 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-NAMES = {"_fwd_kernel": launch, "_bwd_kernel": launch, "_hopper_fwd_kernel": hopper, "_hopper_bwd_kernel": hopper}
+NAMES = {
+    "_fwd_kernel": launch,
+    "_bwd_kernel": launch,
+    "_hopper_fwd_kernel": hopper,
+    "_hopper_bwd_kernel": hopper,
+    "_bwd_rows_kernel": hopper,
+}
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
@@ -134,7 +140,8 @@ class Compiler:
         return choose_tile(problem, kernel) if self.call.tile is None else Tile(*self.call.tile)
 
     def compile(self, name: str, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
-        part = kwargs.get("PART", "bwd" if "bwd" in name else "fwd")
+        # dV of the widest heads is the forward's kernel
+        part = kwargs.get("PART", "bwd" if "bwd" in name or kwargs.get("OF_KEYS") else "fwd")
         if self.call.kernel not in (None, part):
             return
         log = io.StringIO()

@@ -42,7 +42,8 @@ def test_auto_takes_it_where_it_is_faster() -> None:
         ({"arch": "sm_100"}, "fb", "the device must be of compute capability 9.0, got sm_100"),
         ({"dtype": torch.float32}, "fb", "dtype must be float16 or bfloat16, got float32"),
         ({"head_dim": 100}, "fb", "must have a head_dim of a multiple of 8 up to"),
-        ({"head_dim": 256}, "b", "backward must have a head_dim of a multiple of 8 up to 128, got 256 and 128"),
+        ({"head_dim": 264}, "fb", "must have a head_dim of a multiple of 8 up to 256, got 264 and 128"),
+        ({"head_dim": 256, "seqlen_k": 2**20}, "fb", "a float32 sum of products must have at most 524288 terms"),
         ({"q_offset": -(2**31)}, "fb", "seqlen and q_offset must be at most 2**30, got 8192, 8192, -2147483648"),
         ({"dropout_p": 0.1}, "fb", "dropout_p must be 0, got 0.1"),
         ({"total_q": 9000, "total_k": 9000}, "fb", "sequences must not be packed"),
@@ -68,6 +69,8 @@ def test_the_same_bits_are_the_triton_kernels() -> None:
     try:
         assert select(PROBLEM, "auto", "forward") is hopper
         assert select(PROBLEM, "auto", "backward").NAME == "triton"
+        wide = replace(PROBLEM, head_dim=256, head_dim_v=256)
+        assert select(wide, "hopper", "backward") is hopper  # a kernel for each gradient, which adds in one order
     finally:
         torch.use_deterministic_algorithms(False)
 

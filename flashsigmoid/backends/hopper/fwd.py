@@ -15,7 +15,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .partitions import hand_out, key_blocks, load, locate, make_tickets, pass_by, store, take, weights
+from .partitions import (
+    first_row,
+    following,
+    hand_out,
+    key_blocks,
+    load,
+    locate,
+    make_tickets,
+    pass_by,
+    store,
+    stream,
+    streamed,
+    take,
+    weights,
+)
 
 # a kernel is compiled for dtypes, options and head_dim, not for a size
 NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
@@ -24,7 +38,7 @@ NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 @gluon.jit
 def _produce(
     load_call, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr,
-    IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: Q of all warpgroups, then K and V, the last block first, each pair behind one barrier, or two."""
     q, k, v, counter, memory, tickets, sizes, band = load_call
@@ -34,17 +48,16 @@ def _produce(
     it = 0
     while at < sizes[6]:
         rank, head, batch = locate(at, sizes, sizes[2])
-        m = sizes[7] + (sizes[0] - 1 - rank) * (64 * WARPGROUPS)  # the last rows, which see most, first
+        m = first_row(rank, sizes, WARPGROUPS, OF_KEYS)
         at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
         mbarrier.expect(q_full, WARPGROUPS * q.block_type.nbytes)
         for i in gl.static_range(WARPGROUPS):
             load(q, [batch, head, m + i * 64, 0], q_full, qs.index(i))
         lo, hi = key_blocks(m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-        head_k = head // sizes[3]
-        for i in range(hi - lo):
+        for i in range(streamed(hi - lo, sizes, OF_KEYS)):
             stage = it & (STAGES - 1)
-            n = (hi - 1 - i) * BLOCK_N
+            head_k, n = stream(i, head, lo, hi, sizes, BLOCK_N, OF_KEYS)
             mbarrier.wait((k_empty if IS_SPLIT else empty).index(stage), ((it // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(stage), (1 if IS_SPLIT else 2) * k.block_type.nbytes)
             load(k, [batch, head_k, n, 0], full.index(stage), ks.index(stage))
@@ -85,8 +98,8 @@ def _step(
 def _consume(
     call, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, IS_DYNAMIC: gl.constexpr,
-    FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    OF_KEYS: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr,
+    HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, 64 rows a turn."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -103,11 +116,14 @@ def _consume(
     start = 0  # blocks of keys that went by in the turns before
     while at < sizes[6]:
         rank, head, batch = locate(at, sizes, sizes[2])
-        all_m = sizes[7] + (sizes[0] - 1 - rank) * (64 * WARPGROUPS)
+        all_m = first_row(rank, sizes, WARPGROUPS, OF_KEYS)
         m = all_m + WARPGROUP * 64
         at = take(at, turn, tickets, 4, IS_DYNAMIC)
         all_lo, all_hi = key_blocks(all_m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         lo, hi = key_blocks(m, sizes, band, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT)
+        if OF_KEYS:  # of every head the same blocks, those of all
+            lo = all_lo
+            hi = all_hi
         slope = 0.0
         if HAS_SLOPES:
             slope = gl.load(slopes + batch * slopes_strides[0] + head * slopes_strides[1]).to(gl.float32) * FORMULA.unit
@@ -137,8 +153,8 @@ def _consume(
             a = weights(s, m, n, c, b_rows, slope, band, BLOCK_N, FORMULA, HAS_SLOPES, HAS_LEFT, HAS_RIGHT, SCORES)
             a = gl.convert_layout(a.to(vs.dtype), OPERAND)
             it += 1
-            for _ in range(hi - 1 - lo):
-                n -= BLOCK_N
+            for _ in range(streamed(hi - lo, sizes, OF_KEYS) - 1):
+                n = following(n, lo, hi, BLOCK_N, OF_KEYS)
                 acc, a = _step(
                     acc, a, it, q, memory, zero, m, n, c, b_rows, slope, band, STAGES, DIM, BLOCK_N, IS_SPLIT, FORMULA,
                     HAS_SLOPES, HAS_LEFT, HAS_RIGHT, SCORES, OPERAND,
@@ -154,7 +170,9 @@ def _consume(
             mbarrier.arrive(empty.index(before), count=1)
         elif OWN_OUT:
             mbarrier.arrive(q_empty, count=1)
-        start = pass_by(it, start + all_hi - all_lo - it, full, empty, v_full, k_empty, STAGES, IS_SPLIT)
+        start = pass_by(
+            it, start + streamed(all_hi - all_lo, sizes, OF_KEYS) - it, full, empty, v_full, k_empty, STAGES, IS_SPLIT
+        )
         if m >= 0 and m < rows:
             # rows beyond the last are not written
             if OWN_OUT:
@@ -175,8 +193,8 @@ def _fwd_kernel(
     q, k, v, out, bias, slopes, counter, bias_strides, slopes_strides, sizes, band, c, b, out_scale,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, IS_DYNAMIC: gl.constexpr,
-    FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    OF_KEYS: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr,
+    HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """64 * WARPGROUPS rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
 
@@ -184,6 +202,7 @@ def _fwd_kernel(
     blocks of 64 rows, k and v of BLOCK_N. sizes: (blocks, together, nheads, group, seqlen_q, seqlen_k, blocks of all
     heads, first row of the first block), where `together` divides nheads * batch, and that row is 0 or less, a multiple
     of 64; band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
+    OF_KEYS: dV, with K as q, Q as k and dO as v, and with sizes and band turned over: see `partitions.stream`.
     """
     qs = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, 64, DIM], q.layout)
     ks = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, DIM], k.layout)
@@ -216,48 +235,48 @@ def _fwd_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (_consume, (
-                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
-                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
+                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
-                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
+                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT)),
+            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif WARPGROUPS == 3:
         gl.warp_specialize([
             (_consume, (
-                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
-                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
+                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
-                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
+                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
-                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
+                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT)),
+            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
-                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
-                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
+                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
-                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
+                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
-                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
+                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 3, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, FORMULA, HAS_BIAS,
-                HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 3, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
+                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT)),
+            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT)),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

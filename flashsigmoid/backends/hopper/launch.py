@@ -16,11 +16,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..formula import Formula, choose_formula, make_formula
 from ..gpu import Launch, are_aligned, bias_strides, launch, on_device, slopes_strides
 from ..problem import Problem
-from . import bwd, fwd
+from . import bwd, fwd, grad
 from .tiles import Tile, choose_tile, padded_head_dim
 
 _fwd_kernel: Any = fwd._fwd_kernel
 _bwd_kernel: Any = bwd._bwd_kernel
+_bwd_rows_kernel: Any = grad._bwd_rows_kernel
 
 _UNLIMITED = 2**30  # a window this wide sees every key
 _L2_BYTES = 32 * 2**20  # of K and V that stay in the cache while programs of a few heads run
@@ -37,7 +38,7 @@ def forward(
 ) -> Tensor:
     """out, contiguous (batch, seqlen_q, nheads, head_dim_v); q, k and v must be as `are_aligned` has them."""
     assert are_aligned(q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
-    plan = _plan(problem, tile or choose_tile(problem, "forward"), _multiprocessors(q))
+    plan = _plan(problem, "fwd", tile or choose_tile(problem, "forward"), _multiprocessors(q))
     out = torch.empty(*q.shape[:-1], problem.head_dim_v, dtype=q.dtype, device=q.device)
     n = plan.tile.block
     strides = bias_strides(problem, bias), slopes_strides(problem, slopes)
@@ -51,12 +52,31 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous; all tensors must be as `are_aligned` has them."""
     assert are_aligned(dout, q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
-    plan = _plan(problem, tile or choose_tile(problem, "backward"), _multiprocessors(q), is_backward=True)
+    tile = tile or choose_tile(problem, "backward")
+    if padded_head_dim(problem) > 128:
+        return _by_rows(problem, dout, q, k, v, tile)
+    plan = _plan(problem, "all", tile, _multiprocessors(q))
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     m, keys = plan.tile.block, 64 * plan.tile.warpgroups
     plan.launch(_bwd_kernel, ((dout, m), (q, m), (k, keys), (v, keys), (dq, 64), (dk, 64), (dv, 64)))
     return torch.mul(dq, problem.scale, out=torch.empty_like(q, memory_format=torch.contiguous_format)), dk, dv
+
+
+def _by_rows(
+    problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv by a kernel each."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    n = tile.block
+    for part, (x, y, u, w), out in (("dq", (q, dout, k, v), dq), ("dk", (k, v, q, dout), dk)):
+        plan = _plan(problem, part, tile, 1)
+        plan.launch(_bwd_rows_kernel, ((x, 64), (y, 64), (u, n), (w, n), (out, 64)))
+    like_forward = choose_tile(problem, "forward")
+    plan = _plan(problem, "dv", like_forward, _multiprocessors(q))
+    n = like_forward.block
+    plan.launch(_fwd_kernel, ((k, 64), (q, n), (dout, n), (dv, 64)), (None, None), ((0, 0, 0), (0, 0)))
+    return dq, dk, dv
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +102,11 @@ class _Plan:
     ) -> None:
         """Run the kernel on descriptors of tensors in blocks of rows, then `tensors` and a counter of blocks taken."""
         loaded = tuple(x for x, _ in blocks)
-        counter = None
-        if self.constants["IS_DYNAMIC"]:
-            counter = torch.zeros(1, dtype=torch.int32, device=loaded[0].device)
+        if "IS_DYNAMIC" in self.constants:
+            counter = None
+            if self.constants["IS_DYNAMIC"]:
+                counter = torch.zeros(1, dtype=torch.int32, device=loaded[0].device)
+            tensors = (*tensors, counter)
 
         def describe():
             rest = (*strides, self.sizes, self.band, *self.numbers)
@@ -92,66 +114,73 @@ class _Plan:
             return descriptors, rest, self.constants
 
         with on_device(loaded[0]):
-            launch(self.launches, others, kernel, self.programs, loaded, (*tensors, counter), describe)
+            launch(self.launches, others, kernel, self.programs, loaded, tensors, describe)
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, tile: Tile, multiprocessors: int, is_backward: bool = False) -> _Plan:
-    kernel = "dkdv" if is_backward else "fwd"
+def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Plan:
+    """Of "fwd", of "all" gradients, or of one: "dq", "dk" or "dv"."""
+    is_like_forward, of_keys = part in ("fwd", "dv"), part in ("dk", "dv")
     formula = make_formula(
-        choose_formula(problem, kernel),
-        "bwd" if is_backward else "fwd",
+        choose_formula(problem, "fwd" if is_like_forward else "dkdv"),
+        "fwd" if is_like_forward else "bwd",
         problem.dtype == torch.float16,
         tile.block // 2,
         has_asm=True,
     )
-    left, right = problem.band
-    heads, others = problem.batch * problem.nheads, problem.seqlen_k
-    blocks = triton.cdiv(problem.seqlen_q, 64 * tile.warpgroups)
-    if is_backward:
-        heads, others = heads // problem.group, problem.seqlen_q * problem.group
-        blocks = triton.cdiv(problem.seqlen_k, 64 * tile.warpgroups)
+    (left, right), q_offset = problem.band, problem.q_offset
+    heads, rows, others, sharing = problem.nheads, problem.seqlen_q, problem.seqlen_k, problem.group
+    if part in ("all", "dk", "dv"):  # blocks of keys, and all queries of a group go by
+        heads, rows, others, sharing = problem.nheads_k, problem.seqlen_k, problem.seqlen_q * problem.group, 1
+    heads *= problem.batch
+    blocks = triton.cdiv(rows, 64 * tile.warpgroups)
     together = 1
     if left is not None or right is not None:
         # who sees most starts first, of as many heads as L2 holds the other side of
-        fit = _L2_BYTES * (1 if is_backward else problem.group) // (4 * others * padded_head_dim(problem))
+        fit = _L2_BYTES * sharing // (4 * others * padded_head_dim(problem))
         together = max(x for x in range(1, min(max(1, fit), heads) + 1) if heads % x == 0)
+    first = 64 * (triton.cdiv(rows, 64) - tile.warpgroups * blocks) if tile.is_from_end else 0
     sizes = (problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k)
-    first = 64 * (triton.cdiv(problem.seqlen_q, 64) - tile.warpgroups * blocks) if tile.is_from_end else 0
+    if of_keys:
+        sizes = (problem.nheads_k, problem.group, problem.seqlen_k, problem.seqlen_q)
+        left, right, q_offset = right, left, -q_offset
     b = problem.sigmoid_bias
     constants: dict[str, Any] = {
-        "STAGES": tile.stages,
         "REGISTERS": tile.registers,
         "DIM": padded_head_dim(problem),
         "FORMULA": formula,
         "HAS_LEFT": left is not None,
         "HAS_RIGHT": right is not None,
-        "IS_DYNAMIC": tile.is_persistent and (left is not None or right is not None),
         "num_warps": 4,
         "enable_fp_fusion": True,  # Triton's default is about to change
     }
-    if is_backward:
+    if part == "all":
         constants |= {"BLOCK_M": tile.block, "REST": 24, "HAS_TURNS": tile.is_persistent}
     else:
+        constants |= {"WARPGROUPS": tile.warpgroups, "BLOCK_N": tile.block, "OF_KEYS": of_keys}
+    if is_like_forward:
         constants |= {
-            "WARPGROUPS": tile.warpgroups,
-            "BLOCK_N": tile.block,
             "IS_SPLIT": tile.is_split,
             "OWN_OUT": tile.own_out,
             "HAS_BIAS": problem.bias_shape is not None,
             "HAS_ROW_BIAS": problem.has_row_bias,
             "HAS_SLOPES": problem.slopes_shape is not None,
         }
+    if part not in ("dq", "dk"):
+        constants |= {
+            "STAGES": tile.stages,
+            "IS_DYNAMIC": tile.is_persistent and (left is not None or right is not None),
+        }
     return _Plan(
         tile=tile,
         formula=formula,
         programs=min(blocks * heads, multiprocessors) if tile.is_persistent else blocks * heads,
         sizes=(blocks, together, *sizes, blocks * heads, first),
-        band=(problem.q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
+        band=(q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(
             problem.scale * formula.unit,
             0.0 if b is None else b * formula.unit + formula.shift,
-            problem.scale if is_backward else 1.0 / formula.gain,
+            1.0 / formula.gain if is_like_forward else problem.scale,
         ),
         constants=constants,
     )

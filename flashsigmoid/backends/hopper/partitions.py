@@ -29,6 +29,47 @@ def locate(at, sizes, heads):
 
 
 @gluon.jit
+def first_row(rank, sizes, WARPGROUPS: gl.constexpr, OF_KEYS: gl.constexpr):
+    """Of the block of this rank: queries that see most, the last, come first, and so do the first keys."""
+    if OF_KEYS:
+        m = rank * (64 * WARPGROUPS)
+    else:
+        m = sizes[7] + (sizes[0] - 1 - rank) * (64 * WARPGROUPS)
+    return m
+
+
+@gluon.jit
+def streamed(count, sizes, OF_KEYS: gl.constexpr):
+    """Blocks that go by: `count`, where rows are keys for each query head of the group."""
+    if OF_KEYS:
+        count = count * sizes[3]
+    return count
+
+
+@gluon.jit
+def stream(i, head, lo, hi, sizes, BLOCK_N: gl.constexpr, OF_KEYS: gl.constexpr):
+    """(head, first column) of block i that goes by: of the last column first; where rows are keys, head by head.
+
+    Rows that are keys see as `band` turned over says: -q_offset, and left and right exchanged.
+    """
+    if OF_KEYS:
+        other = head * sizes[3] + i // (hi - lo)
+        n = (hi - 1 - i % (hi - lo)) * BLOCK_N
+    else:
+        other = head // sizes[3]
+        n = (hi - 1 - i) * BLOCK_N
+    return other, n
+
+
+@gluon.jit
+def following(n, lo, hi, BLOCK_N: gl.constexpr, OF_KEYS: gl.constexpr):
+    """The first column of the block after that of n."""
+    if OF_KEYS:
+        n = gl.where(n == lo * BLOCK_N, hi * BLOCK_N, n)
+    return n - BLOCK_N
+
+
+@gluon.jit
 def make_tickets(takers: gl.constexpr):
     """Memory for `hand_out` and `take`: numbers of two turns, and who has written and read them."""
     numbers = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))

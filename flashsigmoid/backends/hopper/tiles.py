@@ -26,6 +26,7 @@ _D128 = Tile(3, 64, 4, 160, own_out=True, is_persistent=True)
 _D256 = Tile(2, 64, 2, 240, is_split=True, is_persistent=True)
 _BACK64 = Tile(2, 128, 2, 240, is_persistent=True)
 _BACK128 = Tile(2, 64, 2, 240, is_persistent=True)
+_BACK256 = Tile(2, 64, 2, 240)  # of dQ and of dK; dV is the forward's
 # direction -> head_dim -> (full, masked), by an H100. A program that takes block after block gains 1 to 6 %; of masked
 # blocks, which a counter hands out, it needs more registers: at 128 and 256 it loses 1 to 30 %.
 _TILES = {
@@ -34,7 +35,11 @@ _TILES = {
         128: (_D128, Tile(3, 64, 4, 160, is_from_end=True)),
         256: (_D256, replace(_D256, is_persistent=False)),
     },
-    "backward": {64: (_BACK64, _BACK64), 128: (_BACK128, replace(_BACK128, is_persistent=False))},
+    "backward": {
+        64: (_BACK64, _BACK64),
+        128: (_BACK128, replace(_BACK128, is_persistent=False)),
+        256: (_BACK256, _BACK256),
+    },
 }
 LARGEST_HEAD_DIM = {direction: max(table) for direction, table in _TILES.items()}
 
@@ -63,6 +68,8 @@ def slower(problem: Problem, direction: str) -> str | None:
     dim = padded_head_dim(problem)
     if not problem.head_dim == problem.head_dim_v == dim:
         return f"other head_dim than {dim} is not measured yet, got {problem.head_dim} and {problem.head_dim_v}"
+    if dim not in _FROM[direction]:
+        return f"{direction} at head_dim {dim} is not measured yet"
     least = _FROM[direction][dim][is_masked]
     if min(problem.seqlen_q, problem.seqlen_k) < least:
         kind = "masked " * is_masked + direction
