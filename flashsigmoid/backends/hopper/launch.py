@@ -155,7 +155,7 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
         "enable_fp_fusion": True,  # Triton's default is about to change
     }
     if part == "all":
-        constants |= {"BLOCK_M": tile.block, "REST": 24, "HAS_TURNS": tile.is_persistent}
+        constants |= {"BLOCK_M": tile.block, "REST": 24, "HAS_TURNS": tile.is_persistent, "PLACES": tile.places}
     else:
         constants |= {"WARPGROUPS": tile.warpgroups, "BLOCK_N": tile.block, "OF_KEYS": of_keys}
     if is_like_forward:

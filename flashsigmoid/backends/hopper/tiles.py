@@ -18,6 +18,7 @@ class Tile:
     is_split: bool = False  # K and V of the forward each behind their own barriers: half the memory for two stages
     own_out: bool = False  # memory of its own for out, so that Q of the next block comes early
     is_persistent: bool = False  # a program for every multiprocessor, and not for every block
+    places: int = 1  # of the backward's K and V: with two the next ones come early
     is_from_end: bool = False  # of the forward's blocks of rows the first is short, not the last, which sees most
 
 
