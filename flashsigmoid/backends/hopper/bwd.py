@@ -59,7 +59,8 @@ def _produce(
     STAGES: gl.constexpr, PLACES: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """One warp: K and V once a turn, while the turn before is under way where there are two places, then Q and dO of every block of rows, each behind its own barrier."""
+    """One warp: K and V once a turn, into two places during the turn before, or into one after it; then Q and dO of every
+    block of rows, each behind its own barrier."""
     qs, ks, vs, douts, _, _, kv_full, kv_empty, q_full, dout_full, empty, _, _, _, _, _ = memory
     group = sizes[3]
     at = gl.program_id(0)
@@ -213,8 +214,8 @@ def _step(
 @gluon.jit
 def _turn(
     at, turn, start, dk, dv, memory, sizes, band, c, b, scale,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, FORMULA: gl.constexpr,
-    HAS_TURNS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    FORMULA: gl.constexpr, HAS_TURNS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """64 keys: dV += A^T dO, dK += dS^T Q, dQ = dS K, with dS = (dO V^T) * A * (1 - A); scores are transposed.
 
@@ -265,8 +266,8 @@ def _turn(
                     for block in range(begin, stop):
                         dk_acc, dv_acc, s = _step(
                             dk_acc, dv_acc, s, it, start, end, turn, block * BLOCK_M + q_offset, first, keys,
-                            values, memory, band, c, b, zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA, HAS_TURNS,
-                            HAS_LEFT and part != 1, HAS_RIGHT and part != 1, SCORES, OPERAND,
+                            values, memory, band, c, b, zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA,
+                            HAS_TURNS, HAS_LEFT and part != 1, HAS_RIGHT and part != 1, SCORES, OPERAND,
                         )  # fmt: skip
                         it += 1
         else:
@@ -309,8 +310,8 @@ def _turn(
 @gluon.jit
 def _consume(
     dk, dv, memory, tickets, sizes, band, c, b, scale,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, HAS_TURNS: gl.constexpr,
-    IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, 64 keys a turn."""
     at = gl.program_id(0)
@@ -337,8 +338,8 @@ def _consume(
 def _bwd_kernel(
     dout, q, k, v, dq, dk, dv, counter, sizes, band, c, b, scale,
     STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, REGISTERS: gl.constexpr,
-    REST: gl.constexpr, HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
+    REST: gl.constexpr, HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key head, over all rows and all query heads of the group; then the next 128.
 
