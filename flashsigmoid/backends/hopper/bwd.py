@@ -59,8 +59,8 @@ def _produce(
     STAGES: gl.constexpr, PLACES: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """One warp: K and V once a turn, into two places during the turn before, or into one after it; then Q and dO of every
-    block of rows, each behind its own barrier."""
+    """One warp: K and V once a turn, into two places during the turn before, or into one after it; then Q and dO of
+    every block of rows, each behind its own barrier."""
     qs, ks, vs, douts, _, _, kv_full, kv_empty, q_full, dout_full, empty, _, _, _, _, _ = memory
     group = sizes[3]
     at = gl.program_id(0)
@@ -311,7 +311,8 @@ def _turn(
 def _consume(
     dk, dv, memory, tickets, sizes, band, c, b, scale,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, 64 keys a turn."""
     at = gl.program_id(0)
