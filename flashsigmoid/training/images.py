@@ -1,4 +1,4 @@
-"""Images and labels: embedded digits, torchvision's public sets, folders and shards of any images. No augmentation.
+"""Images and labels: embedded digits, torchvision's public sets, arrays, folders and shards of any images.
 
 What cannot be read is named in one line, and ends the run or is left out and counted: `ImageConfig.on_corrupt`.
 """
@@ -9,6 +9,8 @@ import gzip
 import hashlib
 import struct
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,11 @@ _PUBLIC: dict[str, tuple[Callable[..., Any], int]] = {  # (class, channels)
     "cifar100": (datasets.CIFAR100, 3),
     "mnist": (datasets.MNIST, 1),
 }
-SOURCES = ("sample", *_PUBLIC, "folder", "tar")
+SOURCES = ("sample", *_PUBLIC, "npz", "folder", "tar")
+# names of the arrays in an npz: of MedMNIST and of Keras; what is validated is the first that is there
+_TRAIN, _VAL = (("train_images", "train_labels"), ("x_train", "y_train")), (
+    ("val_images", "val_labels"), ("test_images", "test_labels"), ("x_test", "y_test"),
+)  # fmt: skip
 SUFFIXES = datasets.folder.IMG_EXTENSIONS
 Sample = tuple[Tensor, int]  # ((channels, size, size) uint8, label)
 # mean and std of what ImageNet's photographs have: reading a large folder for its own would take minutes
@@ -45,10 +51,11 @@ class ImageConfig:
         ValueError: a field breaks the rule beside it.
     """
 
-    # "sample": embedded digits; "cifar10", "cifar100", "mnist"; "folder": root/train/CLASS/*, root/val/CLASS/*;
+    # "sample": embedded digits; "cifar10", "cifar100", "mnist"; "npz": a file with arrays train_images, train_labels,
+    # val_images or test_images, ..., as MedMNIST's and Keras' are; "folder": root/train/CLASS/*, root/val/CLASS/*;
     # "tar": root/train-*.tar, root/val-*.tar, root/classes.txt, see shards.py
     source: str = "sample"
-    root: str | None = None  # folder of the data; None for the embedded ones only
+    root: str | None = None  # folder of the data, or the file; None for the embedded ones only
     download: bool = False  # let torchvision fetch a public set into root
     img_size: int | None = None  # pixels a side; None: as they are, 224 of a folder or of shards
     on_corrupt: Literal["fail", "skip"] = "fail"  # at a file that is no image: end, or leave it out and count it
@@ -127,6 +134,10 @@ class Arrays(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return _resized(self.images[index], self.size), int(self.labels[index])
 
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once, for a DataLoader; `collate` leaves it as it is."""
+        return _resized(self.images[indices], self.size), self.labels[indices]
+
 
 class Files(Dataset["Sample | None"]):
     """Image files, of a folder or inside of shards, decoded as RGB: the shorter side resized, the middle cut out."""
@@ -163,13 +174,15 @@ class Files(Dataset["Sample | None"]):
         return int(self.skipped.sum())
 
 
-def collate(samples: Sequence[Sample | None]) -> tuple[Tensor, Tensor]:
+def collate(samples: Sequence[Sample | None] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Images (batch, channels, size, size) uint8 and labels (batch,) int64 of what is left; for a DataLoader.
 
     Raises:
         ValueError: nothing is left.
     """
-    kept = [sample for sample in samples if sample is not None]
+    if isinstance(samples, tuple) and isinstance(samples[0], Tensor):
+        return samples  # pyright: ignore[reportReturnType]
+    kept: list[Any] = [sample for sample in samples if sample is not None]
     if not kept:
         raise ValueError(f"a batch must have at least one readable image, got {len(samples)} corrupt ones")
     images, labels = zip(*kept, strict=True)
@@ -191,6 +204,8 @@ def load_images(config: ImageConfig) -> ImageData:
         arrays = [read_idx(path) for split in ("train", "test") for path in mnist(split)]
         parts = [(arrays[0][:, None], arrays[1]), (arrays[2][:, None], arrays[3])]
         classes = tuple(map(str, range(10)))
+    elif config.source == "npz":
+        parts, classes = _load_npz(Path(config.root or ""))
     else:
         parts, classes = _load_public(config)
     size = config.img_size or parts[0][0].shape[-1]
@@ -219,6 +234,36 @@ def read_idx(path: str | Path) -> Tensor:
     except (OSError, EOFError, struct.error, ValueError) as error:
         raise ValueError(f"a gzipped IDX file of unsigned bytes is needed, got {path}: {error}") from error
     return torch.from_numpy(values.reshape(shape).copy())
+
+
+def _load_npz(path: Path) -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"root must be an npz file, got none at {path}")
+    parts = []
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            for wanted in (_TRAIN, _VAL):
+                names = next((names for names in wanted if all(name in file for name in names)), None)
+                if names is None:
+                    legal = " or ".join(", ".join(names) for names in wanted)
+                    raise ValueError(f"it has no {legal}")
+                images, labels = (file[name] for name in names)
+                labels = labels.reshape(len(labels), -1)
+                is_gray = images.ndim == 3
+                if images.dtype != np.uint8 or not (is_gray or (images.ndim == 4 and images.shape[-1] in (1, 3))):
+                    raise ValueError(
+                        f"{names[0]} is no uint8 (n, height, width[, 1 or 3]): {images.dtype} {images.shape}"
+                    )
+                if labels.shape != (len(images), 1) or labels.dtype.kind not in "iu" or not len(labels):
+                    raise ValueError(f"{names[1]} is no whole number for each image: {labels.dtype} {labels.shape}")
+                images = images[:, None] if is_gray else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+                parts.append((torch.from_numpy(images), torch.from_numpy(labels[:, 0].astype(np.int64))))
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"root must be an npz of images and labels, got {path}: {error}") from error
+    count = 1 + max(int(labels.max()) for _, labels in parts)
+    if min(int(labels.min()) for _, labels in parts) < 0 or parts[0][0].shape[1:] != parts[1][0].shape[1:]:
+        raise ValueError(f"root must have labels from 0 on and images of one size, got {path}")
+    return parts, tuple(map(str, range(count)))
 
 
 def _load_public(config: ImageConfig) -> tuple[list[tuple[Tensor, Tensor]], tuple[str, ...]]:

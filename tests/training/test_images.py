@@ -95,6 +95,66 @@ def test_cifar_as_torchvision_lays_it_out(tmp_path, monkeypatch) -> None:
     assert torch.equal(image, torch.from_numpy(rows[3].reshape(3, 32, 32)))
 
 
+def arrays(**changed: np.ndarray) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    made = {
+        "train_images": rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8),
+        "train_labels": np.array([0, 1, 2, 0, 1, 2]),
+        "test_images": rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8),
+        "test_labels": np.array([[2], [1], [1]], dtype=np.uint8),  # a column, as Keras and MedMNIST have them
+    }
+    return made | changed
+
+
+@pytest.mark.parametrize("names", [("train_images", "test_images"), ("x_train", "x_test")])
+def test_an_npz(names, tmp_path) -> None:
+    made = arrays()
+    keras = {"train_images": "x_train", "train_labels": "y_train", "test_images": "x_test", "test_labels": "y_test"}
+    path = tmp_path / "set.npz"
+    np.savez(path, **{key if names[0] == "train_images" else keras[key]: x for key, x in made.items()})
+    data = load_images(ImageConfig(source="npz", root=str(path), img_size=4))
+    assert (data.classes, data.in_chans, data.img_size, data.majority) == (("0", "1", "2"), 3, 4, 2 / 3)
+    whole = load_images(ImageConfig(source="npz", root=str(path)))
+    image, label = whole.val[0]
+    assert label == 2
+    assert torch.equal(image.permute(1, 2, 0), torch.from_numpy(made["test_images"][0]))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train_images": np.zeros((6, 8, 8, 3))}, "train_images is no uint8"),
+        ({"train_images": np.zeros((6, 8, 8, 2), np.uint8)}, "train_images is no uint8"),
+        ({"train_labels": np.zeros(5, int)}, "train_labels is no whole number for each image"),
+        ({"test_labels": np.zeros(3)}, "test_labels is no whole number for each image"),
+        ({"test_labels": np.array([0, 1, -1])}, "labels from 0 on"),
+        ({"test_images": np.zeros((3, 9, 9, 3), np.uint8)}, "images of one size"),
+    ],
+)
+def test_an_npz_of_something_else_is_one_clear_error(changed, message, tmp_path) -> None:
+    path = tmp_path / "set.npz"
+    np.savez(path, **arrays(**changed))
+    with pytest.raises(ValueError, match=f"root must .*{message}"):
+        load_images(ImageConfig(source="npz", root=str(path)))
+    np.savez(path, other=np.zeros(3))
+    with pytest.raises(ValueError, match="it has no train_images, train_labels or x_train, y_train"):
+        load_images(ImageConfig(source="npz", root=str(path)))
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="root must be an npz of images and labels"):
+        load_images(ImageConfig(source="npz", root=str(path)))
+
+
+@pytest.mark.parametrize("size", [28, 20])
+def test_a_batch_at_once_is_its_images_one_by_one(size) -> None:
+    data = load_images(ImageConfig(img_size=size))
+    at_once, one_by_one = (
+        DataLoader(data.val, batch_size=50, collate_fn=collate),
+        collate([data.val[i] for i in range(50)]),
+    )
+    for batch, expected in zip(next(iter(at_once)), one_by_one, strict=True):
+        assert torch.equal(batch, expected)
+
+
 def test_a_folder(folder) -> None:
     data = load_images(ImageConfig(source="folder", root=str(folder), img_size=20))
     assert (data.classes, len(data.train), len(data.val), data.majority) == (("cat", "dog"), 4, 2, 0.5)
@@ -156,7 +216,7 @@ def test_idx_files(tmp_path) -> None:
         (
             {"source": "imagenet22k"},
             ValueError,
-            "source must be one of sample, cifar10, cifar100, mnist, folder, tar, got",
+            "source must be one of sample, cifar10, cifar100, mnist, npz, folder, tar, got",
         ),
         ({"source": "folder"}, ValueError, "root must be the folder of the data for source='folder', got None"),
         ({"img_size": 0}, ValueError, "img_size must be a positive integer, got 0"),
