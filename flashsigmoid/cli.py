@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -194,12 +194,8 @@ def _is_language(run: Run) -> bool:
 
 
 def _train(run: Run, folder: Path, *, resume: bool, device: Literal["auto", "cpu", "cuda", "mps"]) -> dict[str, float]:
-    if _is_language(run):
-        from .training.language import train
-    else:
-        from .training.classification import train_classifier as train
     with _progress() as show:
-        return train(cast(Any, run), folder, resume=resume, device=device, show=show)
+        return run.train(folder, resume=resume, device=device, show=show)
 
 
 @contextmanager
