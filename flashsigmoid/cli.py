@@ -146,7 +146,7 @@ def train(
     recipes, missing = _recipes()
     if list_recipes:
         for name, function in recipes.items():
-            print(f"{name:14} {(function.__doc__ or '').strip().partition(chr(10))[0]}")
+            print(f"{name:21} {(function.__doc__ or '').strip().partition(chr(10))[0]}")
         if missing:
             print(missing)
         return

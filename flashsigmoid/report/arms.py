@@ -18,7 +18,7 @@ TRAIN_LOSS = "train/loss"
 VAL_LOSSES = ("val/loss_bytes", "val/loss")  # per byte first: tokens of two tokenizers do not compare
 BIGRAM = "baseline/bigram"
 FLOOR = "baseline/bigram_floor"  # no function of the previous token alone is below it
-ACCURACY = "val/accuracy"
+ACCURACY, KNN_ACCURACY = "val/accuracy", "val/knn_accuracy"  # of a classifier, of the features of an encoder
 MAJORITY = "baseline/majority"  # the share of the most frequent class
 SAMPLE = "sample"
 
@@ -102,8 +102,8 @@ class Run:
 
     @property
     def accuracy(self) -> float | None:
-        """The last validation accuracy, of a classifier."""
-        series = self.series(ACCURACY)
+        """The last validation accuracy, of a classifier, or of the nearest neighbours of an encoder's features."""
+        series = self.series(ACCURACY) or self.series(KNN_ACCURACY)
         return value_of(series[-1]) if series else None
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 from .arms import BIGRAM, FLOOR, SEED, Arm, Run, differing, group_arms, load_runs, show, value_of
 from .figures import DARK, LIGHT, Drawing, colour_variable, layer_drawing, loss_drawings
 from .summary import (
+    accuracy_label,
     accuracy_text,
     are_classifiers,
     base_of,
@@ -133,7 +134,7 @@ def _cards(arms: Sequence[Arm]) -> str:
         finals = arm.finals.values
         beside = {"below bigram": below_text(arm, BIGRAM), "below any bigram": below_text(arm, FLOOR)}
         if are_classifiers(arms):
-            beside = {"accuracy": accuracy_text(arm.accuracies), "most frequent class": accuracy_text(majorities(arm))}
+            beside = {accuracy_label(arms): accuracy_text(arm.accuracies), "most frequent class": accuracy_text(majorities(arm))}
         facts = {
             "over seeds": f"{loss_text(min(finals))} to {loss_text(max(finals))}" if len(finals) > 1 else "",
             f"minus {base.label}": "" if arm is base else difference_text(arm, base),

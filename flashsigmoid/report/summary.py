@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .arms import BIGRAM, FLOOR, Arm, Run, Spread, differing, group_arms, load_runs, paired_differences, show
+from .arms import ACCURACY, BIGRAM, FLOOR, Arm, Run, Spread, differing, group_arms, load_runs, paired_differences, show
 
 NOT_RECORDED = "not recorded"
 
@@ -38,7 +38,7 @@ def arm_rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
         if len(arms) > 1:
             row[f"minus {base.label}"] = "" if arm is base else difference_text(arm, base)
         if are_classifiers(arms):
-            row["accuracy"] = accuracy_text(arm.accuracies)
+            row[accuracy_label(arms)] = accuracy_text(arm.accuracies)
             row["most frequent class"] = accuracy_text(majorities(arm))
         else:
             row["below bigram"] = below_text(arm, BIGRAM)
@@ -166,6 +166,11 @@ def are_classifiers(arms: Sequence[Arm]) -> bool:
     return any(arm.accuracies.values for arm in arms)
 
 
+def accuracy_label(arms: Sequence[Arm]) -> str:
+    """What the accuracy is of: classifiers, or nearest neighbours if no run is one."""
+    return "accuracy" if any(run.series(ACCURACY) for arm in arms for run in arm.runs) else "kNN accuracy"
+
+
 def majorities(arm: Arm) -> Spread:
     """What the most frequent class alone gets, in each run."""
     return Spread(tuple(run.majority for run in arm.runs if run.majority is not None))
@@ -273,7 +278,7 @@ def _accuracies(arms: Sequence[Arm]) -> list[str]:
     ends = [f"{accuracy_text(arm.accuracies)} for {quoted(arm)}" for arm in arms if arm.accuracies.values]
     constant = sorted({value for arm in arms for value in majorities(arm).values})
     beside = f"; the most frequent class alone gets {_join([f'{value:.1%}' for value in constant])}" if constant else ""
-    return [f"The validation accuracy ended at {_join(ends)}{beside}."]
+    return [f"The validation {accuracy_label(arms)} ended at {_join(ends)}{beside}."]
 
 
 def _against_bigrams(arms: Sequence[Arm]) -> list[str]:

@@ -46,7 +46,7 @@ class Initial:
             model.load_state_dict(self.weights, strict=False)
         except RuntimeError as error:
             reason = str(error).splitlines()[-1].strip()
-            raise ValueError(f"init must hold the weights of this encoder, got {self.path}: {reason}") from error
+            raise ValueError(f"init must hold this encoder's weights, got {self.path}: {reason}") from error
 
 
 def load_encoder(path: str | Path, config: ViTConfig) -> Initial:
