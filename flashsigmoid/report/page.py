@@ -134,7 +134,10 @@ def _cards(arms: Sequence[Arm]) -> str:
         finals = arm.finals.values
         beside = {"below bigram": below_text(arm, BIGRAM), "below any bigram": below_text(arm, FLOOR)}
         if are_classifiers(arms):
-            beside = {accuracy_label(arms): accuracy_text(arm.accuracies), "most frequent class": accuracy_text(majorities(arm))}
+            beside = {
+                accuracy_label(arms): accuracy_text(arm.accuracies),
+                "most frequent class": accuracy_text(majorities(arm)),
+            }
         facts = {
             "over seeds": f"{loss_text(min(finals))} to {loss_text(max(finals))}" if len(finals) > 1 else "",
             f"minus {base.label}": "" if arm is base else difference_text(arm, base),

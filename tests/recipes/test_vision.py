@@ -77,7 +77,9 @@ def test_a_pretraining_has_its_shapes_on_the_meta_device(name) -> None:
         images = torch.empty(4, data.in_chans, data.img_size, data.img_size, dtype=torch.uint8)
         if isinstance(module, MaskedModule):
             patches = (data.img_size // module.patch_size) ** 2
-            visible, hidden = (torch.zeros(4, n, dtype=torch.int64) for n in (patches // 4 + module.prefix, patches // 4))
+            visible, hidden = (
+                torch.zeros(4, n, dtype=torch.int64) for n in (patches // 4 + module.prefix, patches // 4)
+            )
             x = torch.empty(images.shape)
             predicted, targets = module.predicted(x, visible, hidden), module.targets(x, hidden)
             assert predicted.shape == targets.shape == (4, patches // 4, data.in_chans * module.patch_size**2)
