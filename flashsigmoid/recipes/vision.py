@@ -117,7 +117,9 @@ def simclr_digits() -> ContrastiveRun:
     """SimCLR on the embedded digits, 16 patches of 7 pixels: the smallest pretraining.
 
     Paper: arXiv:2409.04431, its practices at toy size; method arXiv:2002.05709. Command: flashsigmoid train
-    simclr_digits. Hardware: 2 CPU cores. Wall time: EXPECT
+    simclr_digits. Hardware: 2 CPU cores. Wall time: a minute (40 s of CPU time on
+    one core). Expected: seen with one seed, kNN 72 % (softmax 77 %), 52 % before; a probe 75 % (79 %), random weights
+    39 %.
     """
     return ContrastiveRun(
         name="simclr_digits",
@@ -140,7 +142,9 @@ def byol_digits() -> ContrastiveRun:
     """BYOL on the embedded digits.
 
     Paper: arXiv:2409.04431, its practices at toy size; method arXiv:2006.07733. Command: flashsigmoid train
-    byol_digits. Hardware: 2 CPU cores. Wall time: EXPECT
+    byol_digits. Hardware: 2 CPU cores. Wall time: two minutes (105 s of CPU time
+    on one core). Expected: seen with one seed, kNN 57 % (softmax 57 %), 52 % before; a probe 49 % (44 %), random
+    weights 39 %: so few steps teach it little.
     """
     return replace(
         simclr_digits(),
@@ -158,7 +162,9 @@ def mae_digits() -> MaskedRun:
     """MAE on the embedded digits: six patches of sixteen are seen.
 
     Paper: arXiv:2409.04431, its practices at toy size; method arXiv:2111.06377. Command: flashsigmoid train
-    mae_digits. Hardware: 2 CPU cores. Wall time: EXPECT
+    mae_digits. Hardware: 2 CPU cores. Wall time: a minute and a half (80 s of CPU
+    time on one core). Expected: seen with one seed, kNN 68 % (softmax 58 %), 52 % before; a probe 66 % (53 %), random
+    weights 39 %.
     """
     return MaskedRun(
         name="mae_digits",
@@ -181,7 +187,8 @@ def probe_digits() -> ImageRun:
     """A linear classifier of the digits on frozen features: of the pretraining at run.init, or of random weights.
 
     Paper: arXiv:2409.04431, its practices at toy size. Command: flashsigmoid train probe_digits --set
-    init=runs/simclr_digits/sigmoid. Hardware: 2 CPU cores. Wall time: EXPECT
+    init=runs/simclr_digits/sigmoid. Hardware: 2 CPU cores. Wall time: seconds. Expected:
+    see the pretrainings; of random weights 39 % with one seed, the most frequent digit has 11.7 %.
     """
     return ImageRun(
         name="probe_digits",
@@ -201,7 +208,9 @@ def finetune_digits() -> ImageRun:
     """A classifier of the digits that begins with the pretraining at run.init, or with random weights.
 
     Paper: arXiv:2409.04431, its practices at toy size. Command: flashsigmoid train finetune_digits --set
-    init=runs/simclr_digits/sigmoid. Hardware: 2 CPU cores. Wall time: EXPECT
+    init=runs/simclr_digits/sigmoid. Hardware: 2 CPU cores. Wall time: seconds.
+    Expected: seen with one seed, after SimCLR 84 % (softmax 88 %), BYOL 75 % (74 %), MAE 91 % (83 %), from random
+    weights 77 % (77 %).
     """
     return replace(
         probe_digits(),
@@ -381,8 +390,8 @@ def paper_mae_vit_l16() -> MaskedRun:
     """The paper's MAE of a ViT-L/16 on ImageNet, 400 epochs; 49 patches of 196 are seen.
 
     Paper: arXiv:2409.04431, figure of the self-supervised runs; what it does not state is arXiv:2111.06377's. Command:
-    flashsigmoid train paper_mae_vit_l16 --set data.root=FOLDER. Hardware: 1 GPU of 80 GB, where it takes weeks. Wall
-    time: not yet measured. Expected: not yet measured (paper: parity with softmax).
+    flashsigmoid train paper_mae_vit_l16 --set data.root=FOLDER. Hardware: 1 GPU of 80 GB, where it takes weeks.
+    Wall time: not yet measured. Expected: not yet measured (paper: parity with softmax).
     """
     return MaskedRun(
         name="paper_mae_vit_l16",

@@ -70,7 +70,7 @@ class MaskedRun(PretrainingRun):
         if self.follows_tokens:
             with torch.device("meta"):
                 encoder = build_vit(replace(self.model, pretrained=False))
-                visible, _ = _mask(1, encoder, self.mask_ratio, torch.device("meta"))
+                visible, _ = _mask(1, encoder, self.mask_ratio)
             settings["sigmoid_bias"] = -math.log(visible.shape[1])
         return settings
 
@@ -105,7 +105,7 @@ class MaskedModule(PretrainingModule):
         if prefix > 1:
             raise ValueError(f"model must be without registers in a masked pretraining, got {run.model.name}")
         patches, size = tokens(encoder) - prefix, cast(int, encoder.patch_embed.patch_size[0])
-        visible, hidden = _mask(1, encoder, run.mask_ratio, torch.device("cpu"))
+        visible, hidden = _mask(1, encoder, run.mask_ratio)
         if visible.shape[1] == prefix or not hidden.shape[1]:
             raise ValueError(f"mask_ratio must leave and hide at least one of {patches} patches, got {run.mask_ratio}")
         if run.follows_tokens:
@@ -135,7 +135,7 @@ class MaskedModule(PretrainingModule):
             x, _ = self.augment(batch.images, batch.labels)
         else:
             x = normalised(batch.images, self.data.mean, self.data.std)
-        visible, hidden = _mask(len(x), self.encoder, self.run.mask_ratio, x.device)
+        visible, hidden = _mask(len(x), self.encoder, self.run.mask_ratio)
         return F.mse_loss(self.predicted(x, visible, hidden), self.targets(x, hidden))
 
     def predicted(self, x: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class MaskedModule(PretrainingModule):
         return normalize_mean_var(pixels) if self.run.norm_pixels else pixels
 
 
-def _mask(batch: int, encoder: Any, ratio: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _mask(batch: int, encoder: Any, ratio: float) -> tuple[Tensor, Tensor]:
     """Numbers of the visible and of the hidden tokens, drawn for each image; a class token is visible."""
-    has_token = encoder.num_prefix_tokens > 0
+    has_token, device = encoder.num_prefix_tokens > 0, encoder.patch_embed.proj.weight.device
     return random_token_mask((batch, tokens(encoder)), ratio, mask_class_token=not has_token, device=device)
