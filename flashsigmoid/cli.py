@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -158,7 +158,7 @@ def train(
     recipes, missing = _recipes()
     if list_recipes:
         for name, function in recipes.items():
-            print(f"{name:14} {(function.__doc__ or '').strip().partition(chr(10))[0]}")
+            print(f"{name:21} {(function.__doc__ or '').strip().partition(chr(10))[0]}")
         if missing:
             print(missing)
         return
@@ -206,12 +206,8 @@ def _is_language(run: Run) -> bool:
 
 
 def _train(run: Run, folder: Path, *, resume: bool, device: Literal["auto", "cpu", "cuda", "mps"]) -> dict[str, float]:
-    if _is_language(run):
-        from .training.language import train
-    else:
-        from .training.classification import train_classifier as train
     with _progress() as show:
-        return train(cast(Any, run), folder, resume=resume, device=device, show=show)
+        return run.train(folder, resume=resume, device=device, show=show)
 
 
 @contextmanager
@@ -371,10 +367,12 @@ def study(
     from .recipes.vision import RECIPES
     from .report.ablation import NOTE, ablation_rows
     from .studies.vision_ablation import chosen, vision_ablation
+    from .training.classification import ImageRun
 
-    if recipe not in RECIPES:
-        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe}")
-    base, folder = override(RECIPES[recipe](), _assignments(assignments)), out or Path("runs") / name / recipe
+    classifiers = {key: run for key, make in RECIPES.items() if isinstance(run := make(), ImageRun)}
+    if recipe not in classifiers:
+        raise ValueError(f"--recipe must be one of {', '.join(classifiers)}, got {recipe}")
+    base, folder = override(classifiers[recipe], _assignments(assignments)), out or Path("runs") / name / recipe
     for variant in chosen(base, only or ()) if fresh else ():
         _remove_run(folder / variant)
     with _progress() as show:

@@ -24,6 +24,8 @@ ALLOCATORS = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Workers share the cores, so each takes one, as do their subprocesses. Without a GPU Triton is interpreted."""
+    with torch.device("meta"):  # remembers at its first use that it applies to torch.empty, not to what poisons it
+        torch.empty(0)
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -285,6 +285,30 @@ def test_a_study_trains_compares_and_takes_what_is_there(flashsigmoid, tmp_path)
     assert {path.name for path in (tmp_path / folder).iterdir()} == {"base", "relu", "ablation.jsonl"}
 
 
+@pytest.mark.parametrize("recipe", ["simclr_digits", "byol_digits", "mae_digits"])
+def test_train_without_labels_then_a_probe(flashsigmoid, tmp_path, recipe):
+    """A few steps of each, a page of both, and an encoder of the other attention."""
+    tiny = ("--device", "cpu", "--steps", "2", "--set", "model.dim=16", "--set", "model.depth=1", "--batch-size", "8")
+    first = flashsigmoid("train", recipe, *tiny, "--set", "knn_images=50")
+    assert first.code == 0, first.err
+    assert first.out.startswith("val/knn_accuracy 0.")
+    assert flashsigmoid("train", recipe, *tiny, "--set", "knn_images=50", "--resume").out == first.out
+    init = ("--set", f"run.init=runs/{recipe}/sigmoid")
+    probe = flashsigmoid("train", "probe_digits", *tiny, *init)
+    assert probe.code == 0, probe.err
+    assert probe.out.startswith("val/accuracy 0.")
+    assert_one_error(
+        flashsigmoid("train", "probe_digits", *tiny, *init, "--attention", "softmax"),
+        1,
+        "model.attention must be that of the encoder in runs",
+    )
+    assert not (tmp_path / "runs/probe_digits/softmax").exists()
+    for folder, label in ((f"runs/{recipe}", "kNN accuracy"), ("runs/probe_digits", "accuracy")):
+        page = flashsigmoid("report", folder)
+        assert page.code == 0, page.err
+        assert f"final validation {label} " in (tmp_path / folder / "report.html").read_text("utf-8")
+
+
 def test_explain_says_backend_formula_and_why_not_the_others(flashsigmoid):
     outcome = flashsigmoid("explain", "--seqlen", "5", "--window", "3,none", "--alibi", "--bias-per-head", "--causal")
     assert outcome.code == 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import timm
@@ -16,6 +16,7 @@ import torch
 from timm.layers.attention import Attention
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
 from .. import nn as ours
@@ -283,6 +284,31 @@ def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> 
 def tokens(model: VisionTransformer) -> int:
     """Tokens of an image of the model's own size: patches, class token and registers."""
     return cast(int, model.patch_embed.num_patches) + model.num_prefix_tokens
+
+
+def initial_bias(config: ViTConfig) -> float:
+    """b of `build_vit`, or what a learnable one begins with: the config's, else -log of the tokens of an image."""
+    if config.sigmoid_bias is not None:
+        return config.sigmoid_bias
+    with torch.device("meta"):
+        return -math.log(tokens(build_vit(replace(config, pretrained=False))))
+
+
+def layer_groups(model: VisionTransformer, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer in which early layers learn more slowly.
+
+        lr_scale = layer_decay ^ (blocks + 1 - layer),   layer = 0 of the embeddings, 1, 2, ... of the blocks
+
+    so that the head has 1. Vectors and scalars are not decayed.
+
+    Args:
+        model: whose parameters.
+        weight_decay: of the matrices.
+        layer_decay: factor from a layer to the one before it, in (0, 1].
+
+    Source: arXiv:2106.08254 (fine-tuning of BEiT), arXiv:2111.06377 (of MAE).
+    """
+    return param_groups_layer_decay(model, weight_decay=weight_decay, layer_decay=layer_decay)
 
 
 def _fix_positions(model: VisionTransformer) -> None:

@@ -18,7 +18,8 @@ def override(run: Run, *texts: dict[str, str]) -> Run:
 
     Args:
         run: the dataclass; its parts may be dataclasses too.
-        texts: name to value. A name is a field, a part's field ("model.dim"), or its last word if unique.
+        texts: name to value. A name is a field, also as "run.steps", a part's field ("model.dim"), or its last word if
+            unique.
 
     Raises:
         ValueError: a name that is unknown, ambiguous or set twice; a value of another type.
@@ -45,7 +46,9 @@ def _fields(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _field_named(name: str, paths: list[str]) -> str:
-    found = [name] if name in paths else [path for path in paths if path.rpartition(".")[2] == name]
+    if name.removeprefix("run.") in paths:  # as config.json and the errors of --resume name a run's own fields
+        return name.removeprefix("run.")
+    found = [path for path in paths if path.rpartition(".")[2] == name]
     if not found:
         words = {path.rpartition(".")[2]: path for path in paths} | {path: path for path in paths}
         near = difflib.get_close_matches(name, words, n=1)

@@ -20,8 +20,8 @@ TRAIN_LOSS = "train/loss"
 VAL_LOSSES = ("val/loss_bytes", "val/loss")  # per byte first: tokens of two tokenizers do not compare
 BIGRAM = "baseline/bigram"
 FLOOR = "baseline/bigram_floor"  # no function of the previous token alone is below it
-ACCURACY = "val/accuracy"
-ACCURACY_SE = "val/accuracy_se"  # its standard error, of the validation images
+# accuracies of a classifier, else of the nearest neighbours of an encoder's features, and their standard errors
+ACCURACY, KNN_ACCURACY = "val/accuracy", "val/knn_accuracy"
 MAJORITY = "baseline/majority"  # the share of the most frequent class
 IMAGES_PER_S = "images_per_s"
 SKIPPED = "data/skipped"  # corrupt files that were left out
@@ -107,8 +107,8 @@ class Run:
 
     @property
     def accuracy(self) -> float | None:
-        """The last validation accuracy, of a classifier."""
-        series = self.series(ACCURACY)
+        """The last validation accuracy, of a classifier, or of the nearest neighbours of an encoder's features."""
+        series = self.series(ACCURACY) or self.series(KNN_ACCURACY)
         return value_of(series[-1]) if series else None
 
     @property
@@ -120,7 +120,7 @@ class Run:
     @property
     def accuracy_se(self) -> float | None:
         """The standard error of the last validation accuracy, of the validation images."""
-        series = self.series(ACCURACY_SE)
+        series = self.series(f"{ACCURACY}_se") or self.series(f"{KNN_ACCURACY}_se")
         return value_of(series[-1]) if series else None
 
     @property
@@ -362,6 +362,11 @@ def paired_differences(arm: Arm, base: Arm) -> Spread:
         return None if run.final is None else value_of(run.final)
 
     return _paired(arm, base, final) or _of_means(arm.finals, base.finals)
+
+
+def accuracy_name(arms: Sequence[Arm]) -> str:
+    """The record of the accuracy: a classifier's, or that of nearest neighbours if no run is a classifier's."""
+    return ACCURACY if any(run.series(ACCURACY) for arm in arms for run in arm.runs) else KNN_ACCURACY
 
 
 def accuracy_differences(arm: Arm, base: Arm) -> tuple[Spread, float | None]:

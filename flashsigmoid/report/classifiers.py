@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .arms import IMAGES_PER_S, Arm, Run, Spread, accuracy_differences
+from .arms import ACCURACY, IMAGES_PER_S, Arm, Run, Spread, accuracy_differences, accuracy_name
 from .words import NOT_RECORDED, count, join, number_text, quoted, run_name
 
 LEARNED = 3.0  # standard errors above the most frequent class from which on a classifier has learned something
@@ -21,6 +21,11 @@ def are_classifiers(arms: Sequence[Arm]) -> bool:
     return any(arm.accuracies.values for arm in arms)
 
 
+def accuracy_label(arms: Sequence[Arm]) -> str:
+    """What the accuracy is called: a classifier's, or that of nearest neighbours."""
+    return "accuracy" if accuracy_name(arms) == ACCURACY else "kNN accuracy"
+
+
 def majorities(arm: Arm) -> Spread:
     """What the most frequent class alone gets, in each run."""
     return arm.over_runs(lambda run: run.majority)
@@ -29,7 +34,7 @@ def majorities(arm: Arm) -> Spread:
 def rows(arm: Arm, base: Arm) -> dict[str, str]:
     """The accuracy of an arm and what it is compared with: name -> text, the same names for every arm."""
     return {
-        "accuracy": accuracy_text(arm),
+        accuracy_label([arm, base]): accuracy_text(arm),
         f"minus {base.label}, points": "" if arm is base else accuracy_difference_text(arm, base),
         "most frequent class": _range_text(majorities(arm)),
         "standard errors above it": NOT_RECORDED if (above := above_majority(arm)) is None else _times(above),
@@ -91,7 +96,7 @@ def sentences(arms: Sequence[Arm], base: Arm) -> list[str]:
     has_errors = any(arm.over_runs(lambda run: run.accuracy_se).values for arm in known)
     constant = join([f"{value:.1%}" for value in sorted({value for arm in known for value in majorities(arm).values})])
     said = [
-        f"The validation accuracy ended at {ends}"
+        f"The validation {accuracy_label(arms)} ended at {ends}"
         + (f"; the most frequent class alone gets {constant}" if constant else "")
         + (". Behind ± stands the standard error that the number of validation images leaves." if has_errors else ".")
     ]
@@ -116,9 +121,10 @@ def _parity(arm: Arm, base: Arm) -> str:
     spread, error = accuracy_differences(arm, base)
     points, several = 100 * spread.mean, len(spread.values) > 1
     where = "above" if points > 0 else "below"
-    what = f"the accuracy of {quoted(arm)} is {abs(points):.2f} points {where} that of {quoted(base)}"
+    label = accuracy_label([arm, base])
+    what = f"the {label} of {quoted(arm)} is {abs(points):.2f} points {where} that of {quoted(base)}"
     if points == 0:
-        what = f"the accuracy of {quoted(arm)} is that of {quoted(base)}"
+        what = f"the {label} of {quoted(arm)} is that of {quoted(base)}"
     if several:
         least, most = 100 * min(spread.values), 100 * max(spread.values)
         what += f" (seed by seed {least:+.2f} to {most:+.2f}, standard deviation {100 * spread.deviation:.2f})"

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from .arms import ACCURACY, ACCURACY_SE, BIGRAM, FLOOR, Arm, Point
-from .classifiers import are_of_images, majorities
+from .arms import BIGRAM, FLOOR, Arm, Point, accuracy_name
+from .classifiers import accuracy_label, are_of_images, majorities
 from .summary import loss_unit
 from .words import loss_text
 
@@ -142,18 +142,20 @@ def loss_drawings(arms: Sequence[Arm]) -> list[Drawing]:
 
 def accuracy_drawing(arms: Sequence[Arm]) -> Drawing:
     """Validation accuracy against step, with what the most frequent class alone gets."""
-    shown = [arm for arm in arms if arm.points(ACCURACY)]
-    caption = "Share of validation images that are classified rightly. Bands: one standard error of it, up and down."
+    name, label = accuracy_name(arms), accuracy_label(arms)
+    shown = [arm for arm in arms if arm.points(name)]
+    how = "rightly" if label == "accuracy" else "rightly by the nearest neighbours of their features"
+    caption = f"Share of validation images that are classified {how}. Bands: one standard error of it, up and down."
     if any(len(arm.runs) > 1 for arm in shown):
-        caption = "Share of validation images that are classified rightly, mean over seeds. Bands: least to largest."
+        caption = f"Share of validation images that are classified {how}, mean over seeds. Bands: least to largest."
     constant = sorted({value for arm in shown for value in majorities(arm).values})
     if constant:
         caption += " Dashed: the most frequent class alone."
 
     def draw(axes: Axes) -> None:
         for arm in shown:
-            points, own = arm.points(ACCURACY), colour(arm)
-            steps, errors = [p.step for p in points], {p.step: p.mean for p in arm.points(ACCURACY_SE)}
+            points, own = arm.points(name), colour(arm)
+            steps, errors = [p.step for p in points], {p.step: p.mean for p in arm.points(f"{name}_se")}
             lows, highs = [p.low for p in points], [p.high for p in points]
             if len(arm.runs) == 1:
                 lows = [p.mean - errors.get(p.step, 0.0) for p in points]
@@ -164,7 +166,7 @@ def accuracy_drawing(arms: Sequence[Arm]) -> Drawing:
         for value in constant:
             axes.axhline(value, color=_INK, linewidth=1.2, linestyle=(0, (5, 3)))
         axes.set_xlabel("step")
-        axes.set_ylabel("validation accuracy")
+        axes.set_ylabel(f"validation {label}")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

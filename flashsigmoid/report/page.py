@@ -176,10 +176,10 @@ def _loss_card(arm: Arm, base: Arm) -> tuple[str, str, dict[str, str]]:
 def _accuracy_card(arm: Arm, base: Arm) -> tuple[str, str, dict[str, str]]:
     """The final accuracy, what it is, and what stands below it."""
     value, _, beside = classifiers.accuracy_text(arm).partition(" ")
-    facts = classifiers.rows(arm, base)
-    del facts["accuracy"]
+    label, facts = classifiers.accuracy_label([arm, base]), classifiers.rows(arm, base)
+    del facts[label]
     facts["loss"] = f"{loss_text(arm.finals.mean)}" if arm.finals.values else "not finite"
-    return value, f"final validation accuracy {beside}".strip(), facts | {"first |A V|": norm_text(arm)}
+    return value, f"final validation {label} {beside}".strip(), facts | {"first |A V|": norm_text(arm)}
 
 
 def _figure(drawing: Drawing) -> str:
@@ -231,7 +231,7 @@ def _settings(arms: Sequence[Arm]) -> str:
 
 
 def _runs(arms: Sequence[Arm]) -> str:
-    rows, has_accuracy = [], are_classifiers(arms)
+    rows, has_accuracy, label = [], are_classifiers(arms), classifiers.accuracy_label(arms)
     for arm in arms:
         for run in arm.runs:
             final, best = run.final, run.best
@@ -248,7 +248,7 @@ def _runs(arms: Sequence[Arm]) -> str:
             rows.append(_row(_name(arm), map(escape, cells)))
     return _table(
         rows,
-        ["arm", "seed", "steps", *(["accuracy"] if has_accuracy else []), "final loss", "best loss", "time", "started"],
+        ["arm", "seed", "steps", *([label] if has_accuracy else []), "final loss", "best loss", "time", "started"],
     )
 
 

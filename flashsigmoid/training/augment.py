@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,8 +35,7 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "crop", tuple(self.crop))
-        if len(self.crop) != 2 or not 0.0 < self.crop[0] <= self.crop[1] <= 1.0:
-            raise ValueError(f"crop must be two shares 0 < least <= largest <= 1, got {self.crop}")
+        _check_crop(self.crop)
         if self.randaugment < 0:
             raise ValueError(f"randaugment must be at least 0, got {self.randaugment}")
         if not 0 <= self.magnitude <= 30:
@@ -44,6 +43,70 @@ class AugmentConfig:
         for name in ("mixup", "cutmix"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """What is drawn for every image of a batch, twice: two views of it for contrastive learning.
+
+    Raises:
+        ValueError: a field breaks the rule beside it.
+
+    Source: arXiv:2002.05709 (SimCLR, appendix A), arXiv:2006.07733 (BYOL, appendix B: the two views differ).
+    """
+
+    crop: tuple[float, float] = (0.2, 1.0)  # least and largest share of the area that is cut out, and resized
+    flip: bool = True  # left and right with probability 1/2
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)  # of brightness, contrast, saturation and hue
+    jitter_p: float = 0.8  # probability of all four
+    grayscale: float = 0.2  # probability
+    blur: tuple[float, float] = (0.0, 0.0)  # probability in the first and in the second view
+    solarize: tuple[float, float] = (0.0, 0.0)  # the same
+
+    def __post_init__(self) -> None:
+        for name in ("crop", "jitter", "blur", "solarize"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_crop(self.crop)
+        if len(self.jitter) != 4 or not all(0.0 <= x < math.inf for x in self.jitter) or self.jitter[3] > 0.5:
+            raise ValueError(f"jitter must be four strengths of at least 0, of hue at most 0.5, got {self.jitter}")
+        for name in ("jitter_p", "grayscale"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("blur", "solarize"):
+            pair = getattr(self, name)
+            if len(pair) != 2 or not all(0.0 <= p <= 1.0 for p in pair):
+                raise ValueError(f"{name} must be two probabilities in [0, 1], got {pair}")
+
+
+class Views(nn.Module):
+    """Images of bytes into two views of each.
+
+        view = normalise(solarize(blur(grayscale(jitter(flip(crop(image)))))))
+
+    All draws are torch's, on the device of the images, for each image alone.
+
+    Args:
+        config: what is drawn.
+        mean, std: of every channel, in [0, 1].
+    """
+
+    def __init__(self, config: ViewsConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.config, self.mean, self.std = config, tuple(mean), tuple(std)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, channels, size, size) uint8 into two of that shape, float32."""
+        first, second = (self._view(images, which) for which in (0, 1))
+        return first, second
+
+    def _view(self, images: Tensor, which: int) -> Tensor:
+        config = self.config
+        x = cropped(images, config.crop, config.flip).float() / 255.0
+        x = _some(x, config.jitter_p, lambda x: jittered(x, config.jitter))
+        x = _some(x, config.grayscale, lambda x: grey(x).expand_as(x))
+        x = _some(x, config.blur[which], blurred)
+        x = _some(x, config.solarize[which], lambda x: torch.where(x < 0.5, x, 1.0 - x))
+        return standardised(x, self.mean, self.std)
 
 
 class Augment(nn.Module):
@@ -85,9 +148,14 @@ class Augment(nn.Module):
 
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(image / 255 - mean) / std of uint8 (batch, channels, height, width), in float32."""
+    return standardised(images.float() / 255.0, mean, std)
+
+
+def standardised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std of (batch, channels, height, width) in [0, 1]."""
     shape = (1, -1, 1, 1)
-    centre, width = (torch.tensor(x, dtype=torch.float32, device=images.device).view(shape) for x in (mean, std))
-    return (images.float() / 255.0 - centre) / width
+    centre, width = (torch.tensor(y, dtype=torch.float32, device=x.device).view(shape) for y in (mean, std))
+    return (x - centre) / width
 
 
 def cropped(images: Tensor, area: tuple[float, float], flip: bool) -> Tensor:
@@ -112,3 +180,66 @@ def cropped(images: Tensor, area: tuple[float, float], flip: bool) -> Tensor:
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return out.round().clamp(0, 255).to(torch.uint8)
+
+
+def grey(x: Tensor) -> Tensor:
+    """Luma (batch, 1, height, width) of images of three channels; those of one are grey already."""
+    if x.shape[1] == 1:
+        return x
+    red, green, blue = x.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def jittered(x: Tensor, strengths: tuple[float, float, float, float]) -> Tensor:
+    """Images in [0, 1] with other brightness, contrast, saturation and hue, in this order.
+
+    Images of one channel have the first two. Each factor is uniform in [1 - strength, 1 + strength], at least 0. The
+    hue turns by up to `strength` of a circle about the grey axis, so that red, green and blue turn into one another
+    and grey stays.
+    """
+    brightness, contrast, saturation, hue = (_uniform(x, -strength, strength) for strength in strengths)
+    x = (x * (1.0 + brightness).clamp(min=0.0)).clamp(0.0, 1.0)
+    mean = grey(x).mean((1, 2, 3), keepdim=True)
+    x = (mean + (1.0 + contrast).clamp(min=0.0) * (x - mean)).clamp(0.0, 1.0)
+    if x.shape[1] != 3:
+        return x
+    luma = grey(x)
+    x = (luma + (1.0 + saturation).clamp(min=0.0) * (x - luma)).clamp(0.0, 1.0)
+    angle = 2.0 * math.pi * hue
+    third, cosine, sine = 1.0 / 3.0, angle.cos(), angle.sin() / math.sqrt(3.0)
+    # Rodrigues' rotation about (1, 1, 1) of the channels
+    return (cosine * x + (1.0 - cosine) * third * x.sum(1, keepdim=True) + sine * (x.roll(1, 1) - x.roll(-1, 1))).clamp(
+        0.0, 1.0
+    )
+
+
+def blurred(x: Tensor) -> Tensor:
+    """Images convolved with a Gaussian whose deviation is uniform in [0.1, 2] pixels; at the rim it has its inner part.
+
+    Source: arXiv:2002.05709, appendix A.
+    """
+    deviation = _uniform(x, 0.1, 2.0)
+
+    def kernel(size: int) -> Tensor:
+        """(batch, 1, size, size), of which each row sums to 1."""
+        i = torch.arange(size, device=x.device)
+        weights = (-((i[:, None] - i[None, :]) ** 2) / (2.0 * deviation**2)).exp()
+        return weights / weights.sum(-1, keepdim=True)
+
+    height, width = x.shape[-2:]
+    return kernel(height) @ x @ kernel(width).mT
+
+
+def _some(x: Tensor, p: float, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Images of which each is changed with probability p."""
+    return torch.where(_uniform(x, 0.0, 1.0) < p, change(x), x) if p else x
+
+
+def _uniform(x: Tensor, low: float, high: float) -> Tensor:
+    """A number for every image of x: (batch, 1, 1, 1)."""
+    return low + (high - low) * torch.rand(len(x), 1, 1, 1, device=x.device)
+
+
+def _check_crop(crop: tuple[float, ...]) -> None:
+    if len(crop) != 2 or not 0.0 < crop[0] <= crop[1] <= 1.0:
+        raise ValueError(f"crop must be two shares 0 < least <= largest <= 1, got {crop}")

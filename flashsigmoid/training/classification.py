@@ -1,20 +1,23 @@
-"""Training an image classifier: its description, its module, and `train_classifier`. The rest is module.py's."""
+"""Training on images: `ImageModule`, whatever is learned; and a classifier's description, module and training.
+
+Steps, optimizer and resume are module.py's, learning without labels is pretraining.py's.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from ..models.vision import VisionAttention, ViTConfig, build_vit, tokens
+from ..models.vision import VisionAttention, ViTConfig, build_vit, initial_bias, layer_groups
 from ..record import RECORDS_NAME, RecordWriter, read_records
 from .attention_maps import write_attention_maps
 from .augment import Augment, AugmentConfig, normalised
@@ -22,7 +25,9 @@ from .callbacks import Show, show_line
 from .data import shuffled
 from .images import ImageConfig, ImageData, collate, load_images
 from .module import Feed, Metric, RunModule, fit, resumed_from
+from .optim import adamw
 from .run import Run
+from .transfer import Initial, load_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +45,21 @@ class ImageRun(Run):
     label_smoothing: float = 0.0  # share of the target that all classes have alike, in [0, 1)
     ema: float = 0.0  # decay of an average of the weights, which is what is validated; 0: none
     workers: int = 0  # processes that read images; 0: this one
+    init: str | None = None  # a run, or a checkpoint, whose encoder it begins with; None: random weights
+    train_only: Literal["all", "head"] = "all"  # "head": a linear probe, the encoder stays as it is
+    head_norm: bool = False  # BatchNorm without parameters before the head, as MAE's linear probe has
+    layer_decay: float = 1.0  # of the learning rate from a block to the one before it, in (0, 1]
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.train_only not in ("all", "head"):
+            raise ValueError(f"train_only must be 'all' or 'head', got {self.train_only!r}")
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise ValueError(f"layer_decay must be in (0, 1], got {self.layer_decay}")
+        if self.train_only == "head" and self.layer_decay != 1.0:
+            raise ValueError(f"layer_decay must be 1 with train_only='head', got {self.layer_decay}")
+        if self.init is not None and self.model.pretrained:
+            raise ValueError(f"init must be None with timm's weights, model.pretrained, got {self.init!r}")
         for name in ("label_smoothing", "ema"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -55,11 +72,11 @@ class ImageRun(Run):
 
     def settings(self) -> dict[str, Any]:
         """The description in one flat dict for the records; sigmoid_bias is the number that is used, or begun with."""
-        b = self.model.sigmoid_bias
-        if b is None:
-            with torch.device("meta"):
-                b = -math.log(tokens(build_vit(replace(self.model, pretrained=False))))
-        return {**super().settings(), "sigmoid_bias": b}
+        return {**super().settings(), "sigmoid_bias": initial_bias(self.model)}
+
+    def train(self, out_dir: Path, **options: Any) -> dict[str, float]:
+        """`train_classifier`."""
+        return train_classifier(self, out_dir, **options)
 
 
 class ImageBatch(NamedTuple):
@@ -70,45 +87,30 @@ class ImageBatch(NamedTuple):
     position: dict[str, Any]
 
 
-class ClassificationModule(RunModule):
-    """A Vision Transformer with its loss: what Lightning drives.
-
-        loss = mean over images of -sum over classes of target * log softmax(logits)       nats per image
+class ImageModule(RunModule):
+    """What is trained on images, with the position of its data; a subclass has the loss.
 
     Args:
-        run: the description.
+        run: the description; it has the field `workers`.
         data: what is read.
+        model: what is trained: a Vision Transformer, or what has one as `encoder`.
 
     Raises:
-        ValueError: the model has another number of classes or channels than the data.
+        ValueError: the model has another number of channels than the data.
     """
 
-    loss_unit = "nats_per_image"
     read_per_sample = ("images_per_s", 1)
 
-    def __init__(self, run: ImageRun, data: ImageData) -> None:
-        for name, has, needs in (
-            ("num_classes", run.model.num_classes, len(data.classes)),
-            ("in_chans", run.model.in_chans, data.in_chans),
-        ):
-            if has != needs:
-                raise ValueError(f"model.{name} must be that of the data, {needs}, got {has}")
-        super().__init__(run, run.build())
+    def __init__(self, run: Run, data: ImageData, model: nn.Module) -> None:
+        if run.model.in_chans != data.in_chans:
+            raise ValueError(f"model.in_chans must be that of the data, {data.in_chans}, got {run.model.in_chans}")
+        super().__init__(run, model)
         self.data = data
-        self.augment = Augment(run.augment, data.mean, data.std, len(data.classes))
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema else None
-        self._val = (0.0, 0, 0)  # nats, right answers, images
 
-    def batch_loss(self, batch: ImageBatch) -> Tensor:
-        """Mean loss of a batch after its augmentation."""
-        x, targets = self.augment(batch.images, batch.labels)
-        return F.cross_entropy(self.model(x).float(), targets, label_smoothing=self.run.label_smoothing)
-
-    def optimizer_step(self, *args: Any, **options: Any) -> None:
-        """Lightning's hook: the average of the weights follows each step."""
-        super().optimizer_step(*args, **options)
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+    @property
+    def encoder(self) -> nn.Module:
+        """The Vision Transformer."""
+        return self.model
 
     def train_dataloader(self) -> Feed:
         """Training batches without an end; where they begin is read when they do, after a checkpoint is restored."""
@@ -140,6 +142,106 @@ class ClassificationModule(RunModule):
         images, labels = (x.to(device, non_blocking=True) for x in batch[:2])
         return ImageBatch(images, labels, batch.position)
 
+    def probed(self) -> Iterator[tuple[str, float]]:
+        """Mean norm of A v of a token, before the output projection, of each block, on a batch of validation images."""
+        norms: list[float] = []
+        attentions = [module for module in self.encoder.modules() if isinstance(module, VisionAttention)]
+        hooks = [
+            attention.proj.register_forward_pre_hook(lambda _, args: norms.append(float(args[0].norm(dim=-1).mean())))
+            for attention in attentions
+        ]
+        try:
+            val: Any = self.data.val
+            images, _ = collate([val[i] for i in range(min(self.run.batch, len(val), 64))])
+            with torch.no_grad():
+                self.encoder(normalised(images.to(self.device), self.data.mean, self.data.std))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        yield from ((f"attn_norm/layer_{i}", norm) for i, norm in enumerate(norms))
+
+    @property
+    def shown(self) -> nn.Module:
+        """The Vision Transformer whose attention is drawn at the end."""
+        return self.encoder
+
+    def finish(self, writer: RecordWriter) -> None:
+        """How many files were left out, and where the model looks in a few validation images."""
+        writer.write("data/skipped", sum(map(len, self.data.skipped)), unit="files", step=self.run.steps)
+        write_attention_maps(writer, self.shown, self.data, step=self.run.steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add which files were left out."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["flashsigmoid"]["skipped"] = self.data.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back, of a checkpoint that has it."""
+        super().on_load_checkpoint(checkpoint)
+        self.data.skip(checkpoint["flashsigmoid"].get("skipped", [[], []]))
+
+
+class ClassificationModule(ImageModule):
+    """A Vision Transformer with its loss: what Lightning drives.
+
+        loss = mean over images of -sum over classes of target * log softmax(logits)       nats per image
+
+    Args:
+        run: the description.
+        data: what is read.
+        initial: weights of the encoder. Default: random ones, or timm's.
+
+    Raises:
+        ValueError: the model has another number of classes or channels than the data; weights of another model.
+    """
+
+    loss_unit = "nats_per_image"
+
+    def __init__(self, run: ImageRun, data: ImageData, initial: Initial | None = None) -> None:
+        if run.model.num_classes != len(data.classes):
+            raise ValueError(
+                f"model.num_classes must be that of the data, {len(data.classes)}, got {run.model.num_classes}"
+            )
+        model: Any = run.build()
+        if initial is not None:
+            initial.load_into(model)
+        if run.head_norm:
+            model.head = nn.Sequential(nn.BatchNorm1d(model.num_features, affine=False), model.head)
+        if run.train_only == "head":
+            model.requires_grad_(False)
+            model.head.requires_grad_(True)
+        super().__init__(run, data, model)
+        self.augment = Augment(run.augment, data.mean, data.std, len(data.classes))
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema else None
+        self._val = (0.0, 0, 0)  # nats, right answers, images
+
+    def train(self, mode: bool = True) -> Self:
+        """Lightning's and torch's switch; a frozen encoder stays in eval mode."""
+        super().train(mode)
+        if self.run.train_only == "head":
+            self.model.eval()
+            cast(Any, self.model).head.train(mode)
+        return self
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW, with a learning rate of every layer where layer_decay asks for it."""
+        run = self.run
+        if run.layer_decay == 1.0:
+            return super().configure_optimizers()
+        model, decay = cast(Any, self.model), run.optim.weight_decay
+        return adamw(model, run.optim, layer_groups(model, weight_decay=decay, layer_decay=run.layer_decay))
+
+    def batch_loss(self, batch: ImageBatch) -> Tensor:
+        """Mean loss of a batch after its augmentation."""
+        x, targets = self.augment(batch.images, batch.labels)
+        return F.cross_entropy(self.model(x).float(), targets, label_smoothing=self.run.label_smoothing)
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        """Lightning's hook: the average of the weights follows each step."""
+        super().optimizer_step(*args, **options)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""
         self._val = (0.0, 0, 0)
@@ -157,6 +259,11 @@ class ClassificationModule(RunModule):
         """What is validated: the model, or the average of its weights."""
         return self.model if self.average is None else self.average
 
+    @property
+    def shown(self) -> nn.Module:
+        """What is validated, as a Vision Transformer."""
+        return self.model if self.average is None else self.average.module
+
     def validated(self) -> Iterator[Metric]:
         """Share of right answers, with its standard error, and loss."""
         nats, right, count = self._val
@@ -169,45 +276,11 @@ class ClassificationModule(RunModule):
         """What the most frequent class alone gets."""
         yield "baseline/majority", self.data.majority, ""
 
-    def probed(self) -> Iterator[tuple[str, float]]:
-        """Mean norm of A v of a token, before the output projection, of each block, on a batch of validation images."""
-        norms: list[float] = []
-        attentions = [module for module in self.model.modules() if isinstance(module, VisionAttention)]
-        hooks = [
-            attention.proj.register_forward_pre_hook(lambda _, args: norms.append(float(args[0].norm(dim=-1).mean())))
-            for attention in attentions
-        ]
-        try:
-            val: Any = self.data.val
-            images, _ = collate([val[i] for i in range(min(self.run.batch, len(val), 64))])
-            with torch.no_grad():
-                self.model(normalised(images.to(self.device), self.data.mean, self.data.std))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        yield from ((f"attn_norm/layer_{i}", norm) for i, norm in enumerate(norms))
-
-    def finish(self, writer: RecordWriter) -> None:
-        """How many files were left out, and where the model looks in a few validation images."""
-        writer.write("data/skipped", sum(map(len, self.data.skipped)), unit="files", step=self.run.steps)
-        judged = self.model if self.average is None else self.average.module
-        write_attention_maps(writer, judged, self.data, step=self.run.steps)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add which files were left out."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["flashsigmoid"]["skipped"] = self.data.skipped
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it back, of a checkpoint that has it."""
-        super().on_load_checkpoint(checkpoint)
-        self.data.skip(checkpoint["flashsigmoid"].get("skipped", [[], []]))
-
 
 class _Order:
     """Numbers of training images without an end, shuffled anew in every epoch: a function of (seed, position) only."""
 
-    def __init__(self, run: ImageRun, data: ImageData, start: int) -> None:
+    def __init__(self, run: Run, data: ImageData, start: int) -> None:
         self.seed, self.count, self.start = run.seed, len(data.train), start  # pyright: ignore[reportArgumentType]
 
     def __iter__(self) -> Iterator[int]:
@@ -242,19 +315,22 @@ def train_classifier(
 
     Raises:
         FileNotFoundError: there is no data where it should be.
-        ValueError: bad data; a model that does not fit it; a run in `out_dir` already; resuming with another
-            description or other data.
+        ValueError: bad data; a model that does not fit it, or the encoder at run.init; a run in `out_dir` already;
+            resuming with another description or other data.
         Interrupted: a signal ended it.
     """
     out_dir = Path(out_dir)
     start = resumed_from(out_dir, resume)
     data = load_images(run.data)
+    # a checkpoint holds the weights: what the run began with may be gone by then
+    initial = load_encoder(run.init, run.model) if run.init is not None and start is None else None
     fit(
         run,
-        lambda: ClassificationModule(run, data),
+        lambda: ClassificationModule(run, data, initial),
         out_dir,
         start,
         fingerprint=data.fingerprint,
+        initial=initial,
         device=device,
         show=show,
         command=command,

@@ -25,6 +25,7 @@ from .callbacks import Interrupted, Recorder, Saver, Show, Stopwatch, quiet_ligh
 from .checkpoint import FOLDER, DirectoryCheckpoint, checkpoints, clean, load_config, rng_state, set_rng_state
 from .optim import adamw, lr_at
 from .run import Run, check_unchanged
+from .transfer import Initial
 
 Metric = tuple[str, float, str]  # name, value, unit
 
@@ -108,7 +109,8 @@ class RunModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate of this step: a pure function of its number."""
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(self.trainer.global_step, self.run.steps, self.run.optim)
+            rate = lr_at(self.trainer.global_step, self.run.steps, self.run.optim)
+            group["lr"] = rate * group.get("lr_scale", 1.0)
 
     def configure_gradient_clipping(self, optimizer: Any, *limits: Any, **options: Any) -> None:
         """Clip the norm of the whole gradient, and keep it for the records."""
@@ -152,6 +154,7 @@ def fit(
     *,
     fingerprint: str,
     files: dict[str, str] | None = None,
+    initial: Initial | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     show: Show,
     command: str | None = None,
@@ -165,6 +168,7 @@ def fit(
         start: a checkpoint of it, or None.
         fingerprint: of the data.
         files: what a checkpoint has beside weights and states, by name.
+        initial: the weights that the module begins with, for the records; None: none, or it goes on from `start`.
         device, show, command: as `language.train`.
 
     Raises:
@@ -184,11 +188,15 @@ def fit(
     torch.manual_seed(run.seed)
     random.seed(run.seed)
     np.random.seed(run.seed)
+    module = make()  # before the records: what does not fit leaves nothing behind
+    settings = run.settings() | ({} if initial is None else {"init": initial.origin})
     saver = Saver(out_dir)
     with (
-        RecordWriter(out_dir / RECORDS_NAME, run.settings(), command, None if start is None else step) as writer,
+        RecordWriter(out_dir / RECORDS_NAME, settings, command, None if start is None else step) as writer,
         quiet_lightning(),
     ):
+        if initial is not None:
+            writer.write("init", step=0, checkpoint=str(initial.path), sha256=initial.sha256)
         trainer = pl.Trainer(
             default_root_dir=out_dir,
             accelerator={"cuda": "gpu"}.get(device, device),
@@ -211,7 +219,7 @@ def fit(
         )
         saver.listen()
         try:
-            trainer.fit(make(), ckpt_path=start, weights_only=True)
+            trainer.fit(module, ckpt_path=start, weights_only=True)
         except Interrupted as stop:
             print(
                 f"\nstopped by {stop.signal_name} after step {stop.step}, saved {stop.checkpoint}: "

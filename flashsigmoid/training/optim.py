@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,14 +57,21 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
     return config.lr * (config.final_lr + (1.0 - config.final_lr) * (1.0 + math.cos(math.pi * t)) / 2.0)
 
 
-def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: OptimConfig, groups: list[dict[str, Any]] | None = None) -> torch.optim.AdamW:
     """AdamW over the parameters of `model`; vectors and scalars (norms, LayerScales, biases) are not decayed.
+
+    Args:
+        model: what is trained.
+        config: rates and decay.
+        groups: of its parameters, with weight_decay of each, and lr_scale, a factor of the learning rate. Default:
+            matrices, and the rest.
 
     Source: arXiv:1711.05101.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    if groups is None:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)

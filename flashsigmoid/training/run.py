@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..models.gpt import GPTConfig
@@ -76,6 +77,10 @@ class Run:
         """The same run with this attention: a pair differs in nothing else."""
         return replace(self, model=replace(self.model, attention=attention))
 
+    def train(self, out_dir: Path, **options: Any) -> dict[str, float]:
+        """Train it; the arguments, the results and the errors are those of `language.train`."""
+        raise NotImplementedError
+
     def sections(self) -> dict[str, dict[str, Any]]:
         """The description in plain containers, as in config.json: {"model", "optim", "data", ..., "run"}."""
         fields = asdict(self)
@@ -110,6 +115,12 @@ class LanguageRun(Run):
         super().__post_init__()
         if self.sample_tokens < 0:
             raise ValueError(f"sample_tokens must not be negative, got {self.sample_tokens}")
+
+    def train(self, out_dir: Path, **options: Any) -> dict[str, float]:
+        """`language.train`."""
+        from .language import train
+
+        return train(self, out_dir, **options)
 
     def settings(self) -> dict[str, Any]:
         """The description in one flat dict for the records; sigmoid_bias is the number that is used."""

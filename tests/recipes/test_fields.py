@@ -38,6 +38,7 @@ class Outer:
     ("name", "text", "read"),
     [
         ("steps", "7", lambda run: run.steps == 7),
+        ("run.steps", "7", lambda run: run.steps == 7),
         ("model.dim", "7", lambda run: (run.model.dim, run.other.dim) == (7, 5)),
         ("bias", "-3.5", lambda run: run.model.bias == -3.5),
         ("bias", "none", lambda run: run.model.bias is None),

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from torchvision.transforms.v2 import functional
 
-from flashsigmoid.training.augment import Augment, AugmentConfig, cropped, normalised
+from flashsigmoid.training.augment import (
+    Augment,
+    AugmentConfig,
+    Views,
+    ViewsConfig,
+    blurred,
+    cropped,
+    grey,
+    jittered,
+    normalised,
+)
 
 
 def images(batch: int = 8, channels: int = 3, size: int = 16) -> torch.Tensor:
@@ -107,3 +119,105 @@ def test_the_same_seed_draws_the_same() -> None:
 def test_bad_fields_are_one_clear_error(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         AugmentConfig(**fields)
+
+
+NOTHING = ViewsConfig(crop=(1.0, 1.0), flip=False, jitter_p=0.0, grayscale=0.0)
+
+
+def test_views_of_nothing_are_the_normalised_images() -> None:
+    x, mean, std = images(), (0.1, 0.2, 0.3), (0.5, 0.25, 0.2)
+    for view in Views(NOTHING, mean, std)(x):
+        assert torch.equal(view, normalised(x, mean, std))
+
+
+def test_two_views_differ_from_each_other_and_between_images() -> None:
+    torch.manual_seed(0)
+    x = images(1).expand(8, -1, -1, -1)
+    first, second = Views(ViewsConfig(blur=(0.5, 0.5)), (0.5,) * 3, (0.25,) * 3)(x)
+    assert first.shape == second.shape == x.shape
+    assert not torch.allclose(first, second)
+    assert len({view.numpy().tobytes() for view in (*first, *second)}) == 16
+
+
+@pytest.mark.parametrize(
+    ("fields", "view", "share", "changed"),
+    [
+        ({"jitter_p": 0.8}, 0, 0.8, lambda x: x),
+        ({"grayscale": 0.2}, 0, 0.2, lambda x: grey(x).expand_as(x)),
+        ({"blur": (0.0, 0.3)}, 1, 0.3, lambda x: x),
+        ({"blur": (0.0, 0.3)}, 0, 0.0, lambda x: x),
+        ({"solarize": (0.1, 0.4)}, 0, 0.1, lambda x: torch.where(x < 0.5, x, 1 - x)),
+        ({"solarize": (0.1, 0.4)}, 1, 0.4, lambda x: torch.where(x < 0.5, x, 1 - x)),
+    ],
+)
+def test_each_change_is_made_to_its_share_of_the_images(fields, view, share, changed) -> None:
+    torch.manual_seed(2)
+    count = 1000
+    x = images(count, size=6)
+    plain = x.float() / 255.0
+    out = Views(dataclasses.replace(NOTHING, **fields), (0.0,) * 3, (1.0,) * 3)(x)[view]
+    moved = (out != plain).flatten(1).any(1)
+    assert abs(int(moved.sum()) - share * count) <= 5 * math.sqrt(count * share * (1 - share))
+    if "jitter_p" not in fields and "blur" not in fields:
+        torch.testing.assert_close(out[moved], changed(plain)[moved])
+
+
+def test_a_third_of_a_circle_turns_red_into_green_and_leaves_grey() -> None:
+    draws = iter([torch.zeros(2, 1, 1, 1)] * 3 + [torch.full((2, 1, 1, 1), 1 / 3)])
+    x = torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.4, 0.4]]).view(2, 3, 1, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flashsigmoid.training.augment._uniform", lambda x, low, high: next(draws))
+        out = jittered(x, (0.0, 0.0, 0.0, 0.5)).flatten(1)
+    torch.testing.assert_close(out, torch.tensor([[0.0, 1.0, 0.0], [0.4, 0.4, 0.4]]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_jitter_is_torchvisions_with_a_factor_for_every_image(which) -> None:
+    """Brightness, contrast and saturation one at a time; the hue of the two is measured differently."""
+    torch.manual_seed(0)
+    x, strengths = images().float() / 255.0, [0.0] * 4
+    strengths[which] = 0.9
+    factors = torch.tensor([0.1, 0.5, 0.9, 1.0, 1.2, 1.5, 1.7, 1.9])
+    draws = iter([factors.view(8, 1, 1, 1) - 1.0 if i == which else torch.zeros(8, 1, 1, 1) for i in range(4)])
+    adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)[which]
+    expected = torch.stack([adjust(image, float(f)) for image, f in zip(x, factors, strict=True)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flashsigmoid.training.augment._uniform", lambda x, low, high: next(draws))
+        torch.testing.assert_close(jittered(x, (*strengths,)), expected, atol=2e-4, rtol=0)  # torchvision's luma
+
+
+def test_images_of_one_channel_are_jittered_too() -> None:
+    torch.manual_seed(0)
+    x = images(channels=1).float() / 255.0
+    out = jittered(x, (0.4, 0.4, 0.4, 0.1))
+    assert out.shape == x.shape
+    assert not torch.allclose(out, x)
+    assert torch.equal(grey(x), x)
+
+
+def test_a_blur_is_torchvisions_away_from_the_rim_and_keeps_a_colour() -> None:
+    x = images(size=40).float() / 255.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flashsigmoid.training.augment._uniform", lambda x, low, high: torch.full((len(x), 1, 1, 1), 1.5))
+        out = blurred(x)
+        torch.testing.assert_close(blurred(torch.full_like(x, 0.3)), torch.full_like(x, 0.3))
+    expected = functional.gaussian_blur(x, [23, 23], [1.5, 1.5])
+    inner = (..., slice(12, 28), slice(12, 28))
+    torch.testing.assert_close(out[inner], expected[inner], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"crop": (0.0, 1.0)}, "crop must be two shares"),
+        ({"jitter": (0.4, 0.4, 0.4)}, "jitter must be four strengths"),
+        ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "of hue at most 0.5"),
+        ({"jitter_p": 1.5}, r"jitter_p must be in \[0, 1\], got 1.5"),
+        ({"grayscale": -0.1}, r"grayscale must be in \[0, 1\], got -0.1"),
+        ({"blur": (0.5,)}, r"blur must be two probabilities in \[0, 1\], got \(0.5,\)"),
+        ({"solarize": (0.0, 2.0)}, "solarize must be two probabilities"),
+    ],
+)
+def test_bad_fields_of_views_are_one_clear_error(fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViewsConfig(**fields)

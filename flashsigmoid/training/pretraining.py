@@ -1,0 +1,198 @@
+"""Pretraining an encoder on images without their labels: what its methods share, and `pretrain`.
+
+The losses are contrastive.py's and masked.py's. Labels serve to judge the features, never to learn them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightly.utils.benchmarking.knn import knn_predict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..models.vision import ViTConfig, initial_bias
+from ..record import RECORDS_NAME, read_records
+from .augment import normalised
+from .callbacks import Show, show_line
+from .classification import ImageBatch, ImageModule
+from .images import ImageConfig, ImageData, load_images
+from .module import Feed, Metric, fit, resumed_from
+from .run import Run
+from .transfer import ENCODER
+
+_CHUNK = 256  # features whose neighbours are sought at once
+_KNN_TEMPERATURE = 0.1  # of the neighbours' weights, exp(cosine / temperature), as in arXiv:1805.01978
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingRun(Run):
+    """What every pretraining on images is described by; the method is a subclass's.
+
+    Raises:
+        ValueError: a field breaks the rule beside it.
+    """
+
+    model: ViTConfig  # with num_classes=0: an encoder has no head
+    data: ImageConfig = field(default_factory=ImageConfig)
+    workers: int = 0  # processes that read images; 0: this one
+    knn_k: int = 20  # nearest neighbours of a validation image
+    knn_images: int = 8192  # training images, at most, among which they are sought
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model.num_classes != 0:
+            raise ValueError(f"model.num_classes must be 0 in a pretraining, got {self.model.num_classes}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        for name in ("knn_images", "knn_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def module(self, data: ImageData) -> PretrainingModule:
+        """What Lightning drives."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The description in one flat dict for the records; sigmoid_bias is the number that is used, or begun with."""
+        return {**super().settings(), "sigmoid_bias": initial_bias(self.model)}
+
+    def train(self, out_dir: Path, **options: Any) -> dict[str, float]:
+        """`pretrain`."""
+        return pretrain(self, out_dir, **options)
+
+
+class PretrainingModule(ImageModule):
+    """An encoder and what is trained with it; a subclass has the loss.
+
+    A validation has the loss on the validation images, with the same draws each time, and what the features of the
+    encoder are worth: the accuracy of their nearest neighbours among training images, by cosine, and their spread.
+
+    Args:
+        run: the description.
+        data: what is read.
+        encoder: a Vision Transformer without a head.
+        parts: trained beside it, by name.
+    """
+
+    def __init__(self, run: PretrainingRun, data: ImageData, encoder: nn.Module, **parts: nn.Module) -> None:
+        super().__init__(run, data, nn.ModuleDict({ENCODER: encoder, **parts}))
+        self._loss = (0.0, 0)  # sum over the validation images, and their number
+        self._features: tuple[list[Tensor], list[Tensor]] = ([], [])  # of training and validation images
+        self._labels: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def part(self, name: str) -> nn.Module:
+        """One of what is trained."""
+        assert isinstance(self.model, nn.ModuleDict)
+        return self.model[name]
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The Vision Transformer: images (batch, channels, size, size) into features (batch, dim)."""
+        return self.part(ENCODER)
+
+    def val_dataloader(self) -> list[Feed]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Training images without augmentation, evenly spaced, then the validation images."""
+        count, bank = len(self.data.train), min(self.run.knn_images, len(self.data.train))  # pyright: ignore
+        loader = self._loader(self.data.train, [i * count // bank for i in range(bank)])
+        return [Feed(lambda: (ImageBatch(images, labels, {}) for images, labels in loader)), super().val_dataloader()]
+
+    def on_validation_epoch_start(self) -> None:
+        """Start anew."""
+        self._loss = (0.0, 0)
+        self._features, self._labels = ([], []), ([], [])
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int) -> None:
+        """Keep the features of a batch; add its loss if it is of the validation images."""
+        features = self.encoder(normalised(batch.images, self.data.mean, self.data.std))
+        self._features[dataloader_idx].append(F.normalize(features.float()))
+        self._labels[dataloader_idx].append(batch.labels)
+        if dataloader_idx == 1:
+            total, count = self._loss
+            with _draws_of(batch_idx, self.device):
+                total += float(self.batch_loss(batch)) * len(batch.labels)
+            self._loss = total, count + len(batch.labels)
+
+    def validated(self) -> Iterator[Metric]:
+        """Accuracy of the nearest neighbours with its standard error, loss, and spread of the features.
+
+        The spread is the mean deviation of a coordinate of the features, which have length 1, over that of directions
+        drawn uniformly: 0 is a collapse to one direction.
+        """
+        (bank, features), (known, labels) = ((torch.cat(x) for x in pair) for pair in (self._features, self._labels))
+        k, classes = min(self.run.knn_k, len(bank)), len(self.data.classes)
+        right = sum(
+            int((knn_predict(x, bank.T, known, classes, k, _KNN_TEMPERATURE)[:, 0] == y).sum())
+            for x, y in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)
+        )
+        accuracy, (total, count) = right / len(labels), self._loss
+        yield "val/knn_accuracy", accuracy, ""
+        yield "val/knn_accuracy_se", math.sqrt(accuracy * (1.0 - accuracy) / len(labels)), ""
+        yield "val/loss", total / count, self.loss_unit
+        yield "val/feature_spread", float(features.std(0, correction=0).mean()) * math.sqrt(features.shape[1]), ""
+        self._features, self._labels = ([], []), ([], [])
+
+    def baselines(self) -> Iterator[Metric]:
+        """What the most frequent class alone gets."""
+        yield "baseline/majority", self.data.majority, ""
+
+
+def pretrain(
+    run: PretrainingRun,
+    out_dir: str | Path,
+    *,
+    resume: bool = False,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    show: Show = show_line,
+    command: str | None = None,
+) -> dict[str, float]:
+    """Pretrain an encoder; everything it leaves is in `out_dir`: records.jsonl, checkpoints/, tb/.
+
+    The weights of the encoder are those of model.safetensors whose names begin with "encoder."; `ImageRun.init` takes
+    them. Interrupted and resumed as `language.train`, to the same bits on the CPU.
+
+    Args:
+        run: what to train.
+        out_dir, resume, device, show, command: as `language.train`.
+
+    Returns:
+        The last validation and the baseline: "val/knn_accuracy", "val/knn_accuracy_se", "val/loss",
+        "val/feature_spread", "baseline/majority".
+
+    Raises:
+        FileNotFoundError: there is no data where it should be.
+        ValueError: bad data; a model that does not fit it; a run in `out_dir` already; resuming with another
+            description or other data.
+        Interrupted: a signal ended it.
+    """
+    out_dir = Path(out_dir)
+    start = resumed_from(out_dir, resume)
+    data = load_images(run.data)
+    fit(
+        run,
+        lambda: run.module(data),
+        out_dir,
+        start,
+        fingerprint=data.fingerprint,
+        device=device,
+        show=show,
+        command=command,
+    )
+    final = ("val/knn_accuracy", "val/knn_accuracy_se", "val/loss", "val/feature_spread", "baseline/majority")
+    return {
+        r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in final and r.value is not None
+    }
+
+
+@contextmanager
+def _draws_of(seed: int, device: torch.device) -> Iterator[None]:
+    """Random draws of their own: the same in every validation, and none of the training's."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
