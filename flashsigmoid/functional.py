@@ -237,7 +237,7 @@ def sigmoid_attention_fp8(
         reason = triton.unsupported_fp8(problem)
         if reason is None and (backend == "triton" or q.device.type != "cpu"):
             return torch.ops.flashsigmoid.fwd_fp8(
-                q, k, v, *factors, bias, alibi_slopes, *scalars, None, None, "triton", out_dtype
+                q, k, v, *factors, bias, alibi_slopes, *scalars, None, None, False, "triton", out_dtype
             )
         if backend == "triton":
             raise BackendUnsupported(f"triton: {reason}")
@@ -351,6 +351,7 @@ def explain(
         dropout_p=dropout_p,
         origin=(0, 0, 0, 0),
         sigmoid=sigmoid,
+        needs_sums=op.needs_sums(bias, alibi_slopes),
     )
     return backends.explain(problem, backend, (q, k, v))
 
@@ -384,7 +385,8 @@ def _attention(
         _refuse_tangents(q, k, v, bias, alibi_slopes)
         return op.forward(
             q, k, v, bias, alibi_slopes, seed, *(cu_seqlens or (None, None)),
-            number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, *max_seqlens, backend,
+            number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, *max_seqlens,
+            op.needs_sums(bias, alibi_slopes), backend,
         )  # fmt: skip
     problem = make_problem(
         q,

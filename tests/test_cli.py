@@ -146,7 +146,7 @@ def test_version(flashsigmoid):
         (["pack", "nowhere", "shards"], 1, "root must hold the folders train and val, got none at nowhere"),
         (["pack", "nowhere", "."], 1, "out must not exist yet, got ."),
         (["study", "sleep"], 1, "STUDY must be vision-ablation, got sleep"),
-        (["study", "vision-ablation", "--recipe", "demo"], 1, "--recipe must be one of digits, cifar10, "),
+        (["study", "vision-ablation", "--recipe", "demo"], 1, "--recipe must be one of digits, probe_digits, "),
         (["study", "vision-ablation", "--only", "swish"], 1, "a variant must be one of base, softmax, "),
         (["explain", "--backend", "warp"], 1, "backend must be one of auto, "),
         (

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flashsigmoid import BackendUnsupported, explain, sigmoid_attention
+from flashsigmoid.backends import blocked, op
 from flashsigmoid.functional import sigmoid_attention_shard
 from flashsigmoid.testing import Options, assert_within_budget, compute, make_qkv, oracle, witness
 
@@ -133,11 +134,12 @@ def samples():
     q, k, v, _ = make_qkv(2, 5, 7, 4, 2, 8, 6)
     bias, slopes, seed = torch.randn(2, 4, 5), torch.rand(4), torch.tensor([7])
     leaf = [x.requires_grad_() for x in (q, k, v)]
-    tail = ((0, 0, 0, 0), "auto", None, None, "blocked")
+    tail, sums = (((0, 0, 0, 0), "auto", None, None, needed, "blocked") for needed in (False, True))
     dense = (None, None)  # no cu_seqlens
     yield (*leaf, None, None, None, *dense, -2.0, None, False, None, None, None, 0.0, *tail)
     yield (*leaf, None, None, None, *dense, None, 0.3, True, None, None, None, 0.0, *tail)
-    yield (*leaf, bias.requires_grad_(), slopes.requires_grad_(), None, *dense, None, 0.3, True, 3, 1, 0, 0.0, *tail)
+    yield (*leaf, None, torch.rand(4), None, *dense, -1.0, None, True, None, None, None, 0.0, *tail)
+    yield (*leaf, bias.requires_grad_(), slopes.requires_grad_(), None, *dense, None, 0.3, True, 3, 1, 0, 0.0, *sums)
     yield (
         *leaf,
         torch.zeros(4, requires_grad=True),
@@ -151,17 +153,43 @@ def samples():
         None,
         1,
         0.5,
-        *tail,
+        *sums,
     )
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_sums_are_asked_for_exactly_where_a_gradient_is(is_compiled, monkeypatch) -> None:
+    """And whoever is told that nobody asks, and somebody does, gets an error and no zeros."""
+    seen = []
+    backward = blocked.backward
+
+    def watched(problem, *args):
+        seen.append(problem.needs_sums)
+        return backward(problem, *args)
+
+    monkeypatch.setattr(blocked, "backward", watched)
+    q, k, v, dout = make_qkv(1, 5, 7, 2, 2, 8)
+    slopes, leaf = torch.tensor([0.5, 0.25]), q.requires_grad_()
+    attend = torch.compile(sigmoid_attention, backend="aot_eager") if is_compiled else sigmoid_attention
+    torch.autograd.grad(attend(leaf, k, v, alibi_slopes=slopes, backend="blocked"), leaf, dout)
+    both = (leaf, slopes.requires_grad_())
+    grads = torch.autograd.grad(attend(leaf, k, v, alibi_slopes=slopes, backend="blocked"), both, dout)
+    assert seen == [False, True]
+    expected = torch.autograd.grad(sigmoid_attention(leaf, k, v, alibi_slopes=slopes, backend="reference"), both, dout)
+    for grad, exact in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, exact)
+    monkeypatch.setattr(op, "needs_sums", lambda *sides: False)
+    with pytest.raises(RuntimeError, match="invalid gradient"):
+        torch.autograd.grad(sigmoid_attention(leaf, k, v, alibi_slopes=slopes, backend="blocked"), both, dout)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_opcheck_forward(index) -> None:
     torch.library.opcheck(torch.ops.flashsigmoid.fwd.default, list(samples())[index])
 
 
-@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("index", range(5))
 def test_opcheck_backward(index) -> None:
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in list(samples())[index]]
     torch.library.opcheck(torch.ops.flashsigmoid.bwd.default, (torch.randn(2, 5, 4, 6), *args))

@@ -542,9 +542,27 @@ def arguments(backend: str) -> Iterator[tuple[Any, ...]]:
     bias, slopes, seed = torch.randn(17, 2, requires_grad=True), torch.rand(3, 2, requires_grad=True), torch.tensor([7])
     ends = tuple(cu.values())
     tail = ((0, 0, 0, 0), "auto")
-    yield *leaf, None, None, None, *ends, -2.0, None, False, None, None, None, 0.0, *tail, None, None, backend
-    yield *leaf, bias, slopes, None, *ends, None, 0.3, True, 3, 1, None, 0.0, *tail, 11, 9, backend
-    yield *leaf, torch.zeros(3, 2), slopes, seed, *ends, None, None, False, None, 2, None, 0.5, *tail, 99, 1, backend
+    yield *leaf, None, None, None, *ends, -2.0, None, False, None, None, None, 0.0, *tail, None, None, False, backend
+    yield *leaf, bias, slopes, None, *ends, None, 0.3, True, 3, 1, None, 0.0, *tail, 11, 9, True, backend
+    yield (
+        *leaf,
+        torch.zeros(3, 2),
+        slopes,
+        seed,
+        *ends,
+        None,
+        None,
+        False,
+        None,
+        2,
+        None,
+        0.5,
+        *tail,
+        99,
+        1,
+        True,
+        backend,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own

@@ -17,7 +17,8 @@ from .problem import BackendUnsupported, Problem, make_problem
 
 _SCALARS = (
     "float? sigmoid_bias, float? scale, bool causal, SymInt? window_left, SymInt? window_right, SymInt? q_offset, "
-    "float dropout_p, SymInt[] origin, str sigmoid, SymInt? max_seqlen_q, SymInt? max_seqlen_k, str backend"
+    "float dropout_p, SymInt[] origin, str sigmoid, SymInt? max_seqlen_q, SymInt? max_seqlen_k, bool needs_sums, "
+    "str backend"
 )
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? slopes, Tensor? seed, "
@@ -81,7 +82,7 @@ def _compute_bwd(
     problem: Problem, backend: str, dout, q, k, v, bias, slopes, seed, cu_q, cu_k
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if problem.is_empty:
-        grads = _fake_bwd(dout, q, k, v, bias, slopes)
+        grads = _gradients(q, k, v, bias, slopes, problem.needs_sums)
         return tuple(x.zero_() for x in grads)  # pyright: ignore[reportReturnType]
     with full_precision(problem.device):
         module = select(problem, backend, "backward", (q, k, v, dout))
@@ -91,12 +92,12 @@ def _compute_bwd(
             grads = packed.backward(module, problem, dout, q, k, v, bias, slopes, seed, (cu_q, cu_k))
     dq, dk, dv, row_sums, slope_sums = grads
     dbias = q.new_empty(0)
-    if bias is not None:
+    if bias is not None and problem.needs_sums:
         assert row_sums is not None
         dbias = row_sums if problem.has_row_bias else packed.sum_heads(row_sums, cu_q)
         dbias = _reduce_to(dbias, bias)
     dslopes = q.new_empty(0)
-    if slopes is not None:
+    if slopes is not None and problem.needs_sums:
         assert slope_sums is not None
         dslopes = _reduce_to(packed.sum_heads(slope_sums, cu_q), slopes)
     return dq, dk, dv, dbias, dslopes
@@ -129,11 +130,18 @@ def _fake_fwd_fp8(q, k, v, *rest) -> Tensor:
 
 
 @torch.library.register_fake("flashsigmoid::bwd")
-def _fake_bwd(dout, q, k, v, bias, slopes, *rest) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_bwd(dout, q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(q, k, v, bias, slopes, scalars[SCALAR_NAMES.index("needs_sums")])
+
+
+def _gradients(q, k, v, bias, slopes, needs_sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Empty; of a bias and slopes without elements where nobody asks for them."""
+
     def grad(x: Tensor | None) -> Tensor:
         return q.new_empty(0) if x is None else x.new_empty(x.shape)
 
-    return grad(q), grad(k), grad(v), grad(bias), grad(slopes)
+    sides = (bias, slopes) if needs_sums else (None, None)
+    return grad(q), grad(k), grad(v), grad(sides[0]), grad(sides[1])
 
 
 def forward(*inputs) -> Tensor:
@@ -166,6 +174,14 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
 def _is_eager() -> bool:
     """Neither compiled nor under a dispatch mode."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def needs_sums(*sides: Tensor | None) -> bool:
+    """Whether a gradient of any of these is asked for, as far as can be seen: inside of a transform, always."""
+    given = [x for x in sides if x is not None]
+    if not given:
+        return False
+    return any(x.requires_grad for x in given) or (_is_eager() and _is_transformed())
 
 
 def _is_transformed() -> bool:

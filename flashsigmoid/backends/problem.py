@@ -43,6 +43,7 @@ class Problem:
     sigmoid: str = "auto"
     total_q: int | None = None  # packed rows of all sequences: batch sequences, seqlen_q and seqlen_k the longest
     total_k: int | None = None
+    needs_sums: bool = False  # a backward sums dS: for the gradient of a tensor bias or of slopes
     arch: str | None = None  # "sm_90", "gfx942", ...: of a GPU, where it is there
 
     def __hash__(self) -> int:
@@ -106,6 +107,7 @@ def make_problem(
     cu_seqlens_q: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    needs_sums: bool = False,
 ) -> Problem:
     """Fill in what sizes decide by default: scale = head_dim ** -0.5, b = -log(seqlen_k), bottom-right q_offset.
 
@@ -117,13 +119,13 @@ def make_problem(
         tuple(q.shape), tuple(v.shape), q.dtype, q.device, None if bias is None else tuple(bias.shape),
         None if slopes is None else tuple(slopes.shape), sigmoid_bias, scale, causal, window_left, window_right,
         q_offset, dropout_p, tuple(origin), sigmoid, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1,
-        max_seqlen_q, max_seqlen_k,
+        max_seqlen_q, max_seqlen_k, needs_sums,
     )  # fmt: skip
 
 
 def _make_problem(
     q_shape, v_shape, dtype, device, bias_shape, slopes_shape, sigmoid_bias, scale, causal, window_left, window_right,
-    q_offset, dropout_p, origin, sigmoid, sequences, max_seqlen_q, max_seqlen_k,
+    q_offset, dropout_p, origin, sigmoid, sequences, max_seqlen_q, max_seqlen_k, needs_sums,
 ) -> Problem:  # fmt: skip
     total_q = total_k = None
     seqlen_q, nheads, head_dim = q_shape[-3:]
@@ -160,6 +162,7 @@ def _make_problem(
         sigmoid=sigmoid,
         total_q=total_q,
         total_k=total_k,
+        needs_sums=needs_sums,
         arch=_arch(device),
     )
 

@@ -48,8 +48,10 @@ _ROWS: dict[str, Problem] = {
     "head_dim 320": replace(_BASE, head_dim=320, head_dim_v=320),
     "8 query heads on 1 key head": replace(_BASE, nheads_k=1),
     "causal, window (100, 20), q_offset": replace(_BASE, causal=True, window_left=100, window_right=20, q_offset=7),
-    "ALiBi with gradient": replace(_BASE, slopes_shape=(8,)),
-    "b per row with gradient": replace(_BASE, sigmoid_bias=None, bias_shape=(2, 8, 1000)),
+    "ALiBi": replace(_BASE, slopes_shape=(8,)),
+    "ALiBi with gradient": replace(_BASE, slopes_shape=(8,), needs_sums=True),
+    "b per head": replace(_BASE, sigmoid_bias=None, bias_shape=(8,)),
+    "b per row with gradient": replace(_BASE, sigmoid_bias=None, bias_shape=(2, 8, 1000), needs_sums=True),
     "dropout": replace(_BASE, dropout_p=0.1),
     "packed sequences": replace(_BASE, total_q=1500, total_k=1500),
 }

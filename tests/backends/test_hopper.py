@@ -49,8 +49,12 @@ def test_auto_takes_it_where_it_is_faster() -> None:
         ({"total_q": 9000, "total_k": 9000}, "fb", "sequences must not be packed"),
         ({"seqlen_k": 2**20}, "f", "a float32 sum of products must have at most 524288 terms, got 1048576"),
         ({"seqlen_q": 2**20}, "b", "a float32 sum of products must have at most 524288 terms, got 1048576"),
-        ({"sigmoid_bias": None, "bias_shape": (16,)}, "b", "sigmoid_bias must be a number"),
-        ({"slopes_shape": (16,)}, "b", "there must be no alibi_slopes"),
+        ({"sigmoid_bias": None, "bias_shape": (16,), "needs_sums": True}, "b", "must not require a gradient"),
+        ({"slopes_shape": (16,), "needs_sums": True}, "b", "sigmoid_bias and alibi_slopes must not require a gradient"),
+        ({"slopes_shape": (16,)}, "", ""),
+        ({"sigmoid_bias": None, "bias_shape": ()}, "", ""),
+        ({"sigmoid_bias": None, "bias_shape": (2, 16, 8192)}, "b", "sigmoid_bias must not have a value for every row"),
+        ({"slopes_shape": (16,), "head_dim": 256}, "b", "beyond head_dim 128 there must be neither a tensor b nor"),
     ],
 )
 def test_what_it_cannot(change, directions, reason) -> None:

@@ -780,11 +780,11 @@ def arguments() -> list[tuple[Any, ...]]:
     ends = cumulated((30, 0, 70), DEVICE), cumulated((60, 5, 70), DEVICE)
     slopes, seed = torch.rand(4, device=DEVICE, requires_grad=True), torch.tensor([7], device=DEVICE)
     biases = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 4, 50), (100, 4))]
-    tail = ((0, 0, 0, 0), "auto", None, None, "triton")
+    tail, sums = (((0, 0, 0, 0), "auto", None, None, needed, "triton") for needed in (False, True))
     return [
         (*leaf, None, None, None, None, None, -2.0, None, False, None, None, None, 0.0, *tail),
-        (*leaf, biases[0], slopes, seed, None, None, None, 0.3, True, 30, 1, 0, 0.5, *tail),
-        (*flat, biases[1], slopes, seed, *ends, None, 0.3, True, 30, 1, None, 0.5, *tail),
+        (*leaf, biases[0], slopes, seed, None, None, None, 0.3, True, 30, 1, 0, 0.5, *sums),
+        (*flat, biases[1], slopes, seed, *ends, None, 0.3, True, 30, 1, None, 0.5, *sums),
     ]
 
 

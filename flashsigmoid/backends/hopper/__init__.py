@@ -46,8 +46,13 @@ def unsupported(problem: Problem, direction: str = "forward") -> str | None:
         return f"a float32 sum of products must have at most {LONG[problem.dtype]} terms, got {terms}"
     if direction == "backward":
         # who adds dQ in no order has no row to sum dS over
-        if problem.bias_shape is not None or problem.slopes_shape is not None:
-            return "sigmoid_bias must be a number, and there must be no alibi_slopes"
+        if problem.needs_sums:
+            return "sigmoid_bias and alibi_slopes must not require a gradient"
+        if problem.has_row_bias:
+            return f"sigmoid_bias must not have a value for every row, got {problem.bias_shape}"
+        has_sides = problem.bias_shape is not None or problem.slopes_shape is not None
+        if max(dims) > 128 and has_sides:
+            return f"beyond head_dim 128 there must be neither a tensor b nor alibi_slopes, got head_dim {max(dims)}"
         if torch.are_deterministic_algorithms_enabled() and max(dims) <= 128:
             return "torch.use_deterministic_algorithms must be off: dQ is added in no order"
     return _without_gluon()
@@ -86,7 +91,7 @@ def backward(
     """dQ, dK, dV, in one kernel and one that rounds dQ; beyond head_dim 128 in a kernel each."""
     from .launch import backward
 
-    return *backward(problem, dout, q, k, v), None, None
+    return *backward(problem, dout, q, k, v, bias, slopes), None, None
 
 
 @functools.cache

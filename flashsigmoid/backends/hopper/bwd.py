@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .partitions import hand_out, load, locate, make_tickets, sigmoid, store, take
 
-NOT_SPECIALIZED = ["sizes", "band"]
+NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 
 
 @builtin
@@ -154,10 +154,10 @@ def _masked(y, edge, IS_RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, SCORES: gl.c
 
 @gluon.jit
 def _step(
-    dk_acc, dv_acc, s, it, start, end, turn, p, first, keys, values, memory, band, c, b, zero, zero_part,
+    dk_acc, dv_acc, s, it, start, end, turn, p, first, keys, values, memory, band, c, b, slope, zero, zero_part,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, FORMULA: gl.constexpr,
-    HAS_TURNS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SCORES: gl.constexpr,
-    OPERAND: gl.constexpr,
+    HAS_TURNS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    SCORES: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """The block number `it` of rows, from position p on: dV, dK, and dQ of the block before; S of the next."""
     (
@@ -171,6 +171,9 @@ def _step(
     mbarrier.wait(dout_full.index(stage), (it // STAGES) & 1)
     da = warpgroup_mma(v_block, dout_block.permute((1, 0)), zero, use_acc=False, is_async=True)
     y = s * c + b
+    if HAS_SLOPES:
+        i = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES)).to(gl.float32)[:, None] + (first - p).to(gl.float32)
+        y -= slope * gl.abs(i - gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES)).to(gl.float32)[None, :])
     if HAS_RIGHT:
         y = _masked(y, first - p - band[2], True, BLOCK_M, SCORES)
     if HAS_LEFT:
@@ -213,9 +216,10 @@ def _step(
 
 @gluon.jit
 def _turn(
-    at, turn, start, dk, dv, memory, sizes, band, c, b, scale,
+    at, turn, start, dk, dv, sides, memory, sizes, band, c, b, scale,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    FORMULA: gl.constexpr, HAS_TURNS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    FORMULA: gl.constexpr, HAS_TURNS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """64 keys: dV += A^T dO, dK += dS^T Q, dQ = dS K, with dS = (dO V^T) * A * (1 - A); scores are transposed.
 
@@ -249,7 +253,7 @@ def _turn(
         k_block = keys.slice(64 * WARPGROUP, 64, dim=0)
         s = warpgroup_mma(k_block, first_q, zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[s])
-        if HAS_LEFT or HAS_RIGHT:
+        if HAS_LEFT or HAS_RIGHT or HAS_BIAS or HAS_SLOPES:
             # all keys are seen by all rows of the blocks [whole, rest)
             q_offset, left, right = band
             whole = lo
@@ -259,22 +263,33 @@ def _turn(
             if HAS_LEFT:
                 rest = gl.maximum(whole, gl.minimum(hi, gl.maximum(0, n + left - q_offset + 1) // BLOCK_M))
             it = start
-            for head in range(group):  # noqa: B007  one name, one type in a kernel
+            bias, slopes, bias_strides, slopes_strides = sides
+            slope = 0.0
+            for i in range(group):
+                head = head_k * group + i
+                if HAS_BIAS:
+                    b = gl.load(bias + batch * bias_strides[0] + head * bias_strides[1]).to(gl.float32)
+                    b = b * FORMULA.unit + FORMULA.shift
+                if HAS_SLOPES:
+                    slope = gl.load(slopes + batch * slopes_strides[0] + head * slopes_strides[1]).to(gl.float32)
+                    slope *= FORMULA.unit
                 for part in gl.static_range(0 if HAS_RIGHT else 1, 3 if HAS_LEFT else 2):
                     begin = lo if part == 0 else (whole if part == 1 else rest)
                     stop = whole if part == 0 else (rest if part == 1 else hi)
                     for block in range(begin, stop):
                         dk_acc, dv_acc, s = _step(
                             dk_acc, dv_acc, s, it, start, end, turn, block * BLOCK_M + q_offset, first, keys,
-                            values, memory, band, c, b, zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA,
-                            HAS_TURNS, HAS_LEFT and part != 1, HAS_RIGHT and part != 1, SCORES, OPERAND,
+                            values, memory, band, c, b, slope, zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M,
+                            FORMULA, HAS_TURNS, HAS_SLOPES, HAS_LEFT and part != 1, HAS_RIGHT and part != 1, SCORES,
+                            OPERAND,
                         )  # fmt: skip
                         it += 1
         else:
             for it in range(start, end):
                 dk_acc, dv_acc, s = _step(
-                    dk_acc, dv_acc, s, it, start, end, turn, 0, first, keys, values, memory, band, c, b, zero,
-                    zero_part, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA, HAS_TURNS, False, False, SCORES, OPERAND,
+                    dk_acc, dv_acc, s, it, start, end, turn, 0, first, keys, values, memory, band, c, b, 0.0,
+                    zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA, HAS_TURNS, False, False, False, SCORES,
+                    OPERAND,
                 )  # fmt: skip
         last = end - 1
         mbarrier.wait(ds_full.index(last & 1), (last // 2) & 1)
@@ -309,10 +324,10 @@ def _turn(
 
 @gluon.jit
 def _consume(
-    dk, dv, memory, tickets, sizes, band, c, b, scale,
+    dk, dv, sides, memory, tickets, sizes, band, c, b, scale,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
+    HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, 64 keys a turn."""
     at = gl.program_id(0)
@@ -322,14 +337,15 @@ def _consume(
         while at < sizes[6]:
             after = take(at, turn, tickets, 4, IS_DYNAMIC)
             start = _turn(
-                at, turn, start, dk, dv, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, PLACES, DIM, BLOCK_M,
-                FORMULA, True, HAS_LEFT, HAS_RIGHT,
+                at, turn, start, dk, dv, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, PLACES, DIM,
+                BLOCK_M, FORMULA, True, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             at = after
             turn += 1
     else:
         _turn(
-            at, 0, 0, dk, dv, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, PLACES, DIM, BLOCK_M, FORMULA, False,
+            at, 0, 0, dk, dv, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, PLACES, DIM, BLOCK_M, FORMULA,
+            False, HAS_BIAS, HAS_SLOPES,
             HAS_LEFT, HAS_RIGHT,
         )  # fmt: skip
     tma.store_wait(0)
@@ -337,10 +353,10 @@ def _consume(
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kernel(
-    dout, q, k, v, dq, dk, dv, counter, sizes, band, c, b, scale,
+    dout, q, k, v, dq, dk, dv, bias, slopes, counter, bias_strides, slopes_strides, sizes, band, c, b, scale,
     STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, REGISTERS: gl.constexpr,
     REST: gl.constexpr, HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key head, over all rows and all query heads of the group; then the next 128.
 
@@ -378,6 +394,7 @@ def _bwd_kernel(
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(dout_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    sides = (bias, slopes, bias_strides, slopes_strides)  # b and a slope of every head
     tickets = make_tickets(3)
     fence_async_shared()
     memory = (
@@ -386,12 +403,12 @@ def _bwd_kernel(
     )  # fmt: skip
     gl.warp_specialize([
         (_consume, (
-            dk, dv, memory, tickets, sizes, band, c, b, scale, 0, STAGES, PLACES, DIM, BLOCK_M, HAS_TURNS, IS_DYNAMIC,
-            FORMULA, HAS_LEFT, HAS_RIGHT,
+            dk, dv, sides, memory, tickets, sizes, band, c, b, scale, 0, STAGES, PLACES, DIM, BLOCK_M, HAS_TURNS,
+            IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
         )),
         (_consume, (
-            dk, dv, memory, tickets, sizes, band, c, b, scale, 1, STAGES, PLACES, DIM, BLOCK_M, HAS_TURNS, IS_DYNAMIC,
-            FORMULA, HAS_LEFT, HAS_RIGHT,
+            dk, dv, sides, memory, tickets, sizes, band, c, b, scale, 1, STAGES, PLACES, DIM, BLOCK_M, HAS_TURNS,
+            IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
         )),
         (_produce, (
             dout, q, k, v, counter, memory, tickets, sizes, band, STAGES, PLACES, BLOCK_M, IS_DYNAMIC, HAS_LEFT,

@@ -41,14 +41,20 @@ def forward(
     plan = _plan(problem, "fwd", tile or choose_tile(problem, "forward"), _multiprocessors(q))
     out = torch.empty(*q.shape[:-1], problem.head_dim_v, dtype=q.dtype, device=q.device)
     n = plan.tile.block
-    strides = bias_strides(problem, bias), slopes_strides(problem, slopes)
-    others = [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in (bias, slopes)]
-    plan.launch(_fwd_kernel, ((q, 64), (k, n), (v, n), (out, 64)), (bias, slopes), strides, others)
+    blocks = ((q, 64), (k, n), (v, n), (out, 64))
+    plan.launch(_fwd_kernel, blocks, (bias, slopes), *_sides(problem, bias, slopes))
     return out
 
 
 def backward(
-    problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile | None = None
+    problem: Problem,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous; all tensors must be as `are_aligned` has them."""
     assert are_aligned(dout, q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
@@ -59,8 +65,15 @@ def backward(
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     m, keys = plan.tile.block, 64 * plan.tile.warpgroups
-    plan.launch(_bwd_kernel, ((dout, m), (q, m), (k, keys), (v, keys), (dq, 64), (dk, 64), (dv, 64)))
+    blocks = ((dout, m), (q, m), (k, keys), (v, keys), (dq, 64), (dk, 64), (dv, 64))
+    plan.launch(_bwd_kernel, blocks, (bias, slopes), *_sides(problem, bias, slopes))
     return torch.mul(dq, problem.scale, out=torch.empty_like(q, memory_format=torch.contiguous_format)), dk, dv
+
+
+def _sides(problem: Problem, bias: Tensor | None, slopes: Tensor | None) -> tuple[tuple[Any, ...], list[Any]]:
+    """The strides of a tensor bias and of slopes, and what of them a launch is known by."""
+    strides = bias_strides(problem, bias), slopes_strides(problem, slopes)
+    return strides, [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in (bias, slopes)]
 
 
 def _by_rows(
@@ -75,7 +88,8 @@ def _by_rows(
     like_forward = choose_tile(problem, "forward")
     plan = _plan(problem, "dv", like_forward, _multiprocessors(q))
     n = like_forward.block
-    plan.launch(_fwd_kernel, ((k, 64), (q, n), (dout, n), (dv, 64)), (None, None), ((0, 0, 0), (0, 0)))
+    blocks = ((k, 64), (q, n), (dout, n), (dv, 64))
+    plan.launch(_fwd_kernel, blocks, (None, None), *_sides(problem, None, None))
     return dq, dk, dv
 
 
@@ -162,12 +176,12 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
         constants |= {
             "IS_SPLIT": tile.is_split,
             "OWN_OUT": tile.own_out,
-            "HAS_BIAS": problem.bias_shape is not None,
             "HAS_ROW_BIAS": problem.has_row_bias,
-            "HAS_SLOPES": problem.slopes_shape is not None,
         }
     if part not in ("dq", "dk"):
         constants |= {
+            "HAS_BIAS": problem.bias_shape is not None,
+            "HAS_SLOPES": problem.slopes_shape is not None,
             "STAGES": tile.stages,
             "IS_DYNAMIC": tile.is_persistent and (left is not None or right is not None),
         }

@@ -69,6 +69,8 @@ def slower(problem: Problem, direction: str) -> str | None:
     dim = padded_head_dim(problem)
     if not problem.head_dim == problem.head_dim_v == dim:
         return f"other head_dim than {dim} is not measured yet, got {problem.head_dim} and {problem.head_dim_v}"
+    if direction == "backward" and (problem.bias_shape is not None or problem.slopes_shape is not None):
+        return "backward with a tensor b or alibi_slopes is not measured yet"
     if dim not in _FROM[direction]:
         return f"{direction} at head_dim {dim} is not measured yet"
     least = _FROM[direction][dim][is_masked]
