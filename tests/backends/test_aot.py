@@ -98,6 +98,7 @@ def test_a_learnable_bias_costs_no_registers(head_dim) -> None:
         *({"head_dim": dim, "causal": causal} for dim in (64, 128, 256) for causal in (False, True)),
         {"head_dim": 96, "sigmoid": "exact", "dtype": "float16", "bias": "head"},
         {"head_dim": 64, "sigmoid": "fast", "window_left": 100, "window_right": 3, "q_offset": 5},
+        {"head_dim": 64, "causal": True, "has_slopes": True},
         {"head_dim": 128, "causal": True, "bias": "row", "has_slopes": True, "window_left": 100, "nheads_k": 1},
     ],
     ids=str,
@@ -105,12 +106,12 @@ def test_a_learnable_bias_costs_no_registers(head_dim) -> None:
 def test_the_hopper_kernels(call) -> None:
     """The forward spills next to nothing; the backward has all 240 registers in use, and spills some words a block."""
     kernels = compiled("sm_90", json.dumps({"backend": "hopper", **call}))
-    has_backward = not ({"bias", "has_slopes"} & call.keys())
+    has_backward = call.get("bias") != "row"
     backward = ["bwd"] * (3 if call["head_dim"] == 256 else 1)
     assert [one["kernel"] for one in kernels] == ["fwd", *backward * has_backward]
     for one in kernels:
         check("sm_90", one, spilled=64 if one["kernel"] == "fwd" else 1536)
-        assert one["loop_spills"] <= (1 if one["kernel"] == "fwd" else 50), one["loop_spills"]
+        assert one["loop_spills"] <= (1 if one["kernel"] == "fwd" else 60), one["loop_spills"]
         assert one["tma_loads"] > 0
         assert one["waits"] < one["products"] / 2
         assert not one["notes"], one["notes"]
