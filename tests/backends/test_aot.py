@@ -104,7 +104,8 @@ def test_a_learnable_bias_costs_no_registers(head_dim) -> None:
     ids=str,
 )
 def test_the_hopper_kernels(call) -> None:
-    """The forward spills nothing in its loop, and with slopes some words before it; the backward has all 240 registers in use, and spills some words a block."""
+    """The forward spills nothing in its loop, and with slopes some words before it; the backward has all 240 registers
+    in use, and spills some words a block."""
     kernels = compiled("sm_90", json.dumps({"backend": "hopper", **call}))
     has_backward = call.get("bias") != "row"
     backward = ["bwd"] * (3 if call["head_dim"] == 256 else 1)
