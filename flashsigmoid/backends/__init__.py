@@ -79,35 +79,20 @@ def select(problem: Problem, backend: str, direction: str = "forward", tensors: 
     Raises:
         BackendUnsupported: an explicitly named backend cannot, with its reason.
     """
-    known = _known(problem, backend, direction, torch.are_deterministic_algorithms_enabled())
     reasons = {}
-    for name, reason in known:
+    for name in AUTO if backend == "auto" else (backend,):
         module = load(name)
-        reason = reason or _against_tensors(module, tensors)
+        reason = _against(module, problem, backend, direction, tensors)
         if reason is None:
             return module
         reasons[name] = reason
     raise BackendUnsupported("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
 
-@functools.lru_cache(maxsize=4096)
-def _known(
-    problem: Problem, backend: str, direction: str, is_deterministic: bool
-) -> tuple[tuple[str, str | None], ...]:
-    """What `_against` says of each backend that is a choice: at a short call it would take as long as the kernels."""
-    names = AUTO if backend == "auto" else (backend,)
-    return tuple((name, _against(load(name), problem, backend, direction)) for name in names)
-
-
-def _against_tensors(module: Backend, tensors: Sequence[Tensor]) -> str | None:
-    if not module.ALIGNED or are_aligned(*tensors):
-        return None
-    strides = ", ".join(str(x.stride()) for x in tensors)
-    return f"rows must begin at multiples of 16 bytes and have dense channels, got strides {strides}"
-
-
-def _against(module: Backend, problem: Problem, backend: str, direction: str) -> str | None:
-    """Why `select` does not take this backend, itself, whatever the tensors."""
+def _against(
+    module: Backend, problem: Problem, backend: str, direction: str = "forward", tensors: Sequence[Tensor] = ()
+) -> str | None:
+    """Why `select` does not take this backend, itself."""
     if backend == "auto" and module.NAME == "triton":
         if problem.device == "cpu":
             return "device must be a GPU, got cpu"  # the interpreter runs only when asked for
@@ -117,6 +102,9 @@ def _against(module: Backend, problem: Problem, backend: str, direction: str) ->
     reason = module.unsupported(problem, direction)
     if reason is None and backend == "auto" and module.NAME == "hopper":
         reason = cast(Any, module).slower(problem, direction)
+    if reason is None and module.ALIGNED and not are_aligned(*tensors):
+        strides = ", ".join(str(x.stride()) for x in tensors)
+        return f"rows must begin at multiples of 16 bytes and have dense channels, got strides {strides}"
     return reason
 
 
@@ -164,8 +152,7 @@ def _reasons(
     for name in NAMES:
         if chosen is not None and name == chosen.NAME:
             continue
-        module = load(name)
-        reason = _against(module, problem, backend, direction) or _against_tensors(module, tensors)
+        reason = _against(load(name), problem, backend, direction, tensors)
         if reason is None and backend != "auto":
             reason = f"backend={backend!r} was asked for"
         elif reason is None and name == "reference":
