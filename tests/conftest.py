@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import sys
@@ -24,15 +25,15 @@ ALLOCATORS = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Workers share the cores, so each takes one, as do their subprocesses. Without a GPU Triton is interpreted."""
-    with torch.device("meta"):  # remembers at its first use that it applies to torch.empty, not to what poisons it
-        torch.empty(0)
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
-    with torch.device("meta"):  # torch remembers its allocators at the first use, which must not find poisoned ones
+    # torch and its compiler remember the allocators at their first use, which must not find poisoned ones
+    with torch.device("meta"):
         torch.empty(())
+    importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
 
 
 @pytest.fixture(autouse=True)
