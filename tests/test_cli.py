@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from flashsigmoid import __main__, __version__, cli
 from flashsigmoid.record import read_records
 
-COMMANDS = ("demo", "train", "generate", "report", "study", "pack", "explain", "bench")
+COMMANDS = ("demo", "train", "generate", "report", "study", "theory", "pack", "explain", "bench")
 TINY = (
     *(
         "--set",

@@ -1,4 +1,4 @@
-"""What the paper proves, as numbers: a study for each module of diagnostics/theory, which writes one file of records."""
+"""What the paper proves, as numbers: a study for each module of diagnostics/theory, writing one file of records."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def regularity(out_dir: str | Path, *, quick: bool = False, command: str | None 
         kind, n, radius and seed (of the weights). The bounds are those of tokens of norm R.
     """
     path = Path(out_dir) / "regularity.jsonl"
-    lengths, seeds = ((8, 32), 1) if quick else ((16, 64, 256), 3)
-    radii = [0.5 * 2.0 ** (i / 2) for i in range(0, 10 if quick else 13, 2 if quick else 1)]
-    budget = {"restarts": 6, "steps": 60} if quick else {"restarts": 16, "steps": 200}
+    lengths, seeds = ((8, 32), 1) if quick else ((8, 32, 128), 3)
+    radii = [0.5 * 2.0 ** (i / 2) for i in range(0, 13, 2 if quick else 1)]
+    budget = {"restarts": 6, "steps": 60} if quick else {"restarts": 8, "steps": 120}
     settings = {"theory": "regularity", "quick": quick, "dim": 4, "nheads": 1, "bias": "-log n", **budget}
     with RecordWriter(path, settings, command) as writer:
         ratios: list[float] = []
