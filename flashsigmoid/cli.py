@@ -392,7 +392,7 @@ def theory(
             show_default=False,
         ),
     ],
-    quick: Annotated[bool, typer.Option("--quick", help="Seconds, or a minute or two for regularity.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds, or half a minute for regularity.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of NAME.jsonl and NAME.png.")] = Path("runs/theory"),
 ) -> None:
     """Run a result of the paper: its numbers as records, its figure, a table here. On the CPU, in float64."""

@@ -285,6 +285,14 @@ def test_a_study_trains_compares_and_takes_what_is_there(flashsigmoid, tmp_path)
     assert {path.name for path in (tmp_path / folder).iterdir()} == {"base", "relu", "ablation.jsonl"}
 
 
+def test_a_theory_is_recorded_drawn_and_printed(flashsigmoid, tmp_path):
+    outcome = flashsigmoid("theory", "universal", "--quick", "--out", tmp_path / "mine")
+    assert outcome.code == 0, outcome.err
+    assert "lopsided" in outcome.out
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["universal.jsonl", "universal.png"]
+    assert_one_error(flashsigmoid("theory", "magic"), 2, "'magic' is not one of 'bias', 'regularity', 'universal'")
+
+
 @pytest.mark.parametrize("recipe", ["simclr_digits", "byol_digits", "mae_digits"])
 def test_train_without_labels_then_a_probe(flashsigmoid, tmp_path, recipe):
     """A few steps of each, a page of both, and an encoder of the other attention."""

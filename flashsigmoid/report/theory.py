@@ -132,7 +132,8 @@ def _bias_figure(records: Sequence[Record]) -> Figure:
     left.plot(curve, [-0.5 * s * s for s in curve], ":", color="#3a3a3a", linewidth=1.5, label="-log n - s²/2")
     _finish(left, "the b closest to softmax", "s, standard deviation of scores", "b + log n")
     for index, (name, label) in enumerate(_BIASES.items()):
-        _plot(middle, _line(records, "distance", "std", n=lengths[-1], bias=name), index, label)
+        style = ("-", "--", "-", ":")[index]  # three of them all but coincide
+        _plot(middle, _line(records, "distance", "std", n=lengths[-1], bias=name), index, label, style)
     middle.set_yscale("log")
     _finish(middle, f"distance to softmax, n = {lengths[-1]}", "s, standard deviation of scores", "relative distance")
     for index, (a, c) in enumerate(dict.fromkeys((r.tags["a"], r.tags["c"]) for r in records if r.name == "row_mass")):
@@ -170,12 +171,14 @@ def _regularity_figure(records: Sequence[Record]) -> Figure:
     lengths = _values(records, "worst_norm", "n")
     drawn, panels = _panels(len(lengths) + 1)
     for axes, n in zip(panels, lengths, strict=False):
-        for index, kind in enumerate(("sigmoid", "softmax")):
-            line = _line(records, "worst_norm", "radius", n=n, kind=kind)
+        lines = {kind: _line(records, "worst_norm", "radius", n=n, kind=kind) for kind in ("sigmoid", "softmax")}
+        for index, (kind, line) in enumerate(lines.items()):
             _plot(axes, line, index, f"{kind}, worst found")
             _plot(axes, _line(records, "bound", "radius", n=n, kind=kind), index, f"{kind}, bound", ":", False)
-        last = max(line)
-        axes.plot([*line], [line[last] * (r / last) ** 2 for r in line], "--", color="#888888", label="R²")
+        last, height = [*lines["softmax"].items()][-1]
+        axes.plot(
+            [*lines["softmax"]], [height * (r / last) ** 2 for r in lines["softmax"]], "--", color="#888888", label="R²"
+        )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         _finish(axes, f"norm of the Jacobian, n = {n}", "R, radius of the ball", "||J||")
@@ -223,6 +226,7 @@ def _universal_figure(records: Sequence[Record]) -> Figure:
     _plot(right, _line(records, "shift_error_allowed", "steepness"), 1, "bound", ":")
     right.set_xscale("log", base=2)
     right.set_yscale("symlog", linthresh=1e-16)
+    right.set_ylim(bottom=0.0)
     _finish(right, "selective shift by four sigmoid heads", "lambda", "error")
     return drawn
 

@@ -80,7 +80,7 @@ def regularity(out_dir: str | Path, *, quick: bool = False, command: str | None 
 
     Args:
         out_dir: folder of the study.
-        quick: a minute or two on a CPU; else longer tokens, more restarts and seeds, half an hour.
+        quick: half a minute on a CPU; else more tokens, radii, restarts and seeds, ten minutes.
         command: how this came about. Default: that of the process.
 
     Returns:
@@ -88,7 +88,7 @@ def regularity(out_dir: str | Path, *, quick: bool = False, command: str | None 
         kind, n, radius and seed (of the weights). The bounds are those of tokens of norm R.
     """
     path = Path(out_dir) / "regularity.jsonl"
-    lengths, seeds = ((8, 32), 1) if quick else ((8, 32, 128), 3)
+    lengths, seeds = ((8, 32), 1) if quick else ((8, 32, 64), 3)
     radii = [0.5 * 2.0 ** (i / 2) for i in range(0, 13, 2 if quick else 1)]
     budget = {"restarts": 6, "steps": 60} if quick else {"restarts": 8, "steps": 120}
     settings = {"theory": "regularity", "quick": quick, "dim": 4, "nheads": 1, "bias": "-log n", **budget}

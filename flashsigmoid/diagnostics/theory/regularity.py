@@ -248,7 +248,7 @@ def operator_norm(
     if start is None:
         start = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(x)
     v = start / start.norm()
-    _, pull = vjp(fn, x)
+    pull = vjp(fn, x)[1]
     value, residual, steps = 0.0, math.inf, 0
     for steps in range(1, max_steps + 1):
         forward = _pushed(fn, x, v).detach()  # of parameters too

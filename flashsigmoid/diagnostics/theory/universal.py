@@ -36,6 +36,10 @@ class Steps(nn.Module):
         steepness: of the sigmoids.
     """
 
+    thresholds: Tensor
+    jumps: Tensor
+    base: Tensor
+
     def __init__(self, thresholds: Tensor, jumps: Tensor, base: Tensor, steepness: float) -> None:
         super().__init__()
         self.steepness = steepness
