@@ -81,7 +81,7 @@ def test_the_bounds_hold_at_random_points(shape, bias) -> None:
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_power_iteration_is_the_svd_of_the_full_jacobian(kind) -> None:
     for shape in SHAPES:
-        weights, x = random_cases(shape, "-log n", 4, 1)
+        weights, x = random_cases(shape, "-log n", 3, 1)
         phi = functools.partial(attention, weights=weights, kind=kind)
         for one, exact in zip(x, jacobian_norms(x, weights, kind).tolist(), strict=True):
             found = operator_norm(phi, one)
@@ -99,13 +99,14 @@ def test_power_iteration_of_a_matrix_and_of_zero() -> None:
 
 
 def test_the_op_itself_has_the_norm_at_a_longer_n() -> None:
-    """No Jacobian is formed: of 300 tokens of 8 channels it would have 5.8 million entries."""
+    """No Jacobian is formed: of 200 tokens of 8 channels it would have 2.6 million entries."""
     attend = functools.partial(sigmoid_attention, backend="reference")
     module = nn.SigmoidAttention(8, 2, qk_norm=False, attention_fn=attend).double()
-    x = torch.randn(300, 8, dtype=torch.float64)
-    weights = weights_of(module, 300)
-    found = operator_norm(lambda one: module(one[None])[0], x)
-    assert found.value == pytest.approx(operator_norm(lambda one: attention(one, weights), x).value, rel=1e-9)
+    x = torch.randn(200, 8, dtype=torch.float64)
+    weights = weights_of(module, 200)
+    found = operator_norm(lambda one: module(one[None])[0], x, tol=1e-3)
+    assert found.residual < 1e-3
+    assert found.value == pytest.approx(operator_norm(lambda one: attention(one, weights), x, tol=1e-3).value, rel=1e-9)
     assert 0 < found.value < float(jacobian_bound(x, weights, "scores"))
 
 
