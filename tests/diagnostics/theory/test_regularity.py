@@ -139,6 +139,21 @@ def test_the_bound_is_reached() -> None:
     assert 0.999 * bound < norm <= bound
 
 
+@pytest.mark.parametrize("n", [5, 40, 200])
+def test_equal_tokens_of_length_log_n_have_a_norm_of_n_log_n(n) -> None:
+    """n (1 + log n) / 2 for one channel, all matrices 1 and b = -log n: exponential in R^2 = log n, unlike softmax."""
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    b = torch.full((1,), -math.log(n), dtype=torch.float64)
+    weights = Weights(wq=one, wk=one, wv=one, wo=one, scale=1.0, sigmoid_bias=b)
+    x = torch.full((n, 1), math.sqrt(math.log(n)), dtype=torch.float64)
+    norms = {
+        kind: operator_norm(functools.partial(attention, weights=weights, kind=kind), x).value
+        for kind in ("sigmoid", "softmax")
+    }
+    assert norms["sigmoid"] == pytest.approx(n * (1 + math.log(n)) / 2, rel=1e-6)
+    assert norms["softmax"] == pytest.approx(1.0, rel=1e-6)
+
+
 def test_growth_exponent() -> None:
     assert growth_exponent([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx([2.0, 2.0])
 
