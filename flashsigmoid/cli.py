@@ -382,6 +382,30 @@ def study(
     print(f"{NOTE}\nrecords: {summary}")
 
 
+@app.command(epilog="Examples: flashsigmoid theory universal --quick; flashsigmoid theory regularity --out runs/mine")
+def theory(
+    name: Annotated[
+        Literal["bias", "regularity", "universal"],
+        typer.Argument(
+            help="bias: which b is closest to softmax; regularity: how fast attention can change; "
+            "universal: a function approximated by weights set by hand.",
+            show_default=False,
+        ),
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds, or half a minute for regularity.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of NAME.jsonl and NAME.png.")] = Path("runs/theory"),
+) -> None:
+    """Run a result of the paper: its numbers as records, its figure, a table here. On the CPU, in float64."""
+    from .report.theory import theory_rows, write_theory
+    from .studies.theory import THEORIES
+
+    records = THEORIES[name](out, quick=quick)
+    figure = records.with_suffix(".png")
+    write_theory(records, figure)
+    _print_table(theory_rows(records))
+    print(f"records: {records}   figure: {figure}")
+
+
 @app.command(epilog="Example: flashsigmoid pack imagenet imagenet-tar --shard-size 5000")
 def pack(
     folder: Annotated[Path, typer.Argument(help="Images: train/CLASS/* and val/CLASS/*.", show_default=False)],

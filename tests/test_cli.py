@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from flashsigmoid import __main__, __version__, cli
 from flashsigmoid.record import read_records
 
-COMMANDS = ("demo", "train", "generate", "report", "study", "pack", "explain", "bench")
+COMMANDS = ("demo", "train", "generate", "report", "study", "theory", "pack", "explain", "bench")
 TINY = (
     *(
         "--set",
@@ -283,6 +283,14 @@ def test_a_study_trains_compares_and_takes_what_is_there(flashsigmoid, tmp_path)
     fresh = flashsigmoid(*words, "--set", "seed=1", "--fresh")
     assert fresh.code == 0, fresh.err
     assert {path.name for path in (tmp_path / folder).iterdir()} == {"base", "relu", "ablation.jsonl"}
+
+
+def test_a_theory_is_recorded_drawn_and_printed(flashsigmoid, tmp_path):
+    outcome = flashsigmoid("theory", "universal", "--quick", "--out", tmp_path / "mine")
+    assert outcome.code == 0, outcome.err
+    assert "lopsided" in outcome.out
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["universal.jsonl", "universal.png"]
+    assert_one_error(flashsigmoid("theory", "magic"), 2, "'magic' is not one of 'bias', 'regularity', 'universal'")
 
 
 @pytest.mark.parametrize("recipe", ["simclr_digits", "byol_digits", "mae_digits"])

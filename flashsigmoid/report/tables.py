@@ -15,6 +15,7 @@ from ..record import Record, read_records
 from .ablation import NOTE, ablation_rows
 from .speed import Speed, ceilings_text, speeds
 from .summary import summary_rows
+from .theory import theory_rows
 
 _WORKS = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
 _TENSORS = ("out", "dq", "dk", "dv", "db", "dslopes")
@@ -35,6 +36,12 @@ def ablation(path: str | Path) -> str:
     """The summary of a study of ablations: a row per variant."""
     rows = ablation_rows(path)
     return _table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n{NOTE}\n"
+
+
+def theory(path: str | Path) -> str:
+    """A file of `flashsigmoid theory`."""
+    rows = theory_rows(path)
+    return _table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def speed(path: str | Path) -> str:
@@ -102,6 +109,7 @@ KINDS: dict[str, Callable[[str | Path], str]] = {
     "faults": faults,
     "gpu-speed": gpu_speed,
     "errors": errors,
+    "theory": theory,
 }
 
 
