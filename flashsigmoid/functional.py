@@ -232,6 +232,9 @@ def sigmoid_attention_with_kvcache(
     options = (scale, causal, window_size, alibi_slopes, 0.0, "auto", backend)
     like_k, like_v = (x.new_empty(q.shape[0], 0, *x.shape[2:]) for x in (k_cache, v_cache))
     _validate(q, like_k, like_v, sigmoid_bias, *options)
+    for name, x in (("sigmoid_bias", sigmoid_bias), ("alibi_slopes", alibi_slopes)):
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient, a cache is forward only, got one that does")
     reason = cached.unsupported(backend)
     if reason is not None:
         raise BackendUnsupported(f"{backend}: {reason}")

@@ -272,6 +272,7 @@ TABLE = torch.tensor([[0], [1]])
         ({"q": torch.zeros(2, 1, 3, 16)}, "nheads must be a positive multiple"),
         ({"q": torch.zeros(2, 1, 2, 16).bfloat16()}, "k_cache must have the dtype and device of q"),
         ({"q": torch.zeros(2, 1, 2, 16, requires_grad=True)}, "q must not require a gradient"),
+        ({"sigmoid_bias": torch.zeros((), requires_grad=True)}, "sigmoid_bias must not require a gradient"),
         ({"v_cache": torch.zeros(2, 31, 2, 16)}, "v_cache must share all but head_dim"),
         ({"k": NEW}, "k and v must be given together, got only k"),
         ({"k": NEW[:1], "v": NEW}, "k must be"),
