@@ -1,7 +1,7 @@
 """Sigmoid attention for the models of transformers: register() makes attn_implementation="sigmoid" a name they know.
 
-Padding, left or right, costs nothing: the values of masked keys are zeroed. No model is defined and no weight is
-changed here.
+Padding, left or right, costs nothing: the values of masked keys are zeroed. No weight is changed here, and our
+own model is in sigmoid_gpt.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from .. import functional
@@ -33,10 +33,16 @@ def register() -> None:
     the same number whatever the length of an input, a padding or a cache; a composite model has one in each of its
     configs that has attention.
 
-    Called twice it does nothing more. Source: arXiv:2409.04431.
+    AutoConfig and AutoModelForCausalLM know `SigmoidGPTConfig` from then on. Called twice it does nothing more.
+
+    Source: arXiv:2409.04431.
     """
+    from .sigmoid_gpt import SigmoidGPTConfig, SigmoidGPTForCausalLM
+
     AttentionInterface.register(NAME, sigmoid_attention_forward)
     AttentionMaskInterface.register(NAME, sigmoid_mask)
+    AutoConfig.register(SigmoidGPTConfig.model_type, SigmoidGPTConfig, exist_ok=True)
+    AutoModelForCausalLM.register(SigmoidGPTConfig, SigmoidGPTForCausalLM, exist_ok=True)
 
 
 def sigmoid_attention_forward(

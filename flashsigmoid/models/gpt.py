@@ -13,7 +13,7 @@ from ..nn import MLP, Block, RMSNorm, SigmoidAttention, SoftmaxAttention, SwiGLU
 from ..nn.attention import AttentionFn, KVCache
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,10 @@ class GPT(nn.Module):
         return GPTCache([(layer.k, layer.v) for layer in layers], layers[0].seqlens)
 
     def forward(
-        self, tokens: Int[Tensor, "batch seqlen"], cache: GPTCache | None = None
+        self,
+        tokens: Int[Tensor, "batch seqlen"],
+        cache: GPTCache | None = None,
+        key_mask: Bool[Tensor, "batch seqlen"] | None = None,
     ) -> Float[Tensor, "batch seqlen vocab_size"]:
         """Logits of the next token after each token.
 
@@ -195,6 +198,7 @@ class GPT(nn.Module):
             tokens: (batch, seqlen) int64, at most config.seqlen of them.
             cache: what each sequence has before these tokens, whose keys and values are written behind it in place;
                 its seqlens are the caller's to raise. In eval mode and without gradients. Default: none.
+            key_mask: (batch, seqlen) bool, False for padding among these tokens, on any side. Default: no padding.
 
         Raises:
             ValueError: tokens are not (batch, seqlen), or longer than the context; a cache that is full, or is given in
@@ -207,7 +211,7 @@ class GPT(nn.Module):
         # (batch, seqlen, dim)
         x = self.dropout(self.embedding(tokens))
         for i, block in enumerate(self.blocks):
-            x = block(x) if cache is None else block(x, cache=cache.layer(i))
+            x = block(x, key_mask) if cache is None else block(x, key_mask, cache=cache.layer(i))
         # (batch, seqlen, vocab_size)
         return self.head(self.norm(x))
 

@@ -162,13 +162,12 @@ class SigmoidAttention(nn.Module):
             cache: keys and values of earlier tokens; those of x are written behind them, in place. Default: none.
 
         Raises:
-            ValueError: key_mask is of another shape or dtype, or given with a cache; a cache where the module has none.
+            ValueError: key_mask is of another shape or dtype; a cache in training or where `takes_cache` is False.
         """
-        if cache is not None and (key_mask is not None or not self.takes_cache or self.training):
+        if cache is not None and (not self.takes_cache or self.training):
             raise ValueError(
-                "cache needs a causal module in eval mode with its own attention_fn, and no key_mask, got "
-                f"causal={self.causal}, training={self.training}, attention_fn={self.attention_fn}, "
-                f"key_mask={'none' if key_mask is None else 'given'}"
+                "cache needs a causal module in eval mode with its own attention_fn, got "
+                f"causal={self.causal}, training={self.training}, attention_fn={self.attention_fn}"
             )
         if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != x.shape[:2]):
             raise ValueError(
@@ -184,7 +183,9 @@ class SigmoidAttention(nn.Module):
         q = self.rope(self.q_norm(q), *start).to(v.dtype)
         k = self.rope(self.k_norm(k), *start).to(v.dtype)
         # (batch, seqlen, nheads * head_dim)
-        out = (self._attend(q, k, v, key_mask) if cache is None else self._attend_cache(q, k, v, cache)).flatten(2)
+        out = (
+            self._attend(q, k, v, key_mask) if cache is None else self._attend_cache(q, k, v, key_mask, cache)
+        ).flatten(2)
         if self.gate_proj is not None:
             out = out * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(out)
@@ -198,7 +199,10 @@ class SigmoidAttention(nn.Module):
                 bias = kept_keys_bias(key_mask, q.dtype).expand(-1, self.nheads)
         return self.attention_fn(q, k, v, sigmoid_bias=bias, **self._options(q.device))
 
-    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cache: KVCache) -> Tensor:
+        """A value that is zero when it is written masks its key for good."""
+        if key_mask is not None:
+            v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
         options = self._options(q.device)
         del options["dropout_p"]
         bias: Any = self.sigmoid_bias
@@ -242,7 +246,9 @@ class SoftmaxAttention(SigmoidAttention):
         """Whether forward can be given a cache: a causal module whose attention_fn is its own."""
         return self.causal and self.attention_fn is softmax_attention
 
-    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> Tensor:
+    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cache: KVCache) -> Tensor:
+        if key_mask is not None:
+            raise ValueError("key_mask must be None with a cache, which has no place for softmax's, got one")
         keys, values, real = Cache(cache.k, cache.v, cache.seqlens).append(k, v).at_the_end()
         return softmax_attention(q, keys, values, key_mask=real, **self._options(q.device))
 

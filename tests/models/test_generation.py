@@ -92,6 +92,21 @@ def test_tokens_are_the_same_with_and_without_a_cache_in_a_batch_and_alone(shape
     assert torch.equal(generate(model, prompts[1:2], **drawn), generate(model, prompts[1:2], use_cache=False, **drawn))
 
 
+def test_padding_among_the_tokens_is_masked_for_good():
+    model = GPT(replace(CONFIG, position="alibi")).eval().double()
+    tokens = torch.randint(50, (2, 6))
+    mask = torch.tensor([[True] * 6, [False, False, True, True, False, True]])
+    with torch.no_grad():
+        cache = model.new_cache(2)
+        logits = [model(tokens[:, :5], cache, mask[:, :5])]
+        cache.seqlens = cache.seqlens + 5
+        logits.append(model(tokens[:, 5:], cache, mask[:, 5:]))
+        full = model(tokens, key_mask=mask)
+        torch.testing.assert_close(torch.cat(logits, dim=1), full)
+        torch.testing.assert_close(full[:1], model(tokens[:1]))
+        torch.testing.assert_close(full[1:, 2:4], model(tokens[1:, 2:4]))
+
+
 def test_a_step_computes_new_tokens_only(model):
     seen = []
     model.embedding.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[1]))
@@ -121,6 +136,9 @@ def test_a_cache_is_not_for_training(model):
         model(torch.zeros(1, 2, dtype=torch.long), model.new_cache(1))
     with pytest.raises(ValueError, match="q must not require a gradient"):
         model.eval()(torch.zeros(1, 2, dtype=torch.long), model.new_cache(1))
+    softmax, mask = GPT(replace(CONFIG, attention="softmax")).eval(), torch.ones(1, 2, dtype=torch.bool)
+    with torch.no_grad(), pytest.raises(ValueError, match="key_mask must be None with a cache"):
+        softmax(torch.zeros(1, 2, dtype=torch.long), softmax.new_cache(1), mask)
     with torch.no_grad(), pytest.raises(ValueError, match="cache_seqlens must be from 0 to capacity"):
         model(torch.zeros(1, 4, dtype=torch.long), model.new_cache(1, 3))
 
