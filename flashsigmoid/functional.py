@@ -587,7 +587,7 @@ def _validate(
         )
     elif sigmoid_bias is not None:
         _validate_number("sigmoid_bias", sigmoid_bias)
-        if math.isnan(sigmoid_bias) or sigmoid_bias == math.inf:
+        if not sigmoid_bias < math.inf:  # NaN too; a compiler that has met two biases traces a symbol, not a number
             raise ValueError(f"sigmoid_bias must be a number below +inf, got {sigmoid_bias}")
     if alibi_slopes is not None:
         if not isinstance(alibi_slopes, Tensor):
@@ -595,7 +595,7 @@ def _validate(
         _validate_side("alibi_slopes", alibi_slopes, q, legal[1:3], "(nheads,) or (batch, nheads)")
     if scale is not None:
         _validate_number("scale", scale)
-        if not math.isfinite(scale):
+        if not -math.inf < scale < math.inf:
             raise ValueError(f"scale must be finite, got {scale}")
     if not isinstance(causal, bool):
         raise ValueError(f"causal must be True or False, got {causal!r}")

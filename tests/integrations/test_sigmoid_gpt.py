@@ -61,6 +61,18 @@ def test_a_padded_prompt_continues_as_it_does_alone(shape, cache):
         assert torch.equal(row[8 - length :], alone)
 
 
+@shapes
+def test_a_static_cache_under_torch_compile(shape):
+    model = SigmoidGPTForCausalLM.from_gpt(gpt(**shape))
+    tokens = torch.randint(257, (2, 10))
+    cache = transformers.StaticCache(config=model.config, max_cache_len=12)
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        logits = [model(tokens[:, :7], cache=cache).logits]
+        logits += [step(tokens[:, t : t + 1], cache=cache).logits for t in range(7, 10)]
+        torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens, use_cache=False).logits)
+
+
 def test_training_with_checkpointing():
     tokens = torch.randint(257, (2, 12))
     labels = tokens.masked_fill(torch.rand(2, 12) < 0.2, -100)
