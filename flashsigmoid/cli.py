@@ -327,6 +327,21 @@ def _continuation(
         yield tokenizer.decode(pending)
 
 
+@app.command(epilog="Example: flashsigmoid export runs/demo/sigmoid exported")
+def export(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, or a run: its newest checkpoint.", show_default=False)
+    ],
+    out_dir: Annotated[Path, typer.Argument(help="A new directory.", show_default=False)],
+) -> None:
+    """Write a trained language model as a directory of Hugging Face transformers."""
+    from .integrations.sigmoid_gpt import export as write
+    from .training.checkpoint import load_model
+
+    model, tokenizer = load_model(checkpoint)
+    print(f"exported: {write(model, tokenizer.to_library_json(), out_dir).absolute()}")
+
+
 @app.command(epilog="Example: flashsigmoid report runs/demo runs/demo-seed-1 --out report.html")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them; seeds of one arm are joined.")],

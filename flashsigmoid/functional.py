@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends import Explanation, op, packed, reference, triton
+from .backends import Explanation, cached, op, packed, reference, triton
 from .backends.problem import BackendUnsupported, make_problem
 
 if TYPE_CHECKING:
@@ -160,6 +160,103 @@ def sigmoid_attention_varlen(
         cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
         max_seqlens=(max_seqlen_q, max_seqlen_k),
     )
+
+
+def sigmoid_attention_with_kvcache(
+    q: Float[Tensor, "batch seqlen_q nheads head_dim"],
+    k_cache: Float[Tensor, "batch capacity nheads_k head_dim"],
+    v_cache: Float[Tensor, "batch capacity nheads_k head_dim_v"],
+    k: Float[Tensor, "batch seqlen_new nheads_k head_dim"] | None = None,
+    v: Float[Tensor, "batch seqlen_new nheads_k head_dim_v"] | None = None,
+    *,
+    cache_seqlens: Int32[Tensor, " batch"] | int,
+    sigmoid_bias: float | Tensor,
+    page_table: Int32[Tensor, "batch pages"] | None = None,
+    rotary_cos: Float[Tensor, "positions half_rotary_dim"] | None = None,
+    rotary_sin: Float[Tensor, "positions half_rotary_dim"] | None = None,
+    rotary_interleaved: bool = False,
+    causal: bool = True,
+    window_size: Window = (None, None),
+    alibi_slopes: Tensor | None = None,
+    scale: float | None = None,
+    num_splits: int = 0,
+    backend: str = "auto",
+) -> Float[Tensor, "batch seqlen_q nheads head_dim_v"]:
+    """Sigmoid attention to a cache of keys and values, after k and v are appended to it in place. Forward only.
+
+        O = A V,   A = sigmoid(scale * Q K^T + b - alibi_slope * |p_i - j|),   A = 0 where not visible
+
+    over the seqlen = cache_seqlens + seqlen_new keys of each sequence, with p_i = i + seqlen - seqlen_q: every sequence
+    is a `sigmoid_attention` of its own, bottom-right causal. One query is a decode step, more are a chunk of prefill.
+    `cache_seqlens` itself is not changed. On a GPU the host reads no length, and calls can be captured and compiled.
+
+    Args:
+        q: queries (batch, seqlen_q, nheads, head_dim), float16, bfloat16, float32 or float64.
+        k_cache: keys (batch, capacity, nheads_k, head_dim), or pages (npages, page_size, nheads_k, head_dim), page_size
+            a power of two from 16. What is beyond a sequence's length is never used.
+        v_cache: values, as k_cache with head_dim_v.
+        k: new keys (batch, seqlen_new, nheads_k, head_dim), written at cache_seqlens onwards. Default: none.
+        v: new values, given together with k.
+        cache_seqlens: keys each sequence has before this call, int32 or int64 (batch,), or one int for all.
+        sigmoid_bias: b, required, the constant of the model's training: a bias that grew with the cache would make
+            training and decoding disagree. A float, or a tensor (), (nheads,), (batch, nheads) or
+            (batch, nheads, seqlen_q).
+        page_table: int32 or int64 (batch, pages of a sequence): page j holds keys j * page_size onwards. Sequences may
+            share pages that are not written to. Default: a contiguous cache.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), as many positions as the cache has room for; new keys are
+            turned at their positions in the cache and query i at p_i. seqlen_q is then at most seqlen_new.
+        rotary_interleaved: pairs are (x_2i, x_2i+1), else (x_i, x_i+rotary_dim/2). Default: False.
+        causal: key j is visible to query i only if j <= p_i. Default: True.
+        window_size, alibi_slopes, scale: as in `sigmoid_attention`.
+        num_splits: into how many parts a decode kernel divides the keys, 0 for its own choice; decides the schedule,
+            never the meaning, and is not used by the backends that there are. Default: 0.
+        backend: "auto", "blocked" or "reference"; there is no decode kernel yet. Default: "auto", which takes the dense
+            kernels on a GPU, for a copy of the cache.
+
+    Returns:
+        (batch, seqlen_q, nheads, head_dim_v), contiguous, in the dtype of q, which autocast does not change. A sequence
+        without keys gets zeros.
+
+    Raises:
+        ValueError: a shape, dtype, device or option outside the rules above; on a CPU also a length beyond the cache
+            and a page that is not there. Nothing is written then.
+        BackendUnsupported: the named backend cannot compute this call; the message says why.
+
+    Source: arXiv:2409.04431, section 2; the interface of flash-attn's flash_attn_with_kvcache; pages arXiv:2309.06180.
+    """
+    if sigmoid_bias is None:
+        raise ValueError("sigmoid_bias is required, -log of the training context length, got None")
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 0:
+        raise ValueError(f"num_splits must be a non-negative integer, got {num_splits!r}")
+    cache = cached.checked(q, k_cache, v_cache, k, v, cache_seqlens, page_table)
+    options = (scale, causal, window_size, alibi_slopes, 0.0, "auto", backend)
+    like_k, like_v = (x.new_empty(q.shape[0], 0, *x.shape[2:]) for x in (k_cache, v_cache))
+    _validate(q, like_k, like_v, sigmoid_bias, *options)
+    for name, x in (("sigmoid_bias", sigmoid_bias), ("alibi_slopes", alibi_slopes)):
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient, a cache is forward only, got one that does")
+    reason = cached.unsupported(backend)
+    if reason is not None:
+        raise BackendUnsupported(f"{backend}: {reason}")
+    rotary = cached.check_rotary(rotary_cos, rotary_sin, q, k, cache.capacity)
+    new = 0 if k is None else k.shape[1]
+    if rotary is not None and k is not None:
+        position = cache.seqlens[:, None] + torch.arange(new, device=q.device)
+        q = cached.rotate(q, *rotary, position[:, new - q.shape[1] :], rotary_interleaved)
+        k = cached.rotate(k, *rotary, position, rotary_interleaved)
+    if k is not None and v is not None:
+        cache = cache.append(k, v)
+    if not (cached.on_host(q) or backend == "reference"):
+        keys, values, _ = cache.at_the_end()
+        return _attention(q, keys, values, sigmoid_bias, *options)
+    out = q.new_zeros(*q.shape[:3], v_cache.shape[3])
+    for index, seqlen in enumerate(cache.seqlens.tolist()):
+        one = slice(index, index + 1)
+        bias = sigmoid_bias[one] if isinstance(sigmoid_bias, Tensor) and sigmoid_bias.dim() > 1 else sigmoid_bias
+        slopes = alibi_slopes[one] if alibi_slopes is not None and alibi_slopes.dim() > 1 else alibi_slopes
+        options = (scale, causal, window_size, slopes, 0.0, "auto", backend)
+        out[one] = _attention(q[one], *cache.of(index, seqlen), bias, *options)
+    return out
 
 
 def sigmoid_attention_fp8(
@@ -492,7 +589,7 @@ def _validate(
         )
     elif sigmoid_bias is not None:
         _validate_number("sigmoid_bias", sigmoid_bias)
-        if math.isnan(sigmoid_bias) or sigmoid_bias == math.inf:
+        if not sigmoid_bias < math.inf:  # NaN too; a compiler that has met two biases traces a symbol, not a number
             raise ValueError(f"sigmoid_bias must be a number below +inf, got {sigmoid_bias}")
     if alibi_slopes is not None:
         if not isinstance(alibi_slopes, Tensor):
@@ -500,7 +597,7 @@ def _validate(
         _validate_side("alibi_slopes", alibi_slopes, q, legal[1:3], "(nheads,) or (batch, nheads)")
     if scale is not None:
         _validate_number("scale", scale)
-        if not math.isfinite(scale):
+        if not -math.inf < scale < math.inf:
             raise ValueError(f"scale must be finite, got {scale}")
     if not isinstance(causal, bool):
         raise ValueError(f"causal must be True or False, got {causal!r}")

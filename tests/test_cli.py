@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from flashsigmoid import __main__, __version__, cli
 from flashsigmoid.record import read_records
 
-COMMANDS = ("demo", "train", "generate", "report", "study", "theory", "pack", "explain", "bench")
+COMMANDS = ("demo", "train", "generate", "export", "report", "study", "theory", "pack", "explain", "bench")
 TINY = (
     *(
         "--set",
@@ -352,6 +352,14 @@ def test_train_resume_generate_report(flashsigmoid, tmp_path):
     assert text.out == flashsigmoid("generate", run / "checkpoints/step-00000002", "--prompt", "To be", *options).out
     assert_one_error(flashsigmoid("generate", run, "--prompt", ""), 1, "prompt must have at least one character")
     assert_one_error(flashsigmoid("generate", run, "--top-p", "2"), 1, "top_p must be in (0, 1], got 2.0")
+
+    exported = flashsigmoid("export", run, "exported")
+    assert exported.code == 0, exported.err
+    assert (tmp_path / "exported/model.safetensors").exists()
+    assert_one_error(flashsigmoid("export", run, "exported"), 1, "out_dir must be new or empty")
+    assert_one_error(
+        flashsigmoid("export", "runs/demo/softmax", "other"), 1, "attention of the model must be 'sigmoid'"
+    )
 
     page = flashsigmoid("report", "runs/demo")
     assert page.code == 0, page.err

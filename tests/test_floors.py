@@ -54,7 +54,7 @@ GUESTS = {
     "numpy": {"training", "report"},
     "safetensors": {"training", "models"},
     "timm": {"models/vision.py", "integrations/timm.py"},
-    "transformers": {"integrations/transformers.py"},
+    "transformers": {"integrations/transformers.py", "integrations/sigmoid_gpt.py"},
     "matplotlib": {"report"},
     "plotly": {"report"},
     "typer": {"cli.py"},

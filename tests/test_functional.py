@@ -386,3 +386,13 @@ def test_any_number_of_threads(causal, threads) -> None:
     expected, seen = oracle(*tensors, **options), witness(*tensors, **options)
     for name, result in actual.items():
         assert_within_budget(name, result, expected[name], seen[name])
+
+
+def test_models_of_several_biases_compile():
+    """From the second number on a compiler traces a symbol for it."""
+    torch.compiler.reset()
+    q, k, v, _ = make_qkv(1, 5, 5, 2, 2, 8)
+    compiled = torch.compile(sigmoid_attention, fullgraph=True, backend="eager")
+    for b, scale in ((-1.0, 0.5), (-2.0, 0.25), (-3.0, 0.125)):
+        expected = sigmoid_attention(q, k, v, sigmoid_bias=b, scale=scale)
+        torch.testing.assert_close(compiled(q, k, v, sigmoid_bias=b, scale=scale), expected)

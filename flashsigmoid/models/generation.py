@@ -1,8 +1,9 @@
-"""Sampling text from a language model, token by token. There is no cache yet: each token reads its whole context."""
+"""Sampling text from a language model, token by token, with a cache of keys and values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,14 +20,24 @@ def generate(
     tokens: Int[Tensor, "batch seqlen"],
     max_new_tokens: int,
     *,
+    lengths: Int[Tensor, " batch"] | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    use_cache: bool | None = None,
 ) -> Int[Tensor, "batch seqlen+max_new_tokens"]:
-    """The prompt and its continuation; arguments and errors as `stream`."""
-    new = stream(model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    return torch.cat([tokens, *(token[:, None] for token in new)], dim=1)
+    """The prompts, each followed by its continuation and then by its padding; arguments and errors as `stream`."""
+    new = stream(
+        model, tokens, max_new_tokens,
+        lengths=lengths, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, use_cache=use_cache,
+    )  # fmt: skip
+    both = torch.cat([tokens, *(token[:, None] for token in new)], dim=1)
+    if lengths is None:
+        return both
+    place, end = torch.arange(both.shape[1], device=tokens.device), lengths.to(tokens.device)[:, None]
+    behind = torch.where(place < end + max_new_tokens, place - end + tokens.shape[1], place - max_new_tokens)
+    return both.gather(1, torch.where(place < end, place, behind))
 
 
 def stream(
@@ -34,69 +45,115 @@ def stream(
     tokens: Int[Tensor, "batch seqlen"],
     max_new_tokens: int,
     *,
+    lengths: Int[Tensor, " batch"] | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    use_cache: bool | None = None,
 ) -> Iterator[Int[Tensor, " batch"]]:
     """Draw the next token from softmax(logits / temperature), append it, again: yields (batch,) tokens as they come.
 
     The model sees the last config.seqlen tokens. Its sigmoid bias stays the constant of its training, however short the
     prompt. It is put into eval mode for each step and back; the global random state is neither read nor advanced.
 
+    The first step computes the prompts, each later one its new tokens only, from a cache of the keys and values before.
+    From the step on at which the longest sequence is beyond the context, every window is computed anew: its first token
+    moves, so that what a cache holds is of no use.
+
     Args:
         model: a GPT, on any device.
-        tokens: the prompt, (batch, seqlen) int64, at least one token.
+        tokens: the prompts, (batch, seqlen) int64, at least one token each, padded at their ends if `lengths` differ.
         max_new_tokens: how many to draw.
+        lengths: (batch,) integers, the tokens of each prompt; what is behind them is not looked at. Default: seqlen.
         temperature: divides the logits; 0 takes the most likely token. Default: 1.
         top_k: draw among the k most likely tokens only. Default: all.
         top_p: draw among the fewest tokens that have this much probability together. Default: all.
         seed: of the draws; None takes a fresh one. Default: None.
+        use_cache: False computes every window anew. Default: True, unless the model has another attention_fn injected.
 
     Raises:
-        ValueError: an empty prompt, or an argument outside its range; at the call, before the first token.
+        ValueError: an empty prompt, an argument outside its range, or use_cache=True where the model takes none; at the
+            call, before the first token.
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must be (batch, seqlen) with at least one token, got {tuple(tokens.shape)}")
+    batch, seqlen = tokens.shape
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if lengths is None:
+        lengths = torch.full((batch,), seqlen)
+    if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be integers (batch,) = ({batch},), got {lengths.dtype} {tuple(lengths.shape)}")
+    if any(not 0 < length <= seqlen for length in lengths.tolist()):
+        raise ValueError(f"lengths must be from 1 to seqlen={seqlen}, got {lengths.tolist()}")
     if not temperature >= 0.0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if use_cache and not model.takes_cache:
+        raise ValueError("use_cache must be False for a model with another attention_fn injected, got True")
     generator = torch.Generator(tokens.device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    return _draw(model, tokens, max_new_tokens, temperature, top_k, top_p, generator)
+    draw = _Draw(temperature, top_k, top_p, generator)
+    return _continue(
+        model, tokens, max_new_tokens, lengths, draw, model.takes_cache if use_cache is None else use_cache
+    )
 
 
-def _draw(
-    model: GPT,
-    tokens: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator,
+@dataclass(frozen=True)
+class _Draw:
+    """How a token is drawn from logits (batch, vocab_size)."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    generator: torch.Generator
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.temperature == 0.0:
+            return logits.argmax(-1)
+        probabilities = kept(logits / self.temperature, self.top_k, self.top_p).softmax(-1)
+        return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
+
+
+def _continue(
+    model: GPT, tokens: Tensor, max_new_tokens: int, lengths: Tensor, draw: _Draw, use_cache: bool
 ) -> Iterator[Tensor]:
+    context, (batch, seqlen) = model.config.seqlen, tokens.shape
+    longest = int(lengths.max()) if batch else seqlen
+    lengths = lengths.to(tokens.device, torch.long)
+    place = torch.arange(seqlen + max_new_tokens, device=tokens.device)
+    # padding may be anything, but a token is looked up in the embedding
+    text = torch.nn.functional.pad(tokens, (0, max_new_tokens)).masked_fill(place >= lengths[:, None], 0)
+    cache = None
     for _ in range(max_new_tokens):
         training = model.training
         model.eval()
         with torch.no_grad():
-            # (batch, vocab_size)
-            logits = model(tokens[:, -model.config.seqlen :])[:, -1].float()
+            if use_cache and longest <= context:
+                if cache is None:
+                    cache = model.new_cache(batch, min(context, longest + max_new_tokens - 1))
+                    logits, last = model(text[:, :longest], cache), lengths - 1
+                else:
+                    logits, last = model(text.gather(1, lengths[:, None] - 1), cache), torch.zeros_like(lengths)
+                cache.seqlens = lengths
+            else:
+                start = (lengths - context).clamp(min=0)
+                window = start[:, None] + place[: min(context, longest)]
+                logits, last = model(text.gather(1, window)), lengths - 1 - start
         model.train(training)
-        if temperature == 0.0:
-            token = logits.argmax(-1)
-        else:
-            probabilities = kept(logits / temperature, top_k, top_p).softmax(-1)
-            token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        # (batch, vocab_size)
+        logits = logits.take_along_dim(last[:, None, None], dim=1)[:, 0].float()
+        token = draw(logits)
         yield token
-        tokens = torch.cat([tokens, token[:, None]], dim=1)
+        text = text.scatter(1, lengths[:, None], token[:, None])
+        lengths, longest = lengths + 1, longest + 1
 
 
 def kept(

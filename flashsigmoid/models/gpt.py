@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import MLP, Block, RMSNorm, SigmoidAttention, SoftmaxAttention, SwiGLU
-from ..nn.attention import AttentionFn
+from ..nn.attention import AttentionFn, KVCache
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,22 @@ class GPTConfig:
         return default if self.mlp_dim is None else self.mlp_dim
 
 
+@dataclass
+class GPTCache:
+    """Keys and values of every layer of a `GPT`, (batch, capacity, nheads_k, head_dim), and how many of them count.
+
+    seqlens, int64 (batch,), is the caller's to raise by the tokens passed: after a prefill of padded prompts to their
+    lengths, so that what padding has left is written over.
+    """
+
+    layers: list[tuple[Tensor, Tensor]]
+    seqlens: Int[Tensor, " batch"]
+
+    def layer(self, index: int) -> KVCache:
+        """The cache of one block's attention."""
+        return KVCache(*self.layers[index], self.seqlens)
+
+
 class GPT(nn.Module):
     """A causal transformer over tokens.
 
@@ -152,14 +168,41 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=std / 2 if module is self.head else std)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
-    def forward(self, tokens: Int[Tensor, "batch seqlen"]) -> Float[Tensor, "batch seqlen vocab_size"]:
+    def _attentions(self) -> list[SigmoidAttention]:
+        return [cast(Any, block).attention for block in self.blocks]
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether forward can be given a cache: not where another attention_fn was injected."""
+        return all(attention.takes_cache for attention in self._attentions())
+
+    def new_cache(self, batch: int, capacity: int | None = None) -> GPTCache:
+        """Room for `capacity` tokens (default: the context) in every layer, in autocast's dtype or the weights'."""
+        capacity = self.config.seqlen if capacity is None else capacity
+        weight = self.embedding.weight
+        dtype, kind = weight.dtype, weight.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(kind)
+        layers = [attention.new_cache(batch, capacity, dtype=dtype) for attention in self._attentions()]
+        return GPTCache([(layer.k, layer.v) for layer in layers], layers[0].seqlens)
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch seqlen"],
+        cache: GPTCache | None = None,
+        key_mask: Bool[Tensor, "batch seqlen"] | None = None,
+    ) -> Float[Tensor, "batch seqlen vocab_size"]:
         """Logits of the next token after each token.
 
         Args:
             tokens: (batch, seqlen) int64, at most config.seqlen of them.
+            cache: what each sequence has before these tokens, whose keys and values are written behind it in place;
+                its seqlens are the caller's to raise. In eval mode and without gradients. Default: none.
+            key_mask: (batch, seqlen) bool, False for padding among these tokens, on any side. Default: no padding.
 
         Raises:
-            ValueError: tokens are not (batch, seqlen), or longer than the context.
+            ValueError: tokens are not (batch, seqlen), or longer than the context; a cache that is full, or is given in
+                training or where `takes_cache` is False.
         """
         if tokens.dim() != 2 or tokens.shape[1] > self.config.seqlen:
             raise ValueError(
@@ -167,8 +210,8 @@ class GPT(nn.Module):
             )
         # (batch, seqlen, dim)
         x = self.dropout(self.embedding(tokens))
-        for block in self.blocks:
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, key_mask) if cache is None else block(x, key_mask, cache=cache.layer(i))
         # (batch, seqlen, vocab_size)
         return self.head(self.norm(x))
 

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backends.cached import Cache
 from ..backends.problem import make_problem
 from ..backends.reference import visible
-from ..functional import sigmoid_attention
+from ..functional import sigmoid_attention, sigmoid_attention_with_kvcache
 from .norm import RMSNorm
 from .position import RotaryEmbedding, alibi_slopes
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 AttentionFn = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of one attention layer for decoding. A module writes new ones behind each sequence, in place."""
+
+    k: Float[Tensor, "batch capacity nheads_k head_dim"]
+    v: Float[Tensor, "batch capacity nheads_k head_dim"]
+    seqlens: Int[Tensor, " batch"]  # keys that each sequence has; who calls a module adds what it has passed
 
 
 def kept_keys_bias(key_mask: Bool[Tensor, "batch seqlen_k"], dtype: torch.dtype, extra: int = 0) -> Tensor:
@@ -124,18 +135,40 @@ class SigmoidAttention(nn.Module):
             shape = () if bias_mode == "learnable" else (nheads,)
             self.sigmoid_bias = nn.Parameter(torch.full(shape, float(sigmoid_bias or 0.0)))
 
+    @property
+    def takes_cache(self) -> bool:
+        """Whether forward can be given a cache: a causal module whose attention_fn is its own."""
+        return self.causal and self.attention_fn is sigmoid_attention
+
+    def new_cache(
+        self, batch: int, capacity: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> KVCache:
+        """An empty cache; dtype and device default to those of the weights."""
+        like = self.k_proj.weight
+        k, v = (like.new_zeros(batch, capacity, self.nheads_k, self.head_dim, dtype=dtype, device=device) for _ in "kv")
+        return KVCache(k, v, torch.zeros(batch, dtype=torch.long, device=k.device))
+
     def forward(
-        self, x: Float[Tensor, "batch seqlen dim"], key_mask: Bool[Tensor, "batch seqlen"] | None = None
+        self,
+        x: Float[Tensor, "batch seqlen dim"],
+        key_mask: Bool[Tensor, "batch seqlen"] | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seqlen dim"]:
-        """Attention of x to itself.
+        """Attention of x to itself, and to what a cache has before it. With a cache, eval mode and without gradients.
 
         Args:
             x: (batch, seqlen, dim).
             key_mask: (batch, seqlen) bool, True for a token that may be attended to. Default: all.
+            cache: keys and values of earlier tokens; those of x are written behind them, in place. Default: none.
 
         Raises:
-            ValueError: key_mask is of another shape or dtype.
+            ValueError: key_mask is of another shape or dtype; a cache in training or where `takes_cache` is False.
         """
+        if cache is not None and (not self.takes_cache or self.training):
+            raise ValueError(
+                "cache needs a causal module in eval mode with its own attention_fn, got "
+                f"causal={self.causal}, training={self.training}, attention_fn={self.attention_fn}"
+            )
         if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != x.shape[:2]):
             raise ValueError(
                 f"key_mask must be bool (batch, seqlen) = {tuple(x.shape[:2])}, "
@@ -146,10 +179,13 @@ class SigmoidAttention(nn.Module):
         k = self.k_proj(x).unflatten(-1, (self.nheads_k, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.nheads_k, self.head_dim))
         # under autocast the norms return float32
-        q = self.rope(self.q_norm(q)).to(v.dtype)
-        k = self.rope(self.k_norm(k)).to(v.dtype)
+        start = () if cache is None or self.position != "rope" else (cache.seqlens,)
+        q = self.rope(self.q_norm(q), *start).to(v.dtype)
+        k = self.rope(self.k_norm(k), *start).to(v.dtype)
         # (batch, seqlen, nheads * head_dim)
-        out = self._attend(q, k, v, key_mask).flatten(2)
+        out = (
+            self._attend(q, k, v, key_mask) if cache is None else self._attend_cache(q, k, v, key_mask, cache)
+        ).flatten(2)
         if self.gate_proj is not None:
             out = out * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(out)
@@ -162,6 +198,17 @@ class SigmoidAttention(nn.Module):
             if bias is None:
                 bias = kept_keys_bias(key_mask, q.dtype).expand(-1, self.nheads)
         return self.attention_fn(q, k, v, sigmoid_bias=bias, **self._options(q.device))
+
+    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cache: KVCache) -> Tensor:
+        """A value that is zero when it is written masks its key for good."""
+        if key_mask is not None:
+            v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
+        options = self._options(q.device)
+        del options["dropout_p"]
+        bias: Any = self.sigmoid_bias
+        return sigmoid_attention_with_kvcache(
+            q, cache.k, cache.v, k, v, cache_seqlens=cache.seqlens, sigmoid_bias=bias, **options
+        )
 
     def _options(self, device: torch.device) -> dict[str, Any]:
         return {
@@ -193,6 +240,17 @@ class SoftmaxAttention(SigmoidAttention):
 
     def __init__(self, dim: int, nheads: int, *, attention_fn: AttentionFn | None = None, **options: Any) -> None:
         super().__init__(dim, nheads, attention_fn=attention_fn or softmax_attention, **options)
+
+    @property
+    def takes_cache(self) -> bool:
+        """Whether forward can be given a cache: a causal module whose attention_fn is its own."""
+        return self.causal and self.attention_fn is softmax_attention
+
+    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cache: KVCache) -> Tensor:
+        if key_mask is not None:
+            raise ValueError("key_mask must be None with a cache, which has no place for softmax's, got one")
+        keys, values, real = Cache(cache.k, cache.v, cache.seqlens).append(k, v).at_the_end()
+        return softmax_attention(q, keys, values, key_mask=real, **self._options(q.device))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         mask = {} if key_mask is None else {"key_mask": key_mask}

@@ -11,6 +11,8 @@ from .norm import LayerScale, RMSNorm
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+    from .attention import KVCache
+
 
 class Block(nn.Module):
     """Attention and MLP, each around a residual, pre-norm or hybrid-norm.
@@ -66,9 +68,13 @@ class Block(nn.Module):
         self.mlp_scale = scale()
 
     def forward(
-        self, x: Float[Tensor, "batch seqlen dim"], key_mask: Bool[Tensor, "batch seqlen"] | None = None
+        self,
+        x: Float[Tensor, "batch seqlen dim"],
+        key_mask: Bool[Tensor, "batch seqlen"] | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "batch seqlen dim"]:
-        """x through both branches; key_mask (True = keep) goes to the attention."""
-        attended = self.attention(self.attention_norm(x), key_mask)
+        """x through both branches; key_mask (True = keep), and a cache if there is one, go to the attention."""
+        given = () if cache is None else (cache,)  # an attention without caches is called without
+        attended = self.attention(self.attention_norm(x), key_mask, *given)
         x = x + self.attention_scale(self.attention_out_norm(attended))
         return x + self.mlp_scale(self.mlp_out_norm(self.mlp(self.mlp_norm(x))))

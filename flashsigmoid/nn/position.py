@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 _Sizes = ParamSpec("_Sizes")
 _Tables = TypeVar("_Tables", Tensor, tuple[Tensor, Tensor])
@@ -48,9 +48,14 @@ def _rotary_tables(
     seqlen: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """cos and sin of position * base ** (-2 i / head_dim), each (seqlen, 1, head_dim / 2)."""
-    wide = _wide(device)
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=wide) / head_dim)
-    angle = torch.arange(seqlen, device=device, dtype=wide)[:, None, None] * frequency
+    return _rotation(torch.arange(seqlen, device=device)[:, None, None], head_dim, base, dtype)
+
+
+def _rotation(position: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin at positions (..., 1), each (..., head_dim / 2)."""
+    wide = _wide(position.device)
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=wide) / head_dim)
+    angle = position.to(wide) * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -78,16 +83,21 @@ class RotaryEmbedding(nn.Module):
         self.head_dim, self.base = head_dim, float(base)
 
     def forward(
-        self, x: Float[Tensor, "batch seqlen nheads head_dim"], offset: int = 0
+        self, x: Float[Tensor, "batch seqlen nheads head_dim"], offset: int | Int[Tensor, " batch"] = 0
     ) -> Float[Tensor, "batch seqlen nheads head_dim"]:
-        """x turned, token t standing at position t + offset; in the dtype of x."""
-        end = offset + x.shape[1]
+        """x turned, token t at position t + offset (of each sequence its own if it is a tensor), in the dtype of x."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        # a power of two, so that growing lengths share few tables; a traced graph needs only its own
-        size = end if torch.compiler.is_compiling() else 1 << max(end - 1, 0).bit_length()
-        tables = _rotary_tables(size, self.head_dim, self.base, x.device, dtype)
-        # (seqlen, 1, head_dim / 2)
-        cos, sin = (table[offset:end] for table in tables)
+        if isinstance(offset, Tensor):
+            # (batch, seqlen, 1, head_dim / 2): made anew, since a table's length would be read from the device
+            position = offset[:, None] + torch.arange(x.shape[1], device=x.device)
+            cos, sin = _rotation(position[..., None, None], self.head_dim, self.base, dtype)
+        else:
+            end = offset + x.shape[1]
+            # a power of two, so that growing lengths share few tables; a traced graph needs only its own
+            size = end if torch.compiler.is_compiling() else 1 << max(end - 1, 0).bit_length()
+            tables = _rotary_tables(size, self.head_dim, self.base, x.device, dtype)
+            # (seqlen, 1, head_dim / 2)
+            cos, sin = (table[offset:end] for table in tables)
         left, right = x.to(dtype).chunk(2, dim=-1)
         return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)
 

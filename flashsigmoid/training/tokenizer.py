@@ -36,6 +36,10 @@ class Tokenizer(Protocol):
         """What `load_tokenizer` reads."""
         ...
 
+    def to_library_json(self) -> str:
+        """What the library `tokenizers`, and so transformers, reads."""
+        ...
+
 
 class ByteTokenizer:
     """Token b is the byte b, token 256 ends a text. Any bytes are text."""
@@ -58,6 +62,19 @@ class ByteTokenizer:
     def to_json(self) -> str:
         """What `load_tokenizer` reads."""
         return json.dumps(BYTES)
+
+    def to_library_json(self) -> str:
+        """A byte-level BPE without merges; text that is not UTF-8 it cannot encode."""
+        # the alphabet of byte-level BPE: printable bytes stand for themselves, the others for 256, 257, ...
+        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        spelled = {byte: chr(byte) for byte in printable}
+        spelled |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*printable}))}
+        vocab = {**{spelled[byte]: byte for byte in range(256)}, END_OF_TEXT: self.eot}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyright: ignore[reportAttributeAccessIssue]
+        tokenizer.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+        tokenizer.add_special_tokens([END_OF_TEXT])
+        return tokenizer.to_str(pretty=True)
 
 
 class BPETokenizer:
@@ -101,6 +118,10 @@ class BPETokenizer:
     def to_json(self) -> str:
         """What `load_tokenizer`, and the library `tokenizers` itself, reads."""
         return self._tokenizer.to_str(pretty=True)
+
+    def to_library_json(self) -> str:
+        """The same."""
+        return self.to_json()
 
 
 def train_bpe(texts: Iterable[bytes], vocab_size: int) -> BPETokenizer:

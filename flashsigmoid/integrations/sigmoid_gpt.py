@@ -1,0 +1,290 @@
+"""Our GPT as a model of transformers: its config, `generate` with transformers' caches, safetensors, a saved directory.
+
+The network is `models.gpt.GPT` with the same weights; attention of other models is the business of transformers.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..functional import sigmoid_attention, sigmoid_attention_with_kvcache
+from ..models.gpt import GPT, GPTConfig, parameter_count
+from ..nn import Block, SigmoidAttention
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+# transformers 5.24 has renamed the argument and the output
+_CACHE = next(x.name for x in dataclasses.fields(CausalLMOutputWithPast) if x.name in ("cache", "past_key_values"))
+_SHAPE = tuple(x.name for x in dataclasses.fields(GPTConfig) if x.name != "attention")
+_MODELING = '''"""Read by transformers with trust_remote_code=True; `pip install flashsigmoid` has the model."""
+
+from flashsigmoid.integrations.sigmoid_gpt import SigmoidGPTConfig, SigmoidGPTForCausalLM
+
+__all__ = ["SigmoidGPTConfig", "SigmoidGPTForCausalLM"]
+'''
+
+
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [sigmoid-attention]
+---
+# A GPT of sigmoid attention
+
+out = sigmoid(q k^T / sqrt(d) + b) v with b = {bias:.4f}, a constant ([arXiv:2409.04431](https://arxiv.org/abs/2409.04431)).
+{parameters:,} parameters, {nlayers} layers of {dim}, context {seqlen}, {position}. It needs the package `flashsigmoid`.
+
+    from flashsigmoid.integrations.transformers import register
+    from transformers import pipeline
+
+    register()
+    print(pipeline("text-generation", "this directory")("Once")[0]["generated_text"])
+"""
+
+
+class SigmoidGPTConfig(PreTrainedConfig):
+    """The fields of `GPTConfig`, except that attention is sigmoid, and sigmoid_bias a number.
+
+    Raises:
+        ValueError: as `GPTConfig`.
+    """
+
+    model_type = "sigmoid_gpt"
+    attribute_map = {  # noqa: RUF012 - transformers reads a dict
+        "hidden_size": "dim",
+        "max_position_embeddings": "seqlen",
+        "num_attention_heads": "nheads",
+        "num_hidden_layers": "nlayers",
+    }
+
+    def __init__(
+        self,
+        vocab_size: int = 257,
+        seqlen: int = 128,
+        nlayers: int = 4,
+        dim: int = 128,
+        nheads: int = 4,
+        **options: Any,
+    ) -> None:
+        shape = {name: options.pop(name) for name in _SHAPE if name in options}
+        gpt = GPTConfig(vocab_size=vocab_size, seqlen=seqlen, nlayers=nlayers, dim=dim, nheads=nheads, **shape)
+        for name in _SHAPE:
+            setattr(self, name, getattr(gpt, name))
+        self.sigmoid_bias = gpt.bias
+        self.num_key_value_heads, self.head_dim = gpt.kv_heads, gpt.dim // gpt.nheads
+        options.setdefault("tie_word_embeddings", False)
+        super().__init__(**options)
+
+    def gpt(self) -> GPTConfig:
+        """The same as a `GPTConfig`."""
+        return GPTConfig(**{name: getattr(self, name) for name in _SHAPE})
+
+
+@dataclass
+class _Past:
+    """A cache of transformers where `GPT` expects its own: what its layers need to know of it."""
+
+    cache: Any
+    seqlens: Tensor  # (batch,) tokens before the new ones
+    grows: bool  # its keys end with the new ones; else it has room behind them
+    index: int = 0
+
+    def layer(self, index: int) -> _Past:
+        return dataclasses.replace(self, index=index)
+
+
+class _Attention(SigmoidAttention):
+    @property
+    def takes_cache(self) -> bool:
+        return True
+
+    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cache: Any) -> Tensor:
+        if key_mask is not None:
+            v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
+        k, v = (x.transpose(1, 2) for x in cache.cache.update(k.transpose(1, 2), v.transpose(1, 2), cache.index))
+        bias: Any = self.sigmoid_bias
+        options = self._options(q.device)
+        if cache.grows:
+            return sigmoid_attention(q, k, v, sigmoid_bias=bias, **options)
+        del options["dropout_p"]
+        seqlens = cache.seqlens + q.shape[1]
+        return sigmoid_attention_with_kvcache(q, k, v, cache_seqlens=seqlens, sigmoid_bias=bias, **options)
+
+
+class _Block(GradientCheckpointingLayer, Block):
+    pass
+
+
+class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
+    """`GPT` with the interface of transformers. Sigmoid attention is what it is: another attn_implementation raises.
+
+    Padding is told by attention_mask, on any side. An input with its cache is at most config.seqlen tokens long.
+    """
+
+    config_class = SigmoidGPTConfig  # pyright: ignore[reportAssignmentType]
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["_Block"]  # noqa: RUF012 - transformers reads a list
+
+    def __init__(self, config: SigmoidGPTConfig) -> None:
+        super().__init__(config)
+        self.model = GPT(config.gpt())
+        for block in self.model.blocks:
+            assert isinstance(block, Block)
+            block.__class__, block.attention.__class__ = _Block, _Attention  # ours, able to use caches of transformers
+        self.post_init()
+
+    @classmethod
+    def from_gpt(cls, model: GPT) -> SigmoidGPTForCausalLM:
+        """The same weights, copied, in the same dtype and mode.
+
+        Raises:
+            ValueError: the model's attention is softmax.
+        """
+        if model.config.attention != "sigmoid":
+            raise ValueError(f"attention of the model must be 'sigmoid', got {model.config.attention!r}")
+        shape = {name: getattr(model.config, name) for name in _SHAPE}
+        weight = model.embedding.weight
+        new = cls(SigmoidGPTConfig(**shape))
+        torch.nn.Module.to(new, weight.device, weight.dtype)
+        new.model.load_state_dict(model.state_dict())
+        return new.train(model.training)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """'sigmoid', or a ValueError."""
+        if requested_attention not in (None, "sigmoid"):
+            raise ValueError(f"attn_implementation of a SigmoidGPT must be 'sigmoid', got {requested_attention!r}")
+        return "sigmoid"
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Of tokens."""
+        return self.model.embedding
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        """The head."""
+        return self.model.head
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if isinstance(module, GPT):
+            module.reset_parameters()
+
+    @staticmethod
+    def create_masks_for_generate(
+        inputs_embeds: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor | None:
+        """Which of the new tokens are padding, for caches of a fixed size: the earlier ones were told before."""
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seqlen"],
+        attention_mask: Int[Tensor, "batch seen"] | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        labels: Int[Tensor, "batch seqlen"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **options: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss if there are labels.
+
+        Args:
+            input_ids: (batch, seqlen) int64.
+            attention_mask: (batch, tokens before and these), 0 for padding on any side. Default: no padding.
+            cache, past_key_values: a cache of transformers, by its newer or its older name.
+            labels: (batch, seqlen), -100 where there is none; shifted here.
+            use_cache: make a cache where none is given, in eval mode. Default: True.
+            logits_to_keep: of the last tokens only; 0 is all. Default: 0.
+            options: what other models take, position_ids say: positions are those in the cache.
+
+        Raises:
+            ValueError: an input longer than the context, a mask of another shape, or an option without meaning here.
+        """
+        for name in ("output_attentions", "output_hidden_states", "inputs_embeds"):
+            if options.get(name) is not None and options[name] is not False:
+                raise ValueError(f"{name} must not be given to a SigmoidGPT, got {type(options[name]).__name__}")
+        batch, seqlen = input_ids.shape
+        cache = past_key_values if cache is None else cache
+        if cache is None and not self.training and use_cache is not False:
+            cache = DynamicCache()
+        key_mask = None
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < seqlen:
+                raise ValueError(
+                    f"attention_mask must be (batch, at least seqlen) for {(batch, seqlen)}, "
+                    f"got {tuple(attention_mask.shape)}"
+                )
+            key_mask = attention_mask[:, -seqlen:].bool()
+        hidden = self.model(input_ids, self._past(cache, batch, seqlen), key_mask)
+        logits = hidden[:, -logits_to_keep:]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
+
+    def _past(self, cache: Any, batch: int, seqlen: int) -> Any:
+        if cache is None:
+            return None
+        start = cache.get_seq_length()
+        keys, _ = cache.get_mask_sizes(seqlen, 0)
+        grows = not isinstance(start, Tensor) and keys == start + seqlen
+        longest = keys if isinstance(start, Tensor) else start + seqlen
+        if longest > self.config.seqlen:
+            raise ValueError(f"input and cache must have at most seqlen={self.config.seqlen} tokens, got {longest}")
+        seqlens = torch.as_tensor(start, device=self.device).expand(batch).clone()
+        return _Past(cache, seqlens, grows)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As any model, and a modelling file, so that a process that has not called `register` can load it.
+
+        That needs trust_remote_code=True; the file imports flashsigmoid and nothing else.
+        """
+        self.config.auto_map = {
+            "AutoConfig": "modeling_sigmoid_gpt.SigmoidGPTConfig",
+            "AutoModelForCausalLM": "modeling_sigmoid_gpt.SigmoidGPTForCausalLM",
+        }
+        super().save_pretrained(save_directory, **options)
+        (Path(save_directory) / "modeling_sigmoid_gpt.py").write_text(_MODELING, "utf-8")
+
+
+def export(model: GPT, tokenizer_json: str, out_dir: str | Path) -> Path:
+    """A directory that transformers loads: config, safetensors, tokenizer, modelling file, model card.
+
+    Args:
+        model: a GPT of sigmoid attention.
+        tokenizer_json: what `to_library_json` of its tokenizer says; its end of text ends a generation and pads.
+        out_dir: new, or empty.
+
+    Raises:
+        ValueError: the model's attention is softmax; out_dir has files.
+    """
+    new, out_dir = SigmoidGPTForCausalLM.from_gpt(model), Path(out_dir)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise ValueError(f"out_dir must be new or empty, got {out_dir}")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "tokenizer.json").write_text(tokenizer_json, "utf-8")
+    end = "<|endoftext|>"
+    tokenizer = Tokenizer(
+        tokenizer_file=str(out_dir / "tokenizer.json"), eos_token=end, pad_token=end, padding_side="left",
+        model_max_length=model.config.seqlen, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    tokenizer.save_pretrained(out_dir)
+    for config in (new.config, new.generation_config):
+        assert isinstance(config, PreTrainedConfig | GenerationConfig)
+        config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+    new.save_pretrained(out_dir)
+    shape = new.config.gpt()
+    card = _CARD.format(**dataclasses.asdict(shape), bias=shape.bias, parameters=parameter_count(shape))
+    (out_dir / "README.md").write_text(card, "utf-8")
+    return out_dir
