@@ -1,4 +1,4 @@
-"""Rotary embeddings, ALiBi slopes, sin-cos tables, and CAPE, which draws them. Adding the tables is the modules' business."""
+"""Rotary embeddings, ALiBi slopes, sin-cos tables, CAPE. Adding tables to anything is the modules' business."""
 
 from __future__ import annotations
 
