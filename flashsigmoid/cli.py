@@ -76,11 +76,12 @@ def options(
 )
 def demo(
     kind: Annotated[
-        Literal["language", "vision"], typer.Argument(help="Shakespeare, or handwritten digits.")
+        Literal["language", "vision", "speech"],
+        typer.Argument(help="Shakespeare, handwritten digits, or spoken ones."),
     ] = "language",
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the arms and the report.", show_default="runs/demo, runs/demo-vision"),
+        typer.Option(help="Folder of the arms and the report.", show_default="runs/demo, runs/demo-KIND"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of parameters and order of data, in both arms.")] = 0,
     no_bias_arm: Annotated[bool, typer.Option("--no-bias-arm", help="A third arm: sigmoid with b = 0.")] = False,
@@ -88,7 +89,7 @@ def demo(
     device: Device = "cpu",
     assignments: Fields = None,
 ) -> None:
-    """Train a sigmoid and a softmax transformer on text or images, side by side, and report what happened.
+    """Train a sigmoid and a softmax transformer on text, images or speech, side by side, and report what happened.
 
     A few minutes on two CPU cores. A second time it takes what is trained, and goes on where it was stopped.
     """
@@ -98,6 +99,8 @@ def demo(
 
     if kind == "language":
         from .recipes.language import demo as recipe
+    elif kind == "speech":
+        from .recipes.speech import an4_sample as recipe
     else:
         from .recipes.vision import demo as recipe
     out = out or Path("runs", "demo" if kind == "language" else f"demo-{kind}")

@@ -274,6 +274,22 @@ def test_train_on_speech_then_transcribe(flashsigmoid, tmp_path):
     assert_one_error(flashsigmoid(*words, "bad.wav", "one.wav"), 1, "audio must be usable, got bad.wav: ")
 
 
+def test_the_demo_of_speech_reports_errors_against_the_constant(flashsigmoid, tmp_path):
+    """Two steps of each arm teach nothing, and the report says so."""
+    tiny = ("--set", "steps=2", "--set", "batch=4", "--set", "model.dim=16", "--set", "nlayers=1")
+    outcome = flashsigmoid("demo", "speech", *tiny)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"The validation character errors ended at [\d.]+% ± [\d.]+% for sigmoid and ", outcome.out)
+    assert "; the best constant answer has 68.1%." in outcome.out
+    assert "Fewer than 3 standard errors below the constant are no sign of learning: " in outcome.out
+    assert "The character errors of sigmoid minus those of softmax are " in outcome.out
+    page = (tmp_path / "runs/demo-speech/report.html").read_text("utf-8")
+    assert "final validation character errors ± " in page
+    assert "bigram" not in page
+    assert "not recorded" not in page
+    assert "taken as it is" in flashsigmoid("demo", "speech", *tiny).out
+
+
 def test_train_on_images(flashsigmoid, tmp_path):
     """A few steps, and what is there already."""
     out = tmp_path / "run"

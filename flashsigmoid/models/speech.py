@@ -86,8 +86,10 @@ class SpeechConfig:
 class SpeechEncoder(nn.Module):
     """Convolutions over time, transformer blocks that see the whole utterance, and a linear head.
 
-        x = gelu(conv(x))                              once for each stride
-        logits = W_head norm(blocks(x + positions))    (batch, positions, vocab_size)
+        x = gelu(conv(x))                                    once for each stride
+        logits = W_head norm(blocks(norm(x) + positions))    (batch, positions, vocab_size)
+
+    norm(x) is of the size of the positions, which would drown what fresh convolutions give.
 
     A padded batch gives every utterance what it gets alone: frames beyond its end are zero before each convolution, as
     the convolution's own padding is, and the attention leaves them out by its key mask (sigmoid: their values are
@@ -127,6 +129,7 @@ class SpeechEncoder(nn.Module):
             nn.Conv1d(before, config.dim, config.kernel, stride, padding=config.kernel // 2)
             for before, stride in zip(channels, config.strides, strict=False)
         )
+        self.front_norm = RMSNorm(config.dim)
         self.cape = (
             CAPE(
                 config.dim,
@@ -180,6 +183,7 @@ class SpeechEncoder(nn.Module):
             lengths = (lengths - 1) // stride + 1
             keep = _keep(x, lengths)
             x = x * keep[..., None]
+        x = self.front_norm(x)
         if self.cape is not None:
             x = self.cape(x, lengths)
         elif self.config.position == "sincos":

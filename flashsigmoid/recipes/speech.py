@@ -21,7 +21,9 @@ def an4_sample() -> SpeechRun:
     """
     return SpeechRun(
         name="an4_sample",
-        model=SpeechConfig(vocab_size=29, seqlen=48, nlayers=4, dim=96, nheads=4, mels=40),
+        model=SpeechConfig(
+            vocab_size=29, seqlen=48, nlayers=4, dim=96, nheads=4, mels=40, position="alibi", dropout_p=0.1
+        ),
         data=AudioConfig(mels=40),
         augment=SpecAugmentConfig(time_width=25, channel_width=20),
         optim=OptimConfig(lr=2e-3, warmup=50),
