@@ -1,6 +1,6 @@
 # make demo: train a sigmoid and a softmax transformer on real text, write a report.   make test: lint, types, tests.
 # Needs Python 3.11 or later. PYTHON=python3.12 picks one, and gets an environment of its own (.venv-python3.12).
-# ARGS are the demo's: make demo ARGS="--fresh --no-bias-arm". make demo ARGS=vision is the pair on handwritten digits.
+# ARGS are the demo's: make demo ARGS="--fresh --no-bias-arm". ARGS=vision and ARGS=speech are its pairs on digits.
 PYTHON ?= python3
 VENV := .venv$(if $(filter-out file,$(origin PYTHON)),-$(lastword $(notdir $(PYTHON))))
 PY := $(VENV)/bin/python
@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test test-long gpu lint docs clean
 .NOTPARALLEL:
 
-demo: $(VENV)/.demo$(if $(filter vision,$(ARGS)),-vision)
+demo: $(VENV)/.demo$(addprefix -,$(filter vision speech,$(ARGS)))
 	$(PY) -m flashsigmoid demo $(ARGS)
 
 # the last line is pytest's own, with its own time
@@ -65,10 +65,11 @@ clean:
 # or pip, or whose install was interrupted (.installing is still there), is made anew.
 $(VENV)/.demo: EXTRAS := train,report
 $(VENV)/.demo-vision: EXTRAS := train,report,vision
+$(VENV)/.demo-speech: EXTRAS := train,report,speech
 $(VENV)/.test: EXTRAS := test
 $(VENV)/.docs: EXTRAS := docs
 
-$(VENV)/.demo $(VENV)/.demo-vision $(VENV)/.test $(VENV)/.docs: pyproject.toml
+$(VENV)/.demo $(VENV)/.demo-vision $(VENV)/.demo-speech $(VENV)/.test $(VENV)/.docs: pyproject.toml
 	@command -v "$(PYTHON)" >/dev/null || { echo "flashsigmoid needs Python 3.11 or later, found no $(PYTHON): install it, or name another: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else "flashsigmoid needs Python 3.11 or later, got %d.%d (%s): name another: make PYTHON=python3.12" % (v[0], v[1], sys.executable))'
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module: install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }

@@ -6,6 +6,7 @@ No training, no measuring and no drawing happens here; exit codes and errors are
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import shutil
 import sys
@@ -75,11 +76,12 @@ def options(
 )
 def demo(
     kind: Annotated[
-        Literal["language", "vision"], typer.Argument(help="Shakespeare, or handwritten digits.")
+        Literal["language", "vision", "speech"],
+        typer.Argument(help="Shakespeare, handwritten digits, or spoken ones."),
     ] = "language",
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the arms and the report.", show_default="runs/demo, runs/demo-vision"),
+        typer.Option(help="Folder of the arms and the report.", show_default="runs/demo, runs/demo-KIND"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of parameters and order of data, in both arms.")] = 0,
     no_bias_arm: Annotated[bool, typer.Option("--no-bias-arm", help="A third arm: sigmoid with b = 0.")] = False,
@@ -87,7 +89,7 @@ def demo(
     device: Device = "cpu",
     assignments: Fields = None,
 ) -> None:
-    """Train a sigmoid and a softmax transformer on text or images, side by side, and report what happened.
+    """Train a sigmoid and a softmax transformer on text, images or speech, side by side, and report what happened.
 
     A few minutes on two CPU cores. A second time it takes what is trained, and goes on where it was stopped.
     """
@@ -97,6 +99,8 @@ def demo(
 
     if kind == "language":
         from .recipes.language import demo as recipe
+    elif kind == "speech":
+        from .recipes.speech import an4_sample as recipe
     else:
         from .recipes.vision import demo as recipe
     out = out or Path("runs", "demo" if kind == "language" else f"demo-{kind}")
@@ -183,7 +187,7 @@ def train(
     folder = out or Path("runs") / recipe / run.model.attention
     results = _train(run, folder, resume=resume, device=device)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
-    after = f"flashsigmoid generate {folder}   flashsigmoid report {folder}" if _is_language(run) else ""
+    after = _next(run, folder)
     print(f"run: {folder}" + (after and f"   next: {after}"))
 
 
@@ -192,17 +196,22 @@ def _recipes() -> tuple[dict[str, Callable[[], Run]], str]:
     from .recipes import language
 
     recipes: dict[str, Callable[[], Run]] = dict(language.RECIPES)
-    try:
-        from .recipes import vision
-    except ModuleNotFoundError as error:
-        return recipes, f"recipes for images need {error.name}: pip install 'flashsigmoid[vision]'"
-    return recipes | vision.RECIPES, ""
+    missing = []
+    for room, what in (("vision", "images"), ("speech", "speech")):
+        try:
+            recipes |= importlib.import_module(f".recipes.{room}", __package__).RECIPES
+        except ModuleNotFoundError as error:
+            missing.append(f"recipes for {what} need {error.name}: pip install 'flashsigmoid[{room}]'")
+    return recipes, "; ".join(missing)
 
 
-def _is_language(run: Run) -> bool:
-    from .training.run import LanguageRun
-
-    return isinstance(run, LanguageRun)
+def _next(run: Run, folder: Path) -> str:
+    """What one may do with a trained model; the classes are named, since importing one may need an extra."""
+    commands = {
+        "LanguageRun": f"flashsigmoid generate {folder}   flashsigmoid report {folder}",
+        "SpeechRun": f"flashsigmoid transcribe {folder} FILE...",
+    }
+    return commands.get(type(run).__name__, "")
 
 
 def _train(run: Run, folder: Path, *, resume: bool, device: Literal["auto", "cpu", "cuda", "mps"]) -> dict[str, float]:
@@ -232,7 +241,7 @@ def _progress() -> Iterator[Show]:
         def show(progress: Progress) -> None:
             if progress.name not in tasks:
                 tasks[progress.name] = bar.add_task(progress.name, total=progress.steps, numbers="")
-            shown = {"val": "val/loss", "train": "train/loss", "accuracy": "val/accuracy"}
+            shown = {"val": "val/loss", "train": "train/loss", "accuracy": "val/accuracy", "CER": "val/cer"}
             latest = {name: progress.metrics.get(metric) for name, metric in shown.items()}
             numbers = "  ".join(f"{name} {value:.3f}" for name, value in latest.items() if value is not None)
             bar.update(tasks[progress.name], completed=progress.step, numbers=numbers)
@@ -340,6 +349,38 @@ def export(
 
     model, tokenizer = load_model(checkpoint)
     print(f"exported: {write(model, tokenizer.to_library_json(), out_dir).absolute()}")
+
+
+@app.command(epilog="Example: flashsigmoid transcribe runs/an4_sample/sigmoid one.wav two.flac --beam 16")
+def transcribe(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, or a run: its newest checkpoint.", show_default=False)
+    ],
+    files: Annotated[list[Path], typer.Argument(help="WAV, FLAC, ... of one utterance each.", show_default=False)],
+    beam: Annotated[int, typer.Option(help="Prefixes that a beam search keeps; 1 takes the best path.")] = 1,
+    skip: Annotated[bool, typer.Option("--skip", help="Name a file that cannot be used on stderr, and go on.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
+) -> None:
+    """Write down what is said in audio files: one line each, after the name if there are several."""
+    from .training.ctc import load_recogniser
+    from .training.ctc import transcribe as text_of
+
+    if beam < 1:
+        raise ValueError(f"--beam must be at least 1, got {beam}")
+    model, audio = load_recogniser(checkpoint, device)
+    left_out = 0
+    for file in files:
+        try:
+            text = text_of(model, audio, file, beam=beam)
+        except ValueError as error:
+            if not skip:
+                raise
+            left_out += 1
+            print(f"left out, {error}", file=sys.stderr, flush=True)
+            continue
+        print(f"{file}\t{text}" if len(files) > 1 else text, flush=True)
+    if left_out:
+        print(f"{left_out} of {len(files)} files left out", file=sys.stderr)
 
 
 @app.command(epilog="Example: flashsigmoid report runs/demo runs/demo-seed-1 --out report.html")

@@ -13,13 +13,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from training.test_audio import tone
 from training.test_images import draw
 from typer.testing import CliRunner
 
 from flashsigmoid import __main__, __version__, cli
 from flashsigmoid.record import read_records
 
-COMMANDS = ("demo", "train", "generate", "export", "report", "study", "theory", "pack", "explain", "bench")
+COMMANDS = (
+    "demo",
+    "train",
+    "generate",
+    "export",
+    "transcribe",
+    "report",
+    "study",
+    "theory",
+    "pack",
+    "explain",
+    "bench",
+)
 TINY = (
     *(
         "--set",
@@ -142,6 +155,9 @@ def test_version(flashsigmoid):
         (["train", "demo", "--out", "."], 1, "must not hold a run"),
         (["demo", "--set", "attention=softmax"], 1, "the demo trains both arms"),
         (["generate", "nowhere"], 1, "nowhere"),
+        (["transcribe", "nowhere", "a.wav"], 1, "a checkpoint, or a run with one, must be at the path, got nowhere"),
+        (["transcribe", "nowhere"], 2, "Missing argument"),
+        (["transcribe", "nowhere", "a.wav", "--beam", "0"], 1, "--beam must be at least 1, got 0"),
         (["report", "nowhere"], 1, "nowhere"),
         (["pack", "nowhere", "shards"], 1, "root must hold the folders train and val, got none at nowhere"),
         (["pack", "nowhere", "."], 1, "out must not exist yet, got ."),
@@ -225,6 +241,65 @@ def test_train_lists_its_recipes(flashsigmoid):
     assert outcome.code == 0
     assert outcome.out.startswith("demo ")
     assert "\ncifar10 " in outcome.out
+    assert "\nan4_sample " in outcome.out
+
+
+def test_train_lists_what_it_can_without_an_extra(flashsigmoid, monkeypatch):
+    def missing(name: str, package: str):
+        raise ModuleNotFoundError(f"No module named {name}", name=f"guest-of{name}")
+
+    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    outcome = flashsigmoid("train", "--list")
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[-1] == (
+        "recipes for images need guest-of.recipes.vision: pip install 'flashsigmoid[vision]'; "
+        "recipes for speech need guest-of.recipes.speech: pip install 'flashsigmoid[speech]'"
+    )
+    assert_one_error(
+        flashsigmoid("train", "an4"), 1, "RECIPE must be one of demo", "pip install 'flashsigmoid[speech]'"
+    )
+
+
+def test_train_on_speech_then_transcribe(flashsigmoid, tmp_path):
+    """A few steps of both arms, then what they hear in files, good and bad."""
+    tiny = ("--device", "cpu", "--steps", "2", "--batch-size", "4", "--set", "model.dim=16", "--set", "nlayers=1")
+    first = flashsigmoid("train", "an4_sample", *tiny)
+    assert first.code == 0, first.err
+    assert first.out.startswith("val/cer ")
+    assert "baseline/constant_cer 0." in first.out
+    assert first.out.endswith("next: flashsigmoid transcribe runs/an4_sample/sigmoid FILE...\n")
+    assert flashsigmoid("train", "an4_sample", "--resume", *tiny).out == first.out
+    assert flashsigmoid("train", "an4_sample", "--attention", "softmax", *tiny).code == 0
+    for name in ("one", "two"):
+        tone(tmp_path / f"{name}.wav")
+    (tmp_path / "bad.wav").write_bytes(b"")
+    words = ("transcribe", "runs/an4_sample/sigmoid")
+    single, beam = flashsigmoid(*words, "one.wav"), flashsigmoid(*words, "one.wav", "--beam", "4")
+    assert (single.code, beam.code, single.err, beam.err) == (0, 0, "", "")
+    assert re.fullmatch(r"[A-Z' ]*\n", single.out)
+    assert re.fullmatch(r"[A-Z' ]*\n", beam.out)
+    both = flashsigmoid(*words, "one.wav", "bad.wav", "two.wav", "--skip")
+    assert both.code == 0
+    assert [line.partition("\t")[0] for line in both.out.splitlines()] == ["one.wav", "two.wav"]
+    assert both.out.splitlines()[0] == f"one.wav\t{single.out.rstrip(chr(10))}"
+    assert re.fullmatch(r"left out, audio must be usable, got bad.wav: .+\n1 of 3 files left out\n", both.err)
+    assert_one_error(flashsigmoid(*words, "bad.wav", "one.wav"), 1, "audio must be usable, got bad.wav: ")
+
+
+def test_the_demo_of_speech_reports_errors_against_the_constant(flashsigmoid, tmp_path):
+    """Two steps of each arm teach nothing, and the report says so."""
+    tiny = ("--set", "steps=2", "--set", "batch=4", "--set", "model.dim=16", "--set", "nlayers=1")
+    outcome = flashsigmoid("demo", "speech", *tiny)
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"The validation character errors ended at [\d.]+% ± [\d.]+% for sigmoid and ", outcome.out)
+    assert "; the best constant answer has 68.1%." in outcome.out
+    assert "Fewer than 3 standard errors below the constant are no sign of learning: " in outcome.out
+    assert "The character errors of sigmoid minus those of softmax are " in outcome.out
+    page = (tmp_path / "runs/demo-speech/report.html").read_text("utf-8")
+    assert "final validation character errors ± " in page
+    assert "bigram" not in page
+    assert "not recorded" not in page
+    assert "taken as it is" in flashsigmoid("demo", "speech", *tiny).out
 
 
 def test_train_on_images(flashsigmoid, tmp_path):

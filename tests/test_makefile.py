@@ -93,16 +93,17 @@ def test_a_second_time_installs_nothing(copy, tmp_path, fake_python):
     assert calls(tmp_path) == ["-m flashsigmoid demo"]
 
 
-def test_the_demo_of_vision_installs_its_extra_too(copy, tmp_path, fake_python):
+@pytest.mark.parametrize("kind", ["vision", "speech"])
+def test_the_demo_of_another_kind_installs_its_extra_too(copy, tmp_path, fake_python, kind):
     """Beside the language demo, which stays as it is."""
-    assert make(copy, "demo", "ARGS=vision --fresh", python=fake_python).returncode == 0
+    assert make(copy, "demo", f"ARGS={kind} --fresh", python=fake_python).returncode == 0
     assert calls(tmp_path) == [
         "-m venv --clear .venv-fakepython",
-        "-m pip install -e .[train,report,vision]",
-        "-m flashsigmoid demo vision --fresh",
+        f"-m pip install -e .[train,report,{kind}]",
+        f"-m flashsigmoid demo {kind} --fresh",
     ]
-    assert make(copy, "demo", "ARGS=vision", python=fake_python).returncode == 0
-    assert calls(tmp_path) == ["-m flashsigmoid demo vision"]
+    assert make(copy, "demo", f"ARGS={kind}", python=fake_python).returncode == 0
+    assert calls(tmp_path) == [f"-m flashsigmoid demo {kind}"]
     assert make(copy, "demo", "ARGS=--fresh", python=fake_python).returncode == 0
     assert calls(tmp_path) == ["-m pip install -e .[train,report]", "-m flashsigmoid demo --fresh"]
 

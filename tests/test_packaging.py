@@ -102,6 +102,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(dist):
     parts = ("train-images", "train-labels", "test-images", "test-labels")
     digits = {f"flashsigmoid/samples/mnist-{part}.gz" for part in parts}
     assert digits | {"flashsigmoid/samples/mnist.md"} <= names
+    speech = {f"flashsigmoid/samples/an4-{part}" for part in ("train.flac", "val.flac")}
+    assert speech | {"flashsigmoid/samples/an4.tsv", "flashsigmoid/samples/an4.md"} <= names
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"flashsigmoid", next(top for top in tops if top.endswith(".dist-info"))}
     assert not [name for name in names if name.endswith((".pyc", ".pth", ".so"))]

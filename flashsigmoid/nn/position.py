@@ -1,8 +1,9 @@
-"""Rotary embeddings, ALiBi slopes and sin-cos tables. Adding them to anything is the modules' business."""
+"""Rotary embeddings, ALiBi slopes, sin-cos tables, CAPE. Adding tables to anything is the modules' business."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
@@ -175,3 +176,91 @@ def sincos_positions(
     rows, columns = size
     patch = torch.arange(rows * columns, device=where)
     return torch.cat((one_axis(patch // columns), one_axis(patch % columns)), dim=-1).to(dtype)
+
+
+class CAPE(nn.Module):
+    """Sin-cos positions that are shifted, jittered and stretched while training: continuous augmented positions.
+
+        x_i <- x_i + [sin(p_i w), cos(p_i w)],   w_k = base ** (-2 k / dim), k < dim / 2
+        p_i = scale (step (i - (n - 1) / 2) + shift + jitter_i)
+        shift ~ U(-max_shift, max_shift), jitter_i ~ U(-max_jitter, max_jitter),
+        log(scale) ~ U(-log(max_scale), log(max_scale))
+
+    with one shift and scale for each sequence of n tokens, whose middle is 0; in eval mode shift = jitter = 0 and
+    scale = 1. Absolute positions cannot be learned by heart then, and longer sequences are not far from what was seen.
+    No parameters, no buffers.
+
+    Args:
+        dim: channels of x, even.
+        max_shift: at least 0. Default: 5.
+        max_jitter: at least 0; half a step keeps the order of tokens. Default: 0.5.
+        max_scale: at least 1. Default: 1.03.
+        step: from a token to the next. Default: 1.
+        base: the longest wavelength is 2 pi base. Default: 10,000.
+
+    Raises:
+        ValueError: an argument breaks the rule beside it.
+
+    Source: arXiv:2106.03143, section 3 (positions of a sequence centred, as for its images and text).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        max_shift: float = 5.0,
+        max_jitter: float = 0.5,
+        max_scale: float = 1.03,
+        step: float = 1.0,
+        base: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        if dim <= 0 or dim % 2:
+            raise ValueError(f"dim must be positive and even, got {dim}")
+        for name, value, least in (
+            ("max_shift", max_shift, 0.0),
+            ("max_jitter", max_jitter, 0.0),
+            ("max_scale", max_scale, 1.0),
+        ):
+            if not least <= value < math.inf:
+                raise ValueError(f"{name} must be at least {least:g} and finite, got {value}")
+        if not 0.0 < step < math.inf:
+            raise ValueError(f"step must be positive and finite, got {step}")
+        self.dim, self.step, self.base = dim, float(step), float(base)
+        self.max_shift, self.max_jitter, self.max_scale = float(max_shift), float(max_jitter), float(max_scale)
+
+    def positions(self, batch: int, seqlen: int, lengths: Tensor | None, device: torch.device) -> Tensor:
+        """p of every token, (batch, seqlen), augmented in training mode."""
+        n = torch.full((batch,), seqlen, device=device) if lengths is None else lengths.to(device)
+        i = torch.arange(seqlen, device=device, dtype=torch.float32)
+        p = self.step * (i - (n[:, None] - 1) / 2)
+        if not self.training:
+            return p
+
+        def uniform(most: float, *shape: int) -> Tensor:
+            return most * (2.0 * torch.rand(shape, device=device) - 1.0)
+
+        shift, jitter = uniform(self.max_shift, batch, 1), uniform(self.max_jitter, batch, seqlen)
+        return uniform(math.log(self.max_scale), batch, 1).exp() * (p + shift + jitter)
+
+    def forward(
+        self, x: Float[Tensor, "batch seqlen dim"], lengths: Int[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, "batch seqlen dim"]:
+        """x with its positions added, in the dtype of x.
+
+        Args:
+            x: (batch, seqlen, dim).
+            lengths: (batch,) tokens of each sequence, where it is padded at the end. Default: all.
+        """
+        p = self.positions(x.shape[0], x.shape[1], lengths, x.device)
+        # float32 holds a drawn position better than the drawing needs
+        frequency = self.base ** (-torch.arange(0, self.dim, 2, device=x.device, dtype=torch.float32) / self.dim)
+        # (batch, seqlen, dim / 2)
+        angle = p[..., None] * frequency
+        return x + torch.cat((angle.sin(), angle.cos()), dim=-1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, max_shift={self.max_shift:g}, max_jitter={self.max_jitter:g}, "
+            f"max_scale={self.max_scale:g}, step={self.step:g}"
+        )

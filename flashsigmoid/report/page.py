@@ -8,11 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from . import classifiers
+from . import classifiers, recognisers
 from .arms import BIGRAM, FLOOR, SEED, Arm, Run, differing, group_arms, load_runs, show, value_of
 from .classifiers import are_classifiers, are_of_images
 from .figures import DARK, LIGHT, Drawing, accuracy_drawing, colour_variable, layer_drawing, loss_drawings
 from .maps import maps_drawing
+from .recognisers import are_of_speech, are_of_text
 from .summary import (
     base_of,
     below_text,
@@ -114,7 +115,7 @@ def _page(arms: Sequence[Arm], drawings: dict[str, Drawing]) -> str:
 {_cards(arms)}
 <section><h2>{"Accuracy and loss" if are_classifiers(arms) else "Loss"}</h2><div class="pair">{curves}</div></section>
 <section><h2>Attention</h2>{attention}</section>
-{"" if are_of_images(arms) else f"<section><h2>Text</h2>{_samples(arms)}</section>"}
+{f"<section><h2>Text</h2>{_samples(arms)}</section>" if are_of_text(arms) else ""}
 <section><h2>Settings</h2>{_settings(arms)}</section>
 <section><h2>Runs and provenance</h2>{_runs(arms)}{_provenance(arms)}</section>
 </main>
@@ -125,7 +126,9 @@ def _page(arms: Sequence[Arm], drawings: dict[str, Drawing]) -> str:
 
 def _figure_names(arms: Sequence[Arm]) -> tuple[Sequence[str], Sequence[str]]:
     """The curves and the figures of attention that are shown; what only language models record is no gap elsewhere."""
-    if not are_of_images(arms):
+    if are_of_speech(arms):
+        return ("loss-step", "loss-time"), ("attn-norm",)
+    if are_of_text(arms):
         return ("loss-step", "loss-time"), ("attn-norm", "row-mass", "sink")
     recorded = [name for name in ("row_mass", "sink") if any(arm.layers(name) for arm in arms)]
     curves = ("accuracy", "loss-step") if are_classifiers(arms) else ("loss-step", "loss-time")
@@ -144,6 +147,8 @@ def _cards(arms: Sequence[Arm]) -> str:
         value, what, facts = _loss_card(arm, base)
         if are_classifiers(arms):
             value, what, facts = _accuracy_card(arm, base)
+        if are_of_speech(arms):
+            value, what, facts = _error_card(arm, base)
         if are_of_images(arms):
             facts |= classifiers.speed_rows(arm)
         facts |= {
@@ -167,7 +172,7 @@ def _loss_card(arm: Arm, base: Arm) -> tuple[str, str, dict[str, str]]:
         f"minus {base.label}": "" if arm is base else difference_text(arm, base),
         "best on the way": "" if arm.bests == arm.finals or not arm.bests.values else loss_text(arm.bests.mean),
     }
-    if not are_of_images([arm]):
+    if are_of_text([arm]):
         facts |= {"below bigram": below_text(arm, BIGRAM), "below any bigram": below_text(arm, FLOOR)}
     value = loss_text(arm.finals.mean) if finals else "not finite"
     return value, f"final validation loss, {loss_unit([arm])}", facts | {"first |A V|": norm_text(arm)}
@@ -180,6 +185,14 @@ def _accuracy_card(arm: Arm, base: Arm) -> tuple[str, str, dict[str, str]]:
     del facts[label]
     facts["loss"] = f"{loss_text(arm.finals.mean)}" if arm.finals.values else "not finite"
     return value, f"final validation {label} {beside}".strip(), facts | {"first |A V|": norm_text(arm)}
+
+
+def _error_card(arm: Arm, base: Arm) -> tuple[str, str, dict[str, str]]:
+    """The final character errors, and what stands below them."""
+    facts = recognisers.rows(arm, base)
+    value, _, beside = facts.pop("character errors").partition(" ")
+    facts["loss"] = f"{loss_text(arm.finals.mean)}" if arm.finals.values else "not finite"
+    return value, f"final validation character errors {beside}".strip(), facts | {"first |A V|": norm_text(arm)}
 
 
 def _figure(drawing: Drawing) -> str:

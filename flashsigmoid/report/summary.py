@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import classifiers
+from . import classifiers, recognisers
 from .arms import BIGRAM, FLOOR, Arm, Spread, differing, group_arms, load_runs, paired_differences, show
 from .classifiers import are_classifiers, are_of_images
+from .recognisers import are_of_speech, are_of_text
 from .words import NOT_RECORDED, count, join, loss_text, number_text, quoted, run_name, time_text
 
 
@@ -32,10 +33,12 @@ def arm_rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
         row = {"arm": arm.label, "seeds": str(len(arm.runs)), "steps": steps_text(arm)}
         if are_classifiers(arms):
             row |= classifiers.rows(arm, base)
+        if are_of_speech(arms):
+            row |= recognisers.rows(arm, base)
         row |= {f"final loss, {unit}": spread_text(arm.finals), "best loss": spread_text(arm.bests)}
         if len(arms) > 1:
             row[f"minus {base.label}"] = "" if arm is base else difference_text(arm, base)
-        if not are_of_images(arms):
+        if are_of_text(arms):
             row["below bigram"] = below_text(arm, BIGRAM)
             row["below any bigram"] = below_text(arm, FLOOR)
         row["first |A V|"] = norm_text(arm)
@@ -47,7 +50,7 @@ def arm_rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
 
 
 def accuracy_statement(runs: Iterable[str | Path]) -> list[str]:
-    """What the runs on images reached, and whether an arm is at parity with softmax, sentence by sentence.
+    """What the runs on images or speech reached, and whether an arm is at parity with softmax, sentence by sentence.
 
     Args:
         runs: run directories, or folders of them.
@@ -56,7 +59,8 @@ def accuracy_statement(runs: Iterable[str | Path]) -> list[str]:
         ValueError: a folder is missing, holds no run, or its records are damaged.
     """
     arms = group_arms(load_runs(runs))
-    return _capitalised(classifiers.sentences(arms, base_of(arms)))
+    base = base_of(arms)
+    return _capitalised([*classifiers.sentences(arms, base), *recognisers.sentences(arms, base)])
 
 
 def title(arms: Sequence[Arm]) -> str:
@@ -68,10 +72,11 @@ def title(arms: Sequence[Arm]) -> str:
 def statement(arms: Sequence[Arm]) -> list[str]:
     """What was compared and what happened, sentence by sentence."""
     base = base_of(arms)
-    sentences = [_compared(arms), *classifiers.sentences(arms, base), *_ended(arms)]
-    of_loss = "in loss, " if are_classifiers(arms) else ""
+    reached = [*classifiers.sentences(arms, base), *recognisers.sentences(arms, base)]
+    sentences = [_compared(arms), *reached, *_ended(arms)]
+    of_loss = "in loss, " if reached else ""
     sentences += [of_loss + _difference(arm, base) for arm in arms if arm is not base and not _is_open(arm, base)]
-    sentences += [] if are_of_images(arms) else _against_bigrams(arms)
+    sentences += _against_bigrams(arms) if are_of_text(arms) else []
     norms = [f"{norm_text(arm)} for {quoted(arm)}" for arm in arms if first_norm(arm) is not None]
     if norms:
         sentences.append(f"When first measured, the largest attention norm |A V| of a layer was {join(norms)}.")
@@ -91,7 +96,7 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
                 found.append(f"{who} is unfinished: {run.steps:,} of {run.planned_steps:,} steps are recorded.")
             if run.final is None:
                 found.append(f"{who} has no validation loss on record.")
-            elif run.baseline() is None and not are_of_images(arms):
+            elif run.baseline() is None and are_of_text(arms):
                 found.append(f"{who} has no bigram baseline on record.")
     if len({run.loss_name for arm in arms for run in arm.runs if run.loss_name}) > 1:
         found.append("Some losses are per byte and some per token.")
@@ -100,7 +105,7 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
         found.append(f"The runs have different bigram baselines: {join([loss_text(b) for b in sorted(baselines)])}.")
     if len(arms) > 1 and len({seeds_text(arm) for arm in arms}) > 1:
         found.append(f"The arms have different seeds: {join([f'{quoted(a)} {seeds_text(a)}' for a in arms])}.")
-    found += classifiers.warnings(arms)
+    found += recognisers.warnings(arms) if are_of_speech(arms) else classifiers.warnings(arms)
     base = base_of(arms)
     found += [
         f"No difference between {quoted(arm)} and {quoted(base)} is given: they cannot be compared yet."

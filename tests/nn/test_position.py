@@ -1,4 +1,4 @@
-"""Rotary embeddings, ALiBi slopes and sin-cos tables against their definitions."""
+"""Rotary embeddings, ALiBi slopes, sin-cos tables and CAPE against their definitions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from flashsigmoid.nn import RotaryEmbedding, alibi_slopes, sincos_positions
+from flashsigmoid.nn import CAPE, RotaryEmbedding, alibi_slopes, sincos_positions
 
 
 def test_a_rotated_product_depends_on_the_distance_only():
@@ -106,3 +106,62 @@ def test_sincos_2d_is_the_row_then_the_column():
 def test_sincos_errors(size, dim, multiple):
     with pytest.raises(ValueError, match=f"dim must be a positive multiple of {multiple} .*, got {dim}"):
         sincos_positions(size, dim)
+
+
+def test_cape_at_rest_is_sincos_around_the_middle():
+    """Positions -3 to 3; a sequence padded to seven has the middle of its own five."""
+    cape = CAPE(6, base=100.0).eval()
+    table = sincos_positions(8, 6, base=100.0)
+    out = cape(torch.zeros(2, 7, 6), torch.tensor([7, 5]))
+    sine_is_odd = torch.tensor([-1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
+    assert_close(out[0, 3:], table[:4])
+    assert_close(out[0, :3], table[1:4].flip(0) * sine_is_odd)
+    assert_close(out[1], torch.cat((table[1:3].flip(0) * sine_is_odd, table[:5])))
+    x = torch.randn(1, 7, 6)
+    assert_close(cape(x) - x, out[:1])
+
+
+def test_cape_draws_what_its_equation_says():
+    """Each source of change alone, with its bounds nearly reached by 4,000 sequences."""
+    n, rest = 5, torch.arange(5) - 2.0
+    alone = {"max_shift": 0.0, "max_jitter": 0.0, "max_scale": 1.0}
+
+    def drawn(**changes):
+        cape = CAPE(4, **{**alone, **changes}, step=2.0)
+        return cape.positions(4000, n, None, torch.device("cpu"))
+
+    assert torch.equal(drawn(), (2.0 * rest).expand(4000, n))
+    shift = drawn(max_shift=3.0) - 2.0 * rest
+    assert_close(shift, shift[:, :1].expand(-1, n), atol=1e-5, rtol=0.0)
+    jitter = drawn(max_jitter=0.5) - 2.0 * rest
+    assert (jitter[:, 0] - jitter[:, 1]).abs().max() > 0.9
+    for found, bound in ((shift, 3.0), (jitter, 0.5)):
+        assert 0.98 * bound < found.max() <= bound + 1e-5
+        assert -0.98 * bound > found.min() >= -bound - 1e-5
+        assert found.mean().abs() < 0.05 * bound
+    scale = drawn(max_scale=2.0)[:, 4] / 4.0
+    assert 0.5 <= scale.min() < 0.51
+    assert 1.97 < scale.max() <= 2.0
+    assert scale.log().mean().abs() < 0.05  # uniform in its logarithm
+
+
+def test_cape_is_still_in_eval_mode_and_keeps_the_dtype():
+    cape, x = CAPE(4), torch.zeros(2, 9, 4)
+    assert not torch.equal(cape(x), cape(x))
+    assert torch.equal(cape.eval()(x), cape(x))
+    assert cape(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 5}, "dim must be positive and even, got 5"),
+        ({"max_shift": -1.0}, "max_shift must be at least 0 and finite, got -1.0"),
+        ({"max_jitter": math.nan}, "max_jitter must be at least 0 and finite, got nan"),
+        ({"max_scale": 0.9}, "max_scale must be at least 1 and finite, got 0.9"),
+        ({"step": 0.0}, "step must be positive and finite, got 0.0"),
+    ],
+)
+def test_cape_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CAPE(**{"dim": 4, **arguments})

@@ -1,0 +1,90 @@
+"""From the log-probabilities of a CTC model to tokens: the best path, and a beam of prefixes. No language model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+_Prefixes = dict[tuple[int, ...], tuple[float, float]]  # to (log b, log n)
+
+
+def greedy(
+    log_probs: Float[Tensor, "batch positions vocab_size"], lengths: Int[Tensor, " batch"], *, blank: int = 0
+) -> list[list[int]]:
+    """Tokens of the most likely path: the best at each position, repeats joined, blanks left out.
+
+    Args:
+        log_probs: (batch, positions, vocab_size), of any scale.
+        lengths: (batch,) positions of each utterance.
+        blank: token of the blank. Default: 0.
+
+    Source: Graves et al., Connectionist temporal classification, ICML 2006, section 3.2 (best path decoding).
+    """
+    found = []
+    for path, length in zip(log_probs.argmax(-1).cpu(), lengths.tolist(), strict=True):
+        joined = torch.unique_consecutive(path[:length])
+        found.append(joined[joined != blank].tolist())
+    return found
+
+
+def prefix_beam(
+    log_probs: Float[Tensor, "positions vocab_size"], *, beam: int = 16, blank: int = 0
+) -> list[tuple[list[int], float]]:
+    """The most likely texts of one utterance, best first, each with the log of the probability of all its paths.
+
+        b_t(s)  = y_t(blank) (b_{t-1}(s) + n_{t-1}(s))
+        n_t(s)  = y_t(s_end) (n_{t-1}(s) + b_{t-1}(s') + [s_end != s'_end] n_{t-1}(s'))      s' = s without its end
+
+    where b and n are the probabilities of the paths up to position t for the prefix s that end in a blank, and in its
+    last token. After each position the `beam` prefixes of largest b + n stay; with a beam that none falls out of, the
+    probabilities are exact, else they are bounds from below.
+
+    Args:
+        log_probs: (positions, vocab_size), normalised.
+        beam: prefixes that stay. Default: 16.
+        blank: token of the blank. Default: 0.
+
+    Returns:
+        at most `beam` pairs of tokens and log-probability.
+
+    Raises:
+        ValueError: beam is not positive, or log_probs are not of two dimensions.
+
+    Source: arXiv:1408.2873, algorithm 1, without its language model.
+    """
+    if beam < 1:
+        raise ValueError(f"beam must be at least 1, got {beam}")
+    if log_probs.dim() != 2:
+        raise ValueError(f"log_probs must be (positions, vocab_size), got {tuple(log_probs.shape)}")
+    prefixes: _Prefixes = {(): (0.0, -math.inf)}
+    for scores in log_probs.double().tolist():
+        grown: _Prefixes = {}
+        for prefix, (b, n) in prefixes.items():
+            both = _log_add(b, n)
+            _add(grown, prefix, both + scores[blank], n + scores[prefix[-1]] if prefix else -math.inf)
+            for token, score in enumerate(scores):
+                if token != blank:
+                    repeats = bool(prefix) and token == prefix[-1]
+                    _add(grown, (*prefix, token), -math.inf, score + (b if repeats else both))
+        # of equal ones the smaller tokens, so that the result is a function of the numbers only
+        kept = sorted(grown.items(), key=lambda pair: (-_log_add(*pair[1]), pair[0]))[:beam]
+        prefixes = dict(kept)
+    ranked = ((list(prefix), _log_add(*ends)) for prefix, ends in prefixes.items())
+    return sorted(ranked, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _add(prefixes: _Prefixes, prefix: tuple[int, ...], in_blank: float, in_token: float) -> None:
+    b, n = prefixes.get(prefix, (-math.inf, -math.inf))
+    prefixes[prefix] = _log_add(b, in_blank), _log_add(n, in_token)
+
+
+def _log_add(a: float, b: float) -> float:
+    """log(exp(a) + exp(b))."""
+    low, high = (a, b) if a < b else (b, a)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))

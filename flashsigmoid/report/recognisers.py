@@ -1,0 +1,106 @@
+"""What is said of runs on speech: character and word errors with their standard errors, against the best constant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from .arms import Arm, Run, value_of
+from .classifiers import LEARNED, are_of_images
+from .words import NOT_RECORDED, count, join, quoted, run_name
+
+CER, WER, CONSTANT = "val/cer", "val/wer", "baseline/constant_cer"
+
+
+def are_of_speech(arms: Sequence[Arm]) -> bool:
+    """Whether any run recorded character errors."""
+    return any(run.series(CER) for arm in arms for run in arm.runs)
+
+
+def are_of_text(arms: Sequence[Arm]) -> bool:
+    """Whether the runs are neither on images nor on speech: language models have bigrams and samples."""
+    return not are_of_images(arms) and not are_of_speech(arms)
+
+
+def rows(arm: Arm, base: Arm) -> dict[str, str]:
+    """The errors of an arm and what they are compared with: name -> text, the same names for every arm."""
+    below = _below_constant(arm)
+    return {
+        "character errors": error_text(arm, CER),
+        f"minus {base.label}, points": "" if arm is base else _difference_text(arm, base),
+        "word errors": error_text(arm, WER),
+        "best constant answer": _percent(arm, CONSTANT),
+        "standard errors below it": NOT_RECORDED if below is None else f"{below:.1f}",
+    }
+
+
+def error_text(arm: Arm, name: str) -> str:
+    """In percent: mean over seeds, and the mean of the standard errors that the validation utterances leave."""
+    errors = arm.over_runs(lambda run: _last(run, f"{name}_se"))
+    return _percent(arm, name) + (f" ± {errors.mean:.1%}" if errors.values else "")
+
+
+def sentences(arms: Sequence[Arm], base: Arm) -> list[str]:
+    """Where the errors ended, whether anything was learned, and how each arm stands to `base`."""
+    known = [arm for arm in arms if arm.over_runs(lambda run: _last(run, CER)).values]
+    if not known:
+        return []
+    ends = join([f"{error_text(arm, CER)} for {quoted(arm)}" for arm in known])
+    constants = join(list(dict.fromkeys(_percent(arm, CONSTANT) for arm in known)))
+    said = [
+        f"The validation character errors ended at {ends}; the best constant answer has {constants}. Behind ± stands "
+        "the standard error that the number of validation utterances leaves."
+    ]
+    few = [quoted(arm) for arm in known if (below := _below_constant(arm)) is not None and below < LEARNED]
+    if few:
+        said.append(
+            f"Fewer than {LEARNED:.0f} standard errors below the constant are no sign of learning: {join(few)}."
+        )
+    for arm in known:
+        if arm is not base and base in known:
+            points, error = _difference(arm, base)
+            where = "inside" if abs(points) <= error else "outside"
+            said.append(
+                f"the character errors of {quoted(arm)} minus those of {quoted(base)} are {points:+.1f} points, "
+                f"{where} of the standard error of the difference, {error:.1f} points by the number of validation "
+                "utterances."
+            )
+    return said
+
+
+def warnings(arms: Sequence[Arm]) -> list[str]:
+    """Utterances that were left out, run by run."""
+    runs = [(arm, run) for arm in arms for run in arm.runs if run.skipped and run.series(CER)]
+    return [f"{run_name(arm, run)}: {count(run.skipped or 0, 'unusable utterance')} left out." for arm, run in runs]
+
+
+def _difference(arm: Arm, base: Arm) -> tuple[float, float]:
+    """arm - base of the errors, in points, and its standard error: rather too large, since both hear the same."""
+    means = [each.over_runs(lambda run: _last(run, CER)).mean for each in (arm, base)]
+    errors = [each.over_runs(lambda run: _last(run, f"{CER}_se")).mean for each in (arm, base)]
+    return 100 * (means[0] - means[1]), 100 * math.hypot(*errors)
+
+
+def _difference_text(arm: Arm, base: Arm) -> str:
+    points, error = _difference(arm, base)
+    return f"{points:+.1f} ± {error:.1f}"
+
+
+def _below_constant(arm: Arm) -> float | None:
+    """By how many of its standard errors the error is below that of the best constant answer, the least of the runs."""
+    found = []
+    for run in arm.runs:
+        cer, error, constant = (_last(run, name) for name in (CER, f"{CER}_se", CONSTANT))
+        if cer is not None and error is not None and constant is not None:
+            found.append((constant - cer) / error if error else math.copysign(math.inf, constant - cer))
+    return min(found, default=None)
+
+
+def _percent(arm: Arm, name: str) -> str:
+    values = arm.over_runs(lambda run: _last(run, name))
+    return f"{values.mean:.1%}" if values.values else NOT_RECORDED
+
+
+def _last(run: Run, name: str) -> float | None:
+    series = run.series(name)
+    return value_of(series[-1]) if series else None

@@ -1,0 +1,337 @@
+"""Training a speech recogniser with CTC: its description, its module, word and character errors; and using it.
+
+Steps, optimizer and resume are module.py's, audio is audio.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchmetrics.functional.text import char_error_rate, word_error_rate
+
+from ..models.ctc_decode import greedy, prefix_beam
+from ..models.speech import SpeechConfig, SpeechEncoder
+from ..record import RECORDS_NAME, RecordWriter, read_records
+from .audio import (
+    AudioBatch,
+    AudioConfig,
+    AudioData,
+    SpecAugmentConfig,
+    collate,
+    load_audio,
+    log_mel,
+    read_audio,
+    spec_augment,
+)
+from .baseline import best_constant
+from .callbacks import Show, show_line
+from .checkpoint import WEIGHTS, find_checkpoint, load_config
+from .data import shuffled
+from .module import Feed, Metric, RunModule, fit, resumed_from
+from .run import Run
+
+FINAL = ("val/cer", "val/cer_se", "val/wer", "val/wer_se", "val/loss", "baseline/constant_cer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeechRun(Run):
+    """A complete description of one training of a speech recogniser: on the same machine with the same versions it
+    gives the same model. A sample of its batches is an utterance.
+
+    Raises:
+        ValueError: a field breaks the rule beside it.
+    """
+
+    model: SpeechConfig
+    data: AudioConfig = field(default_factory=AudioConfig)
+    augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
+    workers: int = 0  # processes that read audio; 0: this one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model.vocab_size != self.data.vocab_size:
+            raise ValueError(
+                f"model.vocab_size must be the number of data.characters and the blank, {self.data.vocab_size}, "
+                f"got {self.model.vocab_size}"
+            )
+        if self.model.mels != self.data.mels:
+            raise ValueError(f"model.mels must be data.mels={self.data.mels}, got {self.model.mels}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+
+    def build(self) -> nn.Module:
+        """The model to train."""
+        return SpeechEncoder(self.model)
+
+    def settings(self) -> dict[str, Any]:
+        """The description in one flat dict for the records; sigmoid_bias is the number that is used."""
+        return {**super().settings(), "sigmoid_bias": self.model.bias}
+
+    def train(self, out_dir: Path, **options: Any) -> dict[str, float]:
+        """`train_speech`."""
+        return train_speech(self, out_dir, **options)
+
+
+class SpeechBatch(NamedTuple):
+    """Utterances, and where the data stand after them."""
+
+    audio: AudioBatch
+    position: dict[str, Any]
+
+
+class SpeechModule(RunModule):
+    """A speech encoder with its loss: what Lightning drives.
+
+        loss = -sum over utterances of log sum over paths of prod_t y_t(path_t) / characters        nats per character
+
+    Args:
+        run: the description.
+        data: what is read.
+    """
+
+    loss_unit = "nats_per_character"
+    read_per_sample = ("utterances_per_s", 1)
+
+    def __init__(self, run: SpeechRun, data: AudioData) -> None:
+        super().__init__(run, run.build())
+        self.data = data
+        self._nats, self._texts = 0.0, ([], [])  # of a validation: loss, what was heard and what was said
+
+    def train_dataloader(self) -> Feed:
+        """Training batches without an end; where they begin is read when they do, after a checkpoint is restored."""
+        return Feed(self._train_batches)
+
+    def _train_batches(self) -> Iterator[SpeechBatch]:
+        start = 0 if self.position is None else self.position["sample"]
+        loader = self._loader(self.data.train, _Order(self.run.seed, len(self.data.train), start))
+        for number, audio in enumerate(loader, 1):
+            yield SpeechBatch(audio, {"sample": start + number * self.run.batch})
+
+    def val_dataloader(self) -> Feed:
+        """The validation utterances."""
+        loader = self._loader(self.data.val, None)
+        return Feed(lambda: (SpeechBatch(audio, {}) for audio in loader))
+
+    def _loader(self, dataset: Any, order: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=self.run.batch,
+            sampler=order,
+            num_workers=self.run.workers,
+            collate_fn=collate,
+            generator=torch.Generator().manual_seed(self.run.seed),  # else a draw of the training's
+        )
+
+    def transfer_batch_to_device(self, batch: SpeechBatch, device: torch.device, dataloader_idx: int) -> SpeechBatch:
+        """Lightning's hook: only the audio and its text move."""
+        return SpeechBatch(AudioBatch(*(x.to(device, non_blocking=True) for x in batch.audio)), batch.position)
+
+    def _nats_of(self, batch: AudioBatch, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each utterance, log-probabilities and their lengths."""
+        logits, lengths = self.model(features, batch.lengths)
+        log_probs = logits.float().log_softmax(-1)
+        nats = F.ctc_loss(log_probs.transpose(0, 1), batch.tokens, lengths, batch.token_lengths, reduction="none")
+        return nats, log_probs, lengths
+
+    def batch_loss(self, batch: SpeechBatch) -> Tensor:
+        """Mean loss of a batch after SpecAugment."""
+        features = spec_augment(batch.audio.features, batch.audio.lengths, self.run.augment)
+        return self._nats_of(batch.audio, features)[0].sum() / batch.audio.token_lengths.sum()
+
+    def on_validation_epoch_start(self) -> None:
+        """Start anew."""
+        self._nats, self._texts = 0.0, ([], [])
+
+    def validation_step(self, batch: SpeechBatch, batch_idx: int) -> None:
+        """Add what was heard in a batch, by the best path."""
+        nats, log_probs, lengths = self._nats_of(batch.audio, batch.audio.features)
+        self._nats += float(nats.sum())
+        heard, said = self._texts
+        heard += map(self.run.data.decode, greedy(log_probs, lengths))
+        ends = batch.audio.token_lengths.tolist()
+        said += [self.run.data.decode(row[:end]) for row, end in zip(batch.audio.tokens.tolist(), ends, strict=True)]
+
+    def validated(self) -> Iterator[Metric]:
+        """Character and word error rate of the best path, each with its standard error, and the loss."""
+        for name, value in error_rates(*self._texts).items():
+            yield f"val/{name}", value, ""
+        yield "val/loss", self._nats / sum(map(len, self._texts[1])), "nats_per_character"
+
+    def baselines(self) -> Iterator[Metric]:
+        """The character error rate of the best answer that does not listen."""
+        train = [utterance.text for utterance in self.data.train.utterances]
+        answer = best_constant(self._texts[1], train, self.run.data.characters)
+        yield "baseline/constant_cer", error_rates([answer] * len(self._texts[1]), self._texts[1])["cer"], ""
+
+    def probed(self) -> Iterator[tuple[str, float]]:
+        """Mean norm of A v of a position, before the output projection, of each block, on some utterances."""
+        norms: list[float] = []
+        model: Any = self.model
+        samples = (self.data.val[i] for i in range(min(self.run.batch, len(self.data.val), 16)))
+        audio = AudioBatch(*(x.to(self.device) for x in collate(list(samples))))
+
+        def watch(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            longest = inputs[0].shape[1]
+            lengths = torch.tensor([self.run.model.positions(n) for n in audio.lengths.tolist()], device=self.device)
+            within = torch.arange(longest, device=self.device) < lengths[:, None]
+            norms.append(float(inputs[0].float().norm(dim=-1)[within].mean()))
+
+        hooks = [block.attention.out_proj.register_forward_pre_hook(watch) for block in model.blocks]
+        try:
+            with torch.no_grad():
+                model(audio.features, audio.lengths)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        yield from ((f"attn_norm/layer_{i}", norm) for i, norm in enumerate(norms))
+
+    def finish(self, writer: RecordWriter) -> None:
+        """How many utterances were left out."""
+        writer.write("data/skipped", sum(map(len, self.data.skipped)), unit="utterances", step=self.run.steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add which utterances were left out."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["flashsigmoid"]["skipped"] = self.data.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it back."""
+        super().on_load_checkpoint(checkpoint)
+        self.data.skip(checkpoint["flashsigmoid"]["skipped"])
+
+
+class _Order:
+    """Numbers of training utterances without an end, shuffled anew in every epoch: a function of (seed, position)."""
+
+    def __init__(self, seed: int, count: int, start: int) -> None:
+        self.seed, self.count, self.start = seed, count, start
+
+    def __iter__(self) -> Iterator[int]:
+        s = self.start
+        while True:
+            epoch, index = divmod(s, self.count)
+            yield shuffled(index, self.count, seed=self.seed, epoch=epoch)
+            s += 1
+
+
+def error_rates(heard: Sequence[str], said: Sequence[str]) -> dict[str, float]:
+    """Errors of characters and of words, over what was said, and their standard errors over utterances.
+
+        rate = sum_i e_i / sum_i n_i          e_i = fewest insertions, deletions and substitutions, n_i = length
+        se = sqrt(N / (N - 1) sum_i (e_i - rate n_i)^2) / sum_i n_i         of N utterances; 0 of one
+
+    Args:
+        heard: what the model answers.
+        said: the text, not empty, of each.
+
+    Returns:
+        "cer", "cer_se", "wer", "wer_se".
+    """
+    found: dict[str, float] = {}
+    for name, rate_of, length in (("cer", char_error_rate, len), ("wer", word_error_rate, lambda s: len(s.split()))):
+        n = torch.tensor([length(text) for text in said], dtype=torch.float64)
+        rates = [float(rate_of([answer], [text])) for answer, text in zip(heard, said, strict=True)]
+        e = (torch.tensor(rates, dtype=torch.float64) * n).round()  # torchmetrics gives float32
+        rate, count = float(e.sum() / n.sum()), len(said)
+        variance = float((e - rate * n).square().sum()) * count / max(1, count - 1)
+        found |= {name: rate, f"{name}_se": math.sqrt(variance) / float(n.sum())}
+    return found
+
+
+def train_speech(
+    run: SpeechRun,
+    out_dir: str | Path,
+    *,
+    resume: bool = False,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    show: Show = show_line,
+    command: str | None = None,
+) -> dict[str, float]:
+    """Train a speech recogniser; everything it leaves is in `out_dir`: records.jsonl, checkpoints/, tb/.
+
+    On the CPU a run that was killed and resumed, however often, ends with the same bits as one that was not. Ctrl-C or
+    SIGTERM finishes the step, saves a checkpoint, prints one line and raises `Interrupted`. The random states of
+    python, numpy and torch are set.
+
+    Args:
+        run: what to train.
+        out_dir, resume, device, show, command: as `language.train`.
+
+    Returns:
+        The last validation and the baseline: `FINAL`.
+
+    Raises:
+        FileNotFoundError: there is no data where it should be.
+        ValueError: bad data; a run in `out_dir` already; resuming with another description or other data.
+        Interrupted: a signal ended it.
+    """
+    out_dir = Path(out_dir)
+    start = resumed_from(out_dir, resume)
+    data = load_audio(run.data, run.model.positions)
+    fit(
+        run,
+        lambda: SpeechModule(run, data),
+        out_dir,
+        start,
+        fingerprint=data.fingerprint,
+        device=device,
+        show=show,
+        command=command,
+    )
+    return {
+        r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in FINAL and r.value is not None
+    }
+
+
+def load_recogniser(path: str | Path, device: str | torch.device = "cpu") -> tuple[SpeechEncoder, AudioConfig]:
+    """The encoder, in eval mode, of a checkpoint or of a run's newest checkpoint, and how its audio is read.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = find_checkpoint(path)
+    try:
+        config = load_config(path)
+        model = SpeechEncoder(SpeechConfig(**config["model"]))
+        model.load_state_dict(load_file(path / WEIGHTS))
+        audio = AudioConfig(**config["data"])
+    except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"a checkpoint must hold a speech encoder and its weights, got {path}: {reason}") from error
+    return model.to(device).eval(), audio
+
+
+def transcribe(model: SpeechEncoder, audio: AudioConfig, path: str | Path, *, beam: int = 1) -> str:
+    """Text of an audio file.
+
+    Args:
+        model: in eval mode.
+        audio: how it is read.
+        path: of the file.
+        beam: prefixes that a beam search keeps; 1: the best path. Default: 1.
+
+    Raises:
+        ValueError: the file cannot be read, or beam is not positive.
+    """
+    if beam < 1:
+        raise ValueError(f"beam must be at least 1, got {beam}")
+    try:
+        features = log_mel(read_audio(path, audio.rate), audio.rate, audio.mels)
+    except ValueError as error:
+        raise ValueError(f"audio must be usable, got {path}: {error}") from error
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        logits, lengths = model(features[None].to(device), torch.tensor([len(features)], device=device))
+        log_probs = logits.float().log_softmax(-1)
+    tokens = greedy(log_probs, lengths)[0] if beam == 1 else prefix_beam(log_probs[0], beam=beam)[0][0]
+    return audio.decode(tokens)

@@ -1,0 +1,84 @@
+"""CTC decoding against all paths, written out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from flashsigmoid.models.ctc_decode import greedy, prefix_beam
+
+
+def joined(path: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(token for token, _ in itertools.groupby(path) if token)
+
+
+def every_text(log_probs: torch.Tensor) -> dict[tuple[int, ...], float]:
+    """Probability of every text: the sum over all paths that give it."""
+    found: dict[tuple[int, ...], float] = {}
+    positions, vocab_size = log_probs.shape
+    for path in itertools.product(range(vocab_size), repeat=positions):
+        probability = math.exp(sum(float(log_probs[t, token]) for t, token in enumerate(path)))
+        found[joined(path)] = found.get(joined(path), 0.0) + probability
+    return found
+
+
+@pytest.mark.parametrize(("positions", "vocab_size"), [(1, 2), (2, 3), (5, 3), (4, 4), (6, 2)])
+def test_a_wide_beam_finds_every_text_with_its_probability(positions, vocab_size) -> None:
+    log_probs = torch.randn(positions, vocab_size, dtype=torch.float64).mul(2.0).log_softmax(-1)
+    expected = every_text(log_probs)
+    found = prefix_beam(log_probs, beam=10_000)
+    texts = [tuple(tokens) for tokens, score in found if score > -math.inf]
+    assert len(set(texts)) == len(texts)
+    assert set(texts) == set(expected)
+    for tokens, score in found:
+        assert math.exp(score) == pytest.approx(expected.get(tuple(tokens), 0.0), rel=1e-9)
+    assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
+
+
+def test_agrees_with_torchs_ctc_loss() -> None:
+    log_probs = torch.randn(7, 5, dtype=torch.float64).log_softmax(-1)
+    for tokens, score in prefix_beam(log_probs, beam=5**7)[:20]:
+        loss = torch.nn.functional.ctc_loss(
+            log_probs[:, None], torch.tensor([tokens], dtype=torch.int64).reshape(1, -1), torch.tensor([7]),
+            torch.tensor([len(tokens)]), reduction="sum",
+        )  # fmt: skip
+        assert -float(loss) == pytest.approx(score, rel=1e-9)
+
+
+def test_the_sum_over_paths_beats_the_best_path() -> None:
+    """blank 0.6, a 0.4 twice: the best path is empty with 0.36, "a" has 0.64."""
+    log_probs = torch.tensor([[0.6, 0.4], [0.6, 0.4]]).log()
+    assert greedy(log_probs[None], torch.tensor([2])) == [[]]
+    (best, score), *_ = prefix_beam(log_probs, beam=4)
+    assert best == [1]
+    assert math.exp(score) == pytest.approx(0.64)
+
+
+def test_greedy_joins_repeats_drops_blanks_and_stops_at_the_length() -> None:
+    paths = torch.tensor([[1, 1, 0, 1, 2, 2], [0, 3, 3, 0, 0, 1], [2, 2, 2, 2, 2, 2]])
+    one_hot = torch.nn.functional.one_hot(paths, 4).float()
+    assert greedy(one_hot, torch.tensor([6, 4, 0])) == [[1, 1, 2], [3], []]
+    assert greedy(one_hot, torch.tensor([6, 6, 1]), blank=2) == [[1, 0, 1], [0, 3, 0, 1], []]
+
+
+def test_a_narrow_beam_keeps_that_many_and_never_overstates() -> None:
+    log_probs = torch.randn(6, 4, dtype=torch.float64).log_softmax(-1)
+    expected = every_text(log_probs)
+    found = prefix_beam(log_probs, beam=3)
+    assert len(found) == 3
+    for tokens, score in found:
+        assert math.exp(score) <= expected[tuple(tokens)] * (1 + 1e-9)
+
+
+def test_no_position_is_the_empty_text() -> None:
+    assert prefix_beam(torch.zeros(0, 3)) == [([], 0.0)]
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="beam must be at least 1, got 0"):
+        prefix_beam(torch.zeros(2, 3), beam=0)
+    with pytest.raises(ValueError, match=r"log_probs must be \(positions, vocab_size\), got \(1, 2, 3\)"):
+        prefix_beam(torch.zeros(1, 2, 3))

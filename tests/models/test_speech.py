@@ -1,0 +1,123 @@
+"""The speech encoder: padding changes nothing, every position encoding tells order, pairs differ in attention only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from flashsigmoid.models.speech import SpeechConfig, SpeechEncoder, parameter_count, speech_255m, speech_small
+from flashsigmoid.nn import SigmoidAttention, SoftmaxAttention
+
+TINY = SpeechConfig(vocab_size=5, seqlen=8, nlayers=2, dim=16, nheads=2, mels=6, layer_scale=1.0)
+positions = pytest.mark.parametrize("position", ["cape", "sincos", "rope", "alibi"])
+attentions = pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
+
+
+@positions
+@attentions
+def test_an_utterance_gets_in_a_padded_batch_what_it_gets_alone(position, attention) -> None:
+    model = SpeechEncoder(replace(TINY, position=position, attention=attention)).double().eval()
+    lengths = torch.tensor([37, 18, 1, 20])
+    features = torch.randn(4, 37, 6, dtype=torch.float64)  # beyond the end it is no zero
+    logits, out_lengths = model(features, lengths)
+    assert out_lengths.tolist() == [TINY.positions(n) for n in lengths.tolist()] == [10, 5, 1, 5]
+    assert logits.shape == (4, 10, 5)
+    assert torch.isfinite(logits).all()
+    for i, (n, m) in enumerate(zip(lengths.tolist(), out_lengths.tolist(), strict=True)):
+        alone, (length,) = model(features[i : i + 1, :n], lengths[i : i + 1])
+        assert length == m == alone.shape[1]
+        assert_close(logits[i, :m], alone[0])
+
+
+@attentions
+def test_padding_gets_no_gradient(attention) -> None:
+    model = SpeechEncoder(replace(TINY, attention=attention)).double()
+    features = torch.randn(2, 20, 6, dtype=torch.float64, requires_grad=True)
+    logits, lengths = model(features, torch.tensor([20, 9]))
+    logits[1, : lengths[1]].sum().backward()
+    assert features.grad[1, :9].abs().sum() > 0
+    assert not features.grad[1, 9:].any()
+    assert not features.grad[0].any()
+
+
+@positions
+def test_the_blocks_know_where_a_position_is(position) -> None:
+    """The same frames everywhere: with positions the inner ones differ all the same; without them they would not."""
+    config = replace(TINY, position=position)
+    model = SpeechEncoder(config).double().eval()
+    logits, _ = model(torch.ones(1, 80, 6, dtype=torch.float64), torch.tensor([80]))
+    inner = logits[0, 3:-3]
+    spread = (inner - inner.mean(0)).abs().max()
+    if position == "rope":  # it tells apart keys, and these are the same but at the rim
+        assert spread > 1e-8
+    else:
+        assert spread > 1e-3
+
+
+def test_a_pair_differs_in_attention_only() -> None:
+    torch.manual_seed(0)
+    ours = SpeechEncoder(TINY)
+    torch.manual_seed(0)
+    twin = SpeechEncoder(replace(TINY, attention="softmax"))
+    assert ours.state_dict().keys() == twin.state_dict().keys()
+    for a, b in zip(ours.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [type(block.attention) for block in ours.blocks] == [SigmoidAttention] * 2
+    assert [type(block.attention) for block in twin.blocks] == [SoftmaxAttention] * 2
+
+
+def test_b_is_a_constant_of_the_training_context() -> None:
+    model = SpeechEncoder(TINY)
+    assert {block.attention.sigmoid_bias for block in model.blocks} == {-math.log(8)}
+    assert replace(TINY, sigmoid_bias=-3.0).bias == -3.0
+
+
+def test_an_injected_attention_is_called_with_zeroed_values() -> None:
+    seen = []
+
+    def attend(q, k, v, **options):
+        seen.append((v, options["sigmoid_bias"]))
+        return v
+
+    model = SpeechEncoder(TINY, attention_fn=attend).eval()
+    model(torch.randn(2, 12, 6), torch.tensor([12, 5]))
+    assert [bias for _, bias in seen] == [-math.log(8)] * 2
+    for v, _ in seen:
+        assert v.shape == (2, 3, 2, 8)
+        assert not v[1, 2:].any()
+        assert v[1, :2].all()
+
+
+def test_the_papers_size() -> None:
+    assert parameter_count(speech_255m()) == pytest.approx(255e6, rel=0.01)
+    assert speech_255m().positions(1500) == 500
+    assert parameter_count(speech_small()) == pytest.approx(15.5e6, rel=0.02)
+    assert speech_small().positions(250) == 63
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strides": ()}, r"strides must be positive integers, at least one, got \(\)"),
+        ({"strides": (2, 0)}, r"strides must be positive integers, at least one, got \(2, 0\)"),
+        ({"kernel": 4}, "kernel must be odd, got 4"),
+        ({"nheads": 3}, "dim must be even and a multiple of nheads=3, got 16"),
+        ({"position": "learned"}, "position must be one of .*, got 'learned'"),
+        ({"attention": "linear"}, "attention must be one of .*, got 'linear'"),
+        ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
+        ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"sigmoid_bias": math.nan}, "sigmoid_bias must be a number below inf, or None, got nan"),
+    ],
+)
+def test_bad_fields_are_one_clear_error(change, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **change)
+
+
+def test_features_of_another_shape_are_one_clear_error() -> None:
+    with pytest.raises(ValueError, match=r"features must be \(batch, frames, 6\) .*, got \(1, 9, 5\) and \(1,\)"):
+        SpeechEncoder(TINY)(torch.zeros(1, 9, 5), torch.tensor([9]))
