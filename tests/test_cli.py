@@ -508,7 +508,7 @@ def test_demo_vision_trains_both_arms_on_digits(flashsigmoid, tmp_path):
     assert fresh.code == 0, fresh.err
     assert "trained already" not in fresh.out
     assert read_records(out / "sigmoid-no-bias/records.jsonl").settings["sigmoid_bias"] == 0.0
-    assert_one_error(flashsigmoid("demo", "speech"), 2, "'speech' is not one of 'language', 'vision'")
+    assert_one_error(flashsigmoid("demo", "music"), 2, "'music' is not one of 'language', 'vision', 'speech'")
     assert_one_error(flashsigmoid("demo", "vision", "--set", "dropout_p=0.1"), 1, "the run has no field dropout_p")
 
 
