@@ -104,15 +104,15 @@ def test_a_learnable_bias_costs_no_registers(head_dim) -> None:
     ids=str,
 )
 def test_the_hopper_kernels(call) -> None:
-    """The forward spills next to nothing, with slopes a few words a block, for which it saves 49 instructions; the
-    backward has all 240 registers in use, and spills some words a block."""
+    """The forward spills next to nothing; the backward has all 240 registers in use, and spills some words a block."""
     kernels = compiled("sm_90", json.dumps({"backend": "hopper", **call}))
     has_backward = call.get("bias") != "row"
     backward = ["bwd"] * (3 if call["head_dim"] == 256 else 1)
     assert [one["kernel"] for one in kernels] == ["fwd", *backward * has_backward]
     for one in kernels:
-        check("sm_90", one, spilled=128 if one["kernel"] == "fwd" else 1536)
-        assert one["loop_spills"] <= (60 if one["kernel"] == "bwd" else 4 if "has_slopes" in call else 1)
+        check("sm_90", one, spilled=64 if one["kernel"] == "fwd" else 1536)
+        of_backward = 60 if "has_slopes" in call else 50
+        assert one["loop_spills"] <= (1 if one["kernel"] == "fwd" else of_backward), one["loop_spills"]
         assert one["tma_loads"] > 0
         assert one["waits"] < one["products"] / 2
         assert not one["notes"], one["notes"]

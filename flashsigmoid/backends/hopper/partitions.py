@@ -143,14 +143,12 @@ def weights(
     """Of 64 rows from m and BLOCK_N keys from n, as blocks.weights of the Triton backend: what is not seen is -inf
     before the formula. A last block that is short is whole: the values beyond it are zeros."""
     y = s * c + b
-    if HAS_SLOPES:
-        i = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)).to(gl.float32)[:, None]
-        i += (m + band[0] - n).to(gl.float32)
-        y -= slope * gl.abs(i - gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT)).to(gl.float32)[None, :])
-    if HAS_LEFT or HAS_RIGHT:
+    if HAS_SLOPES or HAS_LEFT or HAS_RIGHT:
         q_offset, left, right = band
         p = (m + q_offset + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT)))[:, None]
         j = (n + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT)))[None, :]
+        if HAS_SLOPES:
+            y -= slope * gl.abs(p - j).to(gl.float32)
         if HAS_RIGHT:  # noqa: SIM102  a constant, then numbers
             if n + BLOCK_N - 1 > m + q_offset + right:
                 y = gl.where(j <= p + right, y, float("-inf"))
