@@ -246,8 +246,11 @@ def test_auto_takes_it_where_it_is_faster_and_says_why_not_elsewhere() -> None:
     assert (chosen.backend, chosen.backward) == ("hopper", "hopper")
     assert explain(one[:, :100], one[:, :100], one[:, :100]).backend == "triton"
     with_slopes = explain(one, one, one, alibi_slopes=torch.ones(16, device=DEVICE))
-    assert (with_slopes.backend, with_slopes.backward) == ("hopper", "triton")
-    assert "backward with a tensor b or alibi_slopes is not measured yet" in str(with_slopes)
+    assert (with_slopes.backend, with_slopes.backward) == ("triton", "triton")
+    assert "alibi_slopes beyond head_dim 64, is not measured yet" in str(with_slopes.backward_reasons)
+    narrow = one[..., :64].contiguous()
+    with_slopes = explain(narrow, narrow, narrow, alibi_slopes=torch.ones(16, device=DEVICE))
+    assert (with_slopes.backend, with_slopes.backward) == ("triton", "hopper")
     torch.use_deterministic_algorithms(True)
     try:
         assert explain(one, one, one).backward == "triton"

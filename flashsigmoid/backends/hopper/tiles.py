@@ -50,7 +50,7 @@ LARGEST_HEAD_DIM = {direction: max(table) for direction, table in _TILES.items()
 # (full, masked)
 _FROM = {
     "forward": {64: (1024, 2048), 128: (512, 512), 256: (1024, 1024)},
-    "backward": {64: (1024, 4096), 128: (512, 2048), 256: (1024, 1024)},
+    "backward": {64: (1024, 4096), 128: (512, 2048), 256: (1024, 4096)},
 }
 _MULTIPROCESSORS = 132
 
@@ -74,8 +74,10 @@ def slower(problem: Problem, direction: str) -> str | None:
     dim = padded_head_dim(problem)
     if not problem.head_dim == problem.head_dim_v == dim:
         return f"other head_dim than {dim} is not measured yet, got {problem.head_dim} and {problem.head_dim_v}"
-    if direction == "backward" and (problem.bias_shape is not None or problem.slopes_shape is not None):
-        return "backward with a tensor b or alibi_slopes is not measured yet"
+    if direction == "forward" and problem.slopes_shape is not None:
+        return "forward with alibi_slopes is faster in Triton"
+    if direction == "backward" and (problem.bias_shape is not None or (problem.slopes_shape is not None and dim != 64)):
+        return f"backward with a tensor b, or with alibi_slopes beyond head_dim 64, is not measured yet, got {dim}"
     least = _FROM[direction][dim][is_masked]
     if min(problem.seqlen_q, problem.seqlen_k) < least:
         kind = "masked " * is_masked + direction
