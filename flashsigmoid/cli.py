@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 import typer
 from rich.console import Console
@@ -26,6 +26,7 @@ from . import __version__
 if TYPE_CHECKING:
     from .record import Record
     from .training.callbacks import Progress, Show
+    from .training.module import Options
     from .training.run import Run
 
 app = typer.Typer(
@@ -145,7 +146,9 @@ def train(
     sigmoid_bias: Annotated[str | None, typer.Option(help="b of every attention; none: -log(context length).")] = None,
     steps: Annotated[str | None, typer.Option(help="Optimizer steps.")] = None,
     seed: Annotated[str | None, typer.Option(help="Of parameters, order of data and dropout.")] = None,
-    data: Annotated[str | None, typer.Option(help="A text file, a folder of .txt, or hf:NAME[:CONFIG].")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A text file, a folder of .txt, hf:NAME[:CONFIG] or enwik8:FILE.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bytes, or bpe: trained on the text.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     batch_size: Annotated[str | None, typer.Option(help="Sequences in a micro-batch.")] = None,
@@ -153,6 +156,10 @@ def train(
     assignments: Fields = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/RECIPE/ATTENTION")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(help="Then save and leave with exit code 75; --resume goes on.", show_default="no limit"),
+    ] = None,
     device: Device = "auto",
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
 ) -> None:
@@ -185,7 +192,7 @@ def train(
         bias = run.model.sigmoid_bias
         raise ValueError(f"sigmoid_bias has no effect with attention={run.model.attention}, got {bias}")
     folder = out or Path("runs") / recipe / run.model.attention
-    results = _train(run, folder, resume=resume, device=device)
+    results = _train(run, folder, resume=resume, device=device, max_minutes=max_minutes)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     after = _next(run, folder)
     print(f"run: {folder}" + (after and f"   next: {after}"))
@@ -214,9 +221,9 @@ def _next(run: Run, folder: Path) -> str:
     return commands.get(type(run).__name__, "")
 
 
-def _train(run: Run, folder: Path, *, resume: bool, device: Literal["auto", "cpu", "cuda", "mps"]) -> dict[str, float]:
+def _train(run: Run, folder: Path, **options: Unpack[Options]) -> dict[str, float]:
     with _progress() as show:
-        return run.train(folder, resume=resume, device=device, show=show)
+        return run.train(folder, show=show, **options)
 
 
 @contextmanager

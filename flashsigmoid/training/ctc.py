@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from ..models.ctc_decode import greedy, prefix_beam
 from ..models.speech import SpeechConfig, SpeechEncoder
-from ..record import RECORDS_NAME, RecordWriter, read_records
+from ..record import RecordWriter
 from .audio import (
     AudioBatch,
     AudioConfig,
@@ -34,10 +34,9 @@ from .audio import (
     spec_augment,
 )
 from .baseline import best_constant
-from .callbacks import Show, show_line
 from .checkpoint import WEIGHTS, find_checkpoint, load_config
 from .data import shuffled
-from .module import Feed, Metric, RunModule, fit, resumed_from
+from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .run import Run
 
 FINAL = ("val/cer", "val/cer_se", "val/wer", "val/wer_se", "val/loss", "baseline/constant_cer")
@@ -248,15 +247,7 @@ def error_rates(heard: Sequence[str], said: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def train_speech(
-    run: SpeechRun,
-    out_dir: str | Path,
-    *,
-    resume: bool = False,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    show: Show = show_line,
-    command: str | None = None,
-) -> dict[str, float]:
+def train_speech(run: SpeechRun, out_dir: str | Path, **options: Unpack[Options]) -> dict[str, float]:
     """Train a speech recogniser; everything it leaves is in `out_dir`: records.jsonl, checkpoints/, tb/.
 
     On the CPU a run that was killed and resumed, however often, ends with the same bits as one that was not. Ctrl-C or
@@ -265,7 +256,7 @@ def train_speech(
 
     Args:
         run: what to train.
-        out_dir, resume, device, show, command: as `language.train`.
+        out_dir, options: as `language.train`.
 
     Returns:
         The last validation and the baseline: `FINAL`.
@@ -273,24 +264,14 @@ def train_speech(
     Raises:
         FileNotFoundError: there is no data where it should be.
         ValueError: bad data; a run in `out_dir` already; resuming with another description or other data.
-        Interrupted: a signal ended it.
+        Interrupted: a signal, or max_minutes, ended it.
     """
-    out_dir = Path(out_dir)
-    start = resumed_from(out_dir, resume)
-    data = load_audio(run.data, run.model.positions)
-    fit(
-        run,
-        lambda: SpeechModule(run, data),
-        out_dir,
-        start,
-        fingerprint=data.fingerprint,
-        device=device,
-        show=show,
-        command=command,
-    )
-    return {
-        r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in FINAL and r.value is not None
-    }
+
+    def prepare(start: Path | None) -> Prepared:
+        data = load_audio(run.data, run.model.positions)
+        return Prepared(lambda: SpeechModule(run, data), data.fingerprint)
+
+    return train_run(run, out_dir, prepare, FINAL, **options)
 
 
 def load_recogniser(path: str | Path, device: str | torch.device = "cpu") -> tuple[SpeechEncoder, AudioConfig]:
