@@ -223,7 +223,7 @@ def _next(run: Run, folder: Path) -> str:
 
 def _train(run: Run, folder: Path, **options: Unpack[Options]) -> dict[str, float]:
     with _progress() as show:
-        return run.train(folder, show=show, **options)
+        return run.train(folder, **{**options, "show": show})
 
 
 @contextmanager
@@ -388,6 +388,28 @@ def transcribe(
         print(f"{file}\t{text}" if len(files) > 1 else text, flush=True)
     if left_out:
         print(f"{left_out} of {len(files)} files left out", file=sys.stderr)
+
+
+@app.command(epilog="Example: flashsigmoid long-audio runs/an4/sigmoid runs/an4/softmax; flashsigmoid report runs/an4")
+def long_audio(
+    runs: Annotated[list[Path], typer.Argument(help="Runs on speech, finished or not.", show_default=False)],
+    factors: Annotated[str, typer.Option(help="Utterances joined at a time, with commas.")] = "1,2,4,8",
+    root: Annotated[
+        str | None, typer.Option(help="The manifest, or the folder, of the data.", show_default="where they were")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
+) -> None:
+    """Join validation utterances of one speaker and count errors: does a recogniser work on longer audio?
+
+    Records go to long-audio.jsonl of each run, where the report finds them.
+    """
+    from .recipes.fields import parse
+    from .training.long_audio import long_audio as measure
+
+    chosen = parse("factors", factors, tuple[int, ...])
+    for run in runs:
+        print(run)
+        measure(run, factors=chosen, device=device, root=root)
 
 
 @app.command(epilog="Example: flashsigmoid report runs/demo runs/demo-seed-1 --out report.html")

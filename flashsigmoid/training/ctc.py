@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -36,6 +36,7 @@ from .audio import (
 from .baseline import best_constant
 from .checkpoint import WEIGHTS, find_checkpoint, load_config
 from .data import shuffled
+from .hearing import write_hearing
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .run import Run
 
@@ -195,8 +196,10 @@ class SpeechModule(RunModule):
         yield from ((f"attn_norm/layer_{i}", norm) for i, norm in enumerate(norms))
 
     def finish(self, writer: RecordWriter) -> None:
-        """How many utterances were left out."""
+        """How many utterances were left out, and pictures of a validation utterance."""
         writer.write("data/skipped", sum(map(len, self.data.skipped)), unit="utterances", step=self.run.steps)
+        model: Any = self.model
+        write_hearing(writer, model, self.data.val, step=self.run.steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add which utterances were left out."""

@@ -54,7 +54,7 @@ def test_packed_utterances_get_what_padded_ones_get(position, attention, fault) 
         twin = SpeechEncoder(replace(config, packing=packing)).eval()
         twin.load_state_dict(model.state_dict())
         of = lengths + 1 if fault and packing else lengths
-        logits, ends = twin.to(dtype)(features.to(dtype), of.clamp(max=37))
+        logits, _ = twin.to(dtype)(features.to(dtype), of.clamp(max=37))
         within = (torch.arange(10) < config_positions(lengths)[:, None])[..., None]
         logits = logits.masked_fill(~within, 0.0)
         (logits * weight).sum().backward()

@@ -28,6 +28,7 @@ def test_it_is_softmax(monkeypatch, window_size, causal, alibi, nheads_k) -> Non
     assert_within_budget("out", flex_softmax(q, k, v, 0.2, causal, window_size, slopes), oracle, witness)
 
 
+@pytest.mark.long  # a compiler takes its time
 def test_compiled_it_is_softmax() -> None:
     q, k, v = (torch.randn(1, 256, 2, 32) for _ in range(3))
     options = {"scale": 0.2, "causal": True, "alibi_slopes": alibi_slopes(2)}

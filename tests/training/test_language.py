@@ -56,6 +56,7 @@ def test_every_record_is_there(tmp_path, text):
             "val/loss_bytes",
             "baseline/bigram",
             "baseline/bigram_floor",
+            "attention_kernel",
             "sample",
         ),
     }
@@ -122,6 +123,7 @@ def test_accumulation_is_a_larger_batch(tmp_path, text):
     assert (losses[0] / losses[1] - 1.0).abs().max() < 1e-4
 
 
+@pytest.mark.long  # compilers take minutes
 def test_compiled_it_is_the_same_training(tmp_path, text):
     """Twelve steps with two attentions: losses as in eager mode, up to rounding; nothing is left in the checkpoint."""
     for attention in ("sigmoid", "softmax"):
