@@ -96,7 +96,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def _page(arms: Sequence[Arm], drawings: dict[str, Drawing]) -> str:
     heading, (lead, *facts) = escape(title(arms)), map(escape, statement(arms))
-    curves, attention = _figure_names(arms)
+    curves, attention = _figure_names(arms, drawings)
     curves, attention = ("".join(_figure(drawings[name]) for name in names) for names in (curves, attention))
     # nothing may be loaded, and no script may run; the pixels of attention maps are within the page
     pixels = " img-src data:;" if any(drawings[name].panels for name in ("attention-maps", "hearing")) else ""
@@ -127,11 +127,11 @@ def _page(arms: Sequence[Arm], drawings: dict[str, Drawing]) -> str:
 """
 
 
-def _figure_names(arms: Sequence[Arm]) -> tuple[Sequence[str], Sequence[str]]:
+def _figure_names(arms: Sequence[Arm], drawings: dict[str, Drawing]) -> tuple[Sequence[str], Sequence[str]]:
     """The curves and the figures of attention that are shown; what only language models record is no gap elsewhere."""
     if are_of_speech(arms):
-        joined = ("long-audio",) if long_drawing(arms).panels else ()
-        return ("loss-step", "loss-time", *joined), ("attn-norm", "hearing")
+        joined, heard = ([name] if drawings[name].panels else [] for name in ("long-audio", "hearing"))
+        return ("loss-step", "loss-time", *joined), ("attn-norm", *heard)
     if are_of_text(arms):
         return ("loss-step", "loss-time"), ("attn-norm", "row-mass", "sink")
     recorded = [name for name in ("row_mass", "sink") if any(arm.layers(name) for arm in arms)]

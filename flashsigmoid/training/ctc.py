@@ -184,7 +184,8 @@ class SpeechModule(RunModule):
             longest = inputs[0].shape[1]
             lengths = torch.tensor([self.run.model.positions(n) for n in audio.lengths.tolist()], device=self.device)
             within = torch.arange(longest, device=self.device) < lengths[:, None]
-            norms.append(float(inputs[0].float().norm(dim=-1)[within].mean()))
+            of_positions = inputs[0].float().norm(dim=-1)
+            norms.append(float((of_positions if self.run.model.packing else of_positions[within]).mean()))
 
         hooks = [block.attention.out_proj.register_forward_pre_hook(watch) for block in model.blocks]
         try:

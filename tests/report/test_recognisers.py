@@ -97,7 +97,7 @@ def test_pictures_of_what_is_heard(tmp_path) -> None:
 )
 def test_a_damaged_picture_is_one_clear_error(tmp_path, changes) -> None:
     folder = hearing(make(tmp_path / "a", 0.2), **changes)
-    with pytest.raises(ValueError, match="a picture of hearing must be whole arrays that fit, got .*hearing.npz: "):
+    with pytest.raises(ValueError, match=r"a picture of hearing must be whole arrays that fit, got .*hearing\.npz: "):
         write_report([folder], tmp_path / "page.html")
 
 
