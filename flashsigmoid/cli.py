@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 import typer
 from rich.console import Console
@@ -26,6 +26,7 @@ from . import __version__
 if TYPE_CHECKING:
     from .record import Record
     from .training.callbacks import Progress, Show
+    from .training.module import Options
     from .training.run import Run
 
 app = typer.Typer(
@@ -145,7 +146,9 @@ def train(
     sigmoid_bias: Annotated[str | None, typer.Option(help="b of every attention; none: -log(context length).")] = None,
     steps: Annotated[str | None, typer.Option(help="Optimizer steps.")] = None,
     seed: Annotated[str | None, typer.Option(help="Of parameters, order of data and dropout.")] = None,
-    data: Annotated[str | None, typer.Option(help="A text file, a folder of .txt, or hf:NAME[:CONFIG].")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A text file, a folder of .txt, hf:NAME[:CONFIG] or enwik8:FILE.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bytes, or bpe: trained on the text.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     batch_size: Annotated[str | None, typer.Option(help="Sequences in a micro-batch.")] = None,
@@ -153,6 +156,10 @@ def train(
     assignments: Fields = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/RECIPE/ATTENTION")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(help="Then save and leave with exit code 75; --resume goes on.", show_default="no limit"),
+    ] = None,
     device: Device = "auto",
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
 ) -> None:
@@ -185,7 +192,7 @@ def train(
         bias = run.model.sigmoid_bias
         raise ValueError(f"sigmoid_bias has no effect with attention={run.model.attention}, got {bias}")
     folder = out or Path("runs") / recipe / run.model.attention
-    results = _train(run, folder, resume=resume, device=device)
+    results = _train(run, folder, resume=resume, device=device, max_minutes=max_minutes)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     after = _next(run, folder)
     print(f"run: {folder}" + (after and f"   next: {after}"))
@@ -214,9 +221,9 @@ def _next(run: Run, folder: Path) -> str:
     return commands.get(type(run).__name__, "")
 
 
-def _train(run: Run, folder: Path, *, resume: bool, device: Literal["auto", "cpu", "cuda", "mps"]) -> dict[str, float]:
+def _train(run: Run, folder: Path, **options: Unpack[Options]) -> dict[str, float]:
     with _progress() as show:
-        return run.train(folder, resume=resume, device=device, show=show)
+        return run.train(folder, **{**options, "show": show})
 
 
 @contextmanager
@@ -381,6 +388,28 @@ def transcribe(
         print(f"{file}\t{text}" if len(files) > 1 else text, flush=True)
     if left_out:
         print(f"{left_out} of {len(files)} files left out", file=sys.stderr)
+
+
+@app.command(epilog="Example: flashsigmoid long-audio runs/an4/sigmoid runs/an4/softmax; flashsigmoid report runs/an4")
+def long_audio(
+    runs: Annotated[list[Path], typer.Argument(help="Runs on speech, finished or not.", show_default=False)],
+    factors: Annotated[str, typer.Option(help="Utterances joined at a time, with commas.")] = "1,2,4,8",
+    root: Annotated[
+        str | None, typer.Option(help="The manifest, or the folder, of the data.", show_default="where they were")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
+) -> None:
+    """Join validation utterances of one speaker and count errors: does a recogniser work on longer audio?
+
+    Records go to long-audio.jsonl of each run, where the report finds them.
+    """
+    from .recipes.fields import parse
+    from .training.long_audio import long_audio as measure
+
+    chosen = parse("factors", factors, tuple[int, ...])
+    for run in runs:
+        print(run)
+        measure(run, factors=chosen, device=device, root=root)
 
 
 @app.command(epilog="Example: flashsigmoid report runs/demo runs/demo-seed-1 --out report.html")
