@@ -269,7 +269,7 @@ def sigmoid_attention_with_prefix(
     the prefix, and the sum is taken in float32 and rounded once.
 
     Args:
-        k_prefix: the keys in front of every sequence's own, (seqlen_prefix, nheads_k, head_dim), at positions 0 onwards.
+        k_prefix: keys in front of every sequence's own, (seqlen_prefix, nheads_k, head_dim), at positions 0 onwards.
         v_prefix: their values.
         rotary_cos, rotary_sin: as many positions as the prefix and the cache together: new keys and queries are turned
             at their positions behind the prefix. The prefix is not turned.
@@ -331,7 +331,7 @@ def explain_with_kvcache(
         return Explanation("triton", triton.formula(problem), reasons, problem)
     dense = backends.explain(problem, backend)
     asked = f"backend={backend!r} was asked for"
-    reason = decode.unsupported(problem, backend) if backend == "auto" else asked
+    reason = decode.unsupported(problem, backend, q.device) if backend == "auto" else asked
     return replace(dense, reasons={"decode kernel": str(reason), **dense.reasons}, backward="", backward_reasons={})
 
 
@@ -375,7 +375,7 @@ def _cache_problem(q: Tensor, cache: cached.Cache, sides: _Sides) -> Problem:
 def _has_decode_kernel(q: Tensor, cache: cached.Cache, sides: _Sides, backend: str) -> bool:
     if backend not in ("auto", "triton"):
         return False
-    reason = decode.unsupported(_cache_problem(q, cache, sides), backend)
+    reason = decode.unsupported(_cache_problem(q, cache, sides), backend, q.device)
     if reason is not None and backend == "triton":
         raise BackendUnsupported(f"triton: {reason}")
     return reason is None

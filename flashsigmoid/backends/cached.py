@@ -48,13 +48,13 @@ class Cache:
 
     def behind(self, k: Tensor, v: Tensor) -> Cache:
         """A contiguous copy in which k, v (seqlen, nheads_k, head_dim) stand in front of every sequence."""
-        own = (self.k, self.v)
+        own, n = (self.k, self.v), k.shape[0]
         if self.page_table is not None:
             pages = self.page_table.long().clamp(min=0)
             own = tuple(x[pages].flatten(1, 2) for x in own)
         batch = self.seqlens.shape[0]
-        both = (torch.cat((x.expand(batch, *x.shape), y), dim=1) for x, y in zip((k, v), own, strict=True))
-        return Cache(*both, self.seqlens + k.shape[0])
+        k, v = (torch.cat((x.expand(batch, *x.shape), y), dim=1) for x, y in zip((k, v), own, strict=True))
+        return Cache(k, v, self.seqlens + n)
 
     def of(self, index: int, seqlen: int) -> tuple[Tensor, Tensor]:
         """The keys and values of one sequence, (1, seqlen, nheads_k, head_dim): a view, or of pages a copy."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import triton
+from .gpu import too_long
 from .op import _is_plain as is_plain
-from .problem import Problem, make_problem
+from .problem import Problem, _gpu_arch, make_problem
 
 # rows of "auto": more are a chunk of prefill, which the dense kernels compute in larger blocks. Not measured.
 MOST_QUERIES = 16
@@ -46,14 +47,25 @@ def problem_of(
     )  # fmt: skip
 
 
-def unsupported(problem: Problem, backend: str) -> str | None:
+def unsupported(problem: Problem, backend: str, device: torch.device) -> str | None:
     """Why a call against a cache is not computed by the decode kernel, None if it is; backend "auto" or "triton"."""
     if backend == "auto":
         if problem.device == "cpu":
             return "device must be a GPU, got cpu"  # the interpreter runs only when asked for
         if problem.seqlen_q > MOST_QUERIES:
             return f"seqlen_q must be at most {MOST_QUERIES} for the decode kernel, got {problem.seqlen_q}"
-    return triton.unsupported(problem)
+    if not torch.compiler.is_compiling():
+        return triton.unsupported(problem)
+    return _unsupported(problem.dtype, problem.head_dim, problem.head_dim_v, device) or too_long(problem)
+
+
+@torch.compiler.assume_constant_result
+def _unsupported(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> str | None:
+    """The reason of one query and one key, for a compiler, which cannot ask for the GPU."""
+    heads = {"nheads": 1, "nheads_k": 1, "head_dim": head_dim, "head_dim_v": head_dim_v}
+    arch = "cpu" if device.type == "cpu" else _gpu_arch(device.index) if device.type == "cuda" else None
+    options = {"scale": 1.0, "sigmoid_bias": 0.0, "dtype": dtype, "device": device.type, "arch": arch}
+    return triton.unsupported(Problem(batch=1, seqlen_q=1, seqlen_k=1, **heads, **options))
 
 
 def attend(*inputs) -> Tensor:

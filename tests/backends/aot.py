@@ -220,7 +220,6 @@ class Compiler:
         launch.backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)
         return self.launched
 
-
     def _run_decode(self, call: Call) -> list[Compiled]:
         dtype = getattr(torch, call.dtype)
         torch.set_float32_matmul_precision(call.matmul_precision)

@@ -69,8 +69,8 @@ def _decode_kernel(
     bias_stride_b, bias_stride_h, bias_stride_m, slopes_stride_b, slopes_stride_h,
     batch, nheads_k, seqlen_q, capacity, new, splits, left, right, part_stride, c, b, out_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     PAGE_SIZE: tl.constexpr, IS_SHARED: tl.constexpr, IS_LONG: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one key head: O = sum over one part of the keys of sigmoid(c Q K^T + b - slope |p - j|) V.
@@ -119,7 +119,7 @@ def _decode_kernel(
         lo, stop, each, used = divide(
             keys, offset, offset + seqlen_q - 1, left, right, splits, BLOCK_N, HAS_LEFT, HAS_RIGHT
         )
-    if REDUCTION != "whole":
+    if REDUCTION != "whole":  # noqa: SIM102, the compiler wants what is constant by itself
         if part >= used:
             return
     start = lo + part * each

@@ -1,4 +1,4 @@
-"""From a call against a cache to the kernels of decode.py: tiles, into how many parts the keys are divided, launches."""
+"""From a call against a cache to the kernels of decode.py: tiles, how many parts of the keys, launches."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ _append_kernel: Any = kernels._append_kernel
 
 # up to head_dim: not measured. K and V of a stage are 32 KB in the large ones, 16 KB in the small
 _LARGE = {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)}  # sm_80, sm_90, sm_100
-_SMALL = {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 16, 4, 2)}  # 64 or 99 KB of shared memory
+_SMALL = {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 16, 4, 3)}  # 64 or 99 KB of shared memory
 _FLOAT32 = {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)}
 _INTERPRETED = Tile(16, 32, 4, 1)
 
 RESIDENT = 2  # programs that a multiprocessor runs at once
 FULL = 0.95  # of the multiprocessors' time: more parts than reach this share of the best are not worth their sum
+_MOST_WAVES = 6  # of programs, looked at for a number of parts
 REDUCTION = "parts"  # or "atomic": how parts are added where nobody asks for the same bits at every call
 _SLOTS = 32  # parts that a program of the sum loads at once
 _HEADS = 8  # of a program that appends
@@ -82,17 +83,20 @@ def append(
     """Writes k and v behind each sequence, in place; with tables k is turned, and q, which is returned."""
     batch, seqlen_new, nheads_k, head_dim = k.shape
     head_dim_v = v.shape[3]
-    turns = q is not None and cos is not None and sin is not None
-    result = k.new_empty(0) if not turns else q.new_empty(q.shape)
-    seqlen_q, nheads = q.shape[1:3] if turns else (0, 0)
-    blocks = triton.cdiv(nheads_k, _HEADS) + (triton.cdiv(nheads, _HEADS) if turns else 0)
+    result, seqlen_q, nheads, half = k.new_empty(0), 0, 0, 0
+    if q is None or cos is None:
+        q = k  # not read
+    else:
+        result, half = q.new_empty(q.shape), cos.shape[1]
+        seqlen_q, nheads = q.shape[1:3]
+    blocks = triton.cdiv(nheads_k, _HEADS) + (triton.cdiv(nheads, _HEADS) if half else 0)
     page_size = 0 if pages is None else k_cache.shape[1]
     capacity = k_cache.shape[1] * (1 if pages is None else pages.shape[1])
-    tensors = (result, seqlens, pages, *((cos, sin) if turns else (None, None)))
-    loaded = (k, v, q if turns else k, k_cache, v_cache)
+    tensors = (result, seqlens, pages, cos, sin)
+    loaded = (k, v, q, k_cache, v_cache)
     sizes = (nheads, nheads_k, seqlen_new, seqlen_q, capacity, behind)
     key = (
-        "append", *sizes, head_dim, head_dim_v, page_size, turns, interleaved, k.dtype, result.data_ptr() % 16,
+        "append", *sizes, head_dim, head_dim_v, page_size, half, interleaved, k.dtype, result.data_ptr() % 16,
         *(None if x is None else (x.stride(), x.shape[-1], x.dtype, x.data_ptr() % 16) for x in tensors[1:]),
     )  # fmt: skip
 
@@ -104,7 +108,7 @@ def append(
             "HEAD_DIM_V": head_dim_v,
             "BLOCK_D": triton.next_power_of_2(head_dim),
             "BLOCK_DV": triton.next_power_of_2(head_dim_v),
-            "HALF": cos.shape[1] if turns else 0,
+            "HALF": half,
             "INTERLEAVED": interleaved,
             "PAGE_SIZE": page_size,
             "HEADS": _HEADS,
@@ -220,7 +224,7 @@ def _choose_splits(problem: Problem, units: int, is_shared: bool) -> int:
     """The fewest parts that keep the GPU's multiprocessors as busy as any number would, nearly."""
     tile = _choose_tile(problem, is_shared)
     programs, slots = _programs(problem, tile, is_shared), RESIDENT * units
-    most = max(1, min(triton.cdiv(problem.seqlen_k, tile.block_n), triton.cdiv(2 * slots, programs)))
+    most = max(1, min(triton.cdiv(problem.seqlen_k, tile.block_n), triton.cdiv(_MOST_WAVES * slots, programs)))
 
     def busy(splits: int) -> float:
         return splits * programs / (triton.cdiv(splits * programs, slots) * slots)
