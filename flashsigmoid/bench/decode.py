@@ -124,9 +124,9 @@ def make_inputs(problem: Decode, dtype: torch.dtype, device: str) -> Inputs:
     own = (p.batch, p.seqlen - p.prefix, p.nheads_k, p.head_dim)
     shared = (p.prefix, p.nheads_k, p.head_dim)
     lengths = torch.full((p.batch,), own[1], dtype=torch.int32, device=device)
-    return Inputs(
-        p, normal(p.batch, 1, p.nheads, p.head_dim), *(normal(*x) for x in (own, own, shared, shared)), lengths
-    )
+    q = normal(p.batch, 1, p.nheads, p.head_dim)
+    k, v, k_prefix, v_prefix = (normal(*x) for x in (own, own, shared, shared))
+    return Inputs(p, q, k, v, k_prefix, v_prefix, lengths)
 
 
 def _ours(inputs: Inputs) -> Step:

@@ -70,8 +70,9 @@ def _decode_kernel(
     batch, nheads_k, seqlen_q, capacity, new, splits, left, right, part_stride, c, b, out_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, IS_SHARED: tl.constexpr, IS_LONG: tl.constexpr, REDUCTION: tl.constexpr,
+    PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr, IS_SHARED: tl.constexpr, IS_LONG: tl.constexpr,
+    REDUCTION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one key head: O = sum over one part of the keys of sigmoid(c Q K^T + b - slope |p - j|) V.
 

@@ -46,8 +46,8 @@ def attend(
     is_fixed = REDUCTION == "parts" or torch.are_deterministic_algorithms_enabled()
     plan = _plan(problem, _precision(problem), page_size, splits, "parts" if is_fixed else "atomic", new, is_shared)
     shape = (*q.shape[:3], problem.head_dim_v)
-    if plan.splits == 1:
-        parts = out = q.new_empty(shape, dtype=out_dtype)
+    if plan.reduction == "whole":
+        parts = q.new_empty(shape, dtype=out_dtype)
     elif plan.reduction == "parts":
         parts = torch.empty((plan.splits, *shape), dtype=torch.float32, device=q.device)
     else:
@@ -62,9 +62,7 @@ def attend(
 
     with on_device(q):
         launch(plan.launches, others, _decode_kernel, plan.programs, (q, k, v), tensors, describe)
-        if plan.splits == 1:
-            return parts
-        if plan.reduction == "atomic" and out_dtype == torch.float32:
+        if plan.reduction == "whole" or (plan.reduction == "atomic" and out_dtype == torch.float32):
             return parts
         out = q.new_empty(shape, dtype=out_dtype)
         key = ("sum", out_dtype, seqlens.dtype, seqlens.data_ptr() % 16)
