@@ -59,13 +59,16 @@ def unsupported(problem: Problem, backend: str, device: torch.device) -> str | N
     return _unsupported(problem.dtype, problem.head_dim, problem.head_dim_v, device) or too_long(problem)
 
 
-@torch.compiler.assume_constant_result
 def _unsupported(dtype: torch.dtype, head_dim: int, head_dim_v: int, device: torch.device) -> str | None:
     """The reason of one query and one key, for a compiler, which cannot ask for the GPU."""
     heads = {"nheads": 1, "nheads_k": 1, "head_dim": head_dim, "head_dim_v": head_dim_v}
     arch = "cpu" if device.type == "cpu" else _gpu_arch(device.index) if device.type == "cuda" else None
     options = {"scale": 1.0, "sigmoid_bias": 0.0, "dtype": dtype, "device": device.type, "arch": arch}
     return triton.unsupported(Problem(batch=1, seqlen_q=1, seqlen_k=1, **heads, **options))
+
+
+# all that torch.compiler.assume_constant_result does, except to import the compiler
+_unsupported._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def attend(*inputs) -> Tensor:
