@@ -606,14 +606,16 @@ def bench(
     """Time sigmoid attention beside everybody else's, with its error beside its speed. It must be right to be timed."""
     import torch
 
+    from .bench import decode
     from .bench.peers import candidates, load_library
     from .bench.problems import PROBLEMS, WORKS
     from .bench.run import run
     from .record import read_records
 
     if list_problems:
-        _print_table([shape.row() for shape in PROBLEMS.values()])
+        _print_table([shape.row() for shape in (*PROBLEMS.values(), *decode.PROBLEMS.values())])
         print(f"peers: {', '.join(candidates())}")
+        print(f"peers of decode problems: {', '.join(decode.PEERS)}")
         return
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise ValueError(f"--plot must end in .png or .svg, got {plot}")
@@ -624,6 +626,11 @@ def bench(
         from .bench.tune import tune as measure_tiles
 
         measure_tiles(problems or (), dtype=numbers, rounds=rounds, show=print)
+        return
+    if steps := decode.choose(problems or ()):
+        if len(steps) < len(problems or ()) or work or plot or not graphs:
+            raise ValueError(f"decode problems are run by themselves, without --work and --plot, got {problems}")
+        decode.run(steps, dtype=numbers, rounds=rounds, names=peer or (), out=out, show=print)
         return
     records = run(
         problems or (),
