@@ -248,13 +248,17 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As any model, and a modelling file, so that a process that has not called `register` can load it.
 
-        That needs trust_remote_code=True; the file imports flashsigmoid and nothing else.
+        That needs trust_remote_code=True; the file imports flashsigmoid and nothing else. So can `transformers serve`,
+        which looks up the architecture of a config among the names of transformers itself.
         """
         self.config.auto_map = {
             "AutoConfig": "modeling_sigmoid_gpt.SigmoidGPTConfig",
             "AutoModelForCausalLM": "modeling_sigmoid_gpt.SigmoidGPTForCausalLM",
         }
         super().save_pretrained(save_directory, **options)
+        # not this class, which transformers has no name for; the auto class finds it by auto_map
+        self.config.architectures = ["AutoModelForCausalLM"]
+        self.config.save_pretrained(save_directory)
         (Path(save_directory) / "modeling_sigmoid_gpt.py").write_text(_MODELING, "utf-8")
 
 
