@@ -1,4 +1,4 @@
-"""python serving.py FOLDER --out serving.jsonl    `transformers serve` of an exported SigmoidGPT under load, on loopback.
+"""python serving.py FOLDER --out serving.jsonl    `transformers serve` of an exported SigmoidGPT under load, locally.
 
 Needs transformers[serving]. Streams through the `openai` client, one request after another in each, for a while; then
 what was lost, what differs from the offline answer, and how the server's memory went.

@@ -1,4 +1,4 @@
-"""`transformers serve` runs an exported SigmoidGPT: nothing lost, nothing different, memory flat, bad requests refused."""
+"""`transformers serve` of an exported SigmoidGPT: nothing lost or different, memory flat, bad requests refused."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs the extra hf")
 
-from integrations import serving  # noqa: E402
-from integrations.trained import small_model  # noqa: E402
+from integrations import serving
+from integrations.trained import small_model
 
-from flashsigmoid.integrations.sigmoid_gpt import export  # noqa: E402
-from flashsigmoid.models.gpt import GPT, GPTConfig  # noqa: E402
-from flashsigmoid.training.tokenizer import ByteTokenizer  # noqa: E402
+from flashsigmoid.integrations.sigmoid_gpt import export
+from flashsigmoid.models.gpt import GPT, GPTConfig
+from flashsigmoid.training.tokenizer import ByteTokenizer
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 needs_server = pytest.mark.skipif(bool(serving.missing()), reason=f"needs transformers[serving]: {serving.missing()}")
@@ -55,7 +55,7 @@ def test_the_architecture_is_a_name_of_transformers(tmp_path):
 
 def test_a_server_that_answers_otherwise_is_seen():
     """The comparison and the count of refusals find what they are for."""
-    found = {name: 0 for name in ("lost", "different_from_offline", "listens_elsewhere_than_loopback")}
+    found = dict.fromkeys(("lost", "different_from_offline", "listens_elsewhere_than_loopback"), 0)
     found |= {"requests": 1, "malformed_refused": len(serving.MALFORMED), "answered_after": 1}
     found |= {"problems": [], "malformed": {}}
     check(found)
