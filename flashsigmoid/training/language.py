@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..diagnostics.probes import probe_attention
@@ -31,12 +31,13 @@ class LanguageModule(RunModule):
     Args:
         run: the description.
         data: what is read.
+        model: another model that gives logits of tokens. Default: a fresh GPT.
     """
 
     loss_unit = "nats_per_token"
 
-    def __init__(self, run: LanguageRun, data: LanguageData) -> None:
-        super().__init__(run, GPT(run.model))
+    def __init__(self, run: LanguageRun, data: LanguageData, model: nn.Module | None = None) -> None:
+        super().__init__(run, GPT(run.model) if model is None else model)
         self.data = data
         self.read_per_sample = ("tokens_per_s", run.model.seqlen)
         self._val = (0.0, 0, 0)  # nats, tokens, bytes
