@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from ..functional import sigmoid_attention, sigmoid_attention_with_kvcache
 from ..models.gpt import GPT, GPTConfig, parameter_count
@@ -171,9 +172,17 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """Of tokens."""
         return self.model.embedding
 
+    def set_input_embeddings(self, value: torch.nn.Embedding) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Replace it."""
+        self.model.embedding = value
+
     def get_output_embeddings(self) -> torch.nn.Module:
         """The head."""
         return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: torch.nn.Linear) -> None:
+        """Replace it."""
+        self.model.head = new_embeddings
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         if isinstance(module, GPT):
@@ -186,6 +195,7 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """Which of the new tokens are padding, for caches of a fixed size: the earlier ones were told before."""
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
+    @can_return_tuple  # return_dict=False
     def forward(
         self,
         input_ids: Int[Tensor, "batch seqlen"],

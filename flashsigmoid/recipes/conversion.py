@@ -9,6 +9,7 @@ training follows; the softmax original gets the same one, as the control. No rep
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -134,8 +135,9 @@ def convert(
     """Convert, train, and train the softmax original in the same way.
 
     Records of an arm are in out_dir/ARM, its model in out_dir/ARM/model: config, safetensors, tokenizer. The loss
-    before the training is the validation of step 0. The config of the converted model has its `sigmoid_bias`; who loads
-    it says attn_implementation="sigmoid", after `register`, since transformers saves no attention's name.
+    before the training is the validation of step 0. The config.json of the converted model has its `sigmoid_bias` and
+    names its attention: it loads as sigmoid after `register`, and raises before. Saved again by transformers, it loses
+    the name, and attn_implementation="sigmoid" must be given.
 
     Args:
         run: what to do; its attention is "sigmoid".
@@ -235,6 +237,11 @@ class _Module(LanguageModule):
         logits: Any = self.model
         folder, model = writer.path.parent / MODEL, logits.model
         model.save_pretrained(folder)
+        if self.run.model.attention == "sigmoid":
+            # not saved by transformers; as a field of the file it is taken as if the caller had given it
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+            text = json.dumps({**config, "attn_implementation": NAME}, indent=2)
+            (folder / "config.json").write_text(text + "\n", "utf-8")
         AutoTokenizer.from_pretrained(self.run.model.path).save_pretrained(folder)
         writer.write("parameters", sum(p.numel() for p in model.parameters()))
 

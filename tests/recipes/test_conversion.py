@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,9 +85,8 @@ def test_what_a_conversion_leaves(tmp_path, tied):
     assert losses(folders["sigmoid"])[0] != losses(folders["softmax"])[0]
     settings = read_records(folders["sigmoid"] / RECORDS_NAME).settings
     assert settings["path"] == "llama"
-    converted = transformers.AutoModelForCausalLM.from_pretrained(
-        folders["sigmoid"] / MODEL, attn_implementation="sigmoid"
-    ).eval()
+    converted = transformers.AutoModelForCausalLM.from_pretrained(folders["sigmoid"] / MODEL).eval()
+    assert converted.config._attn_implementation == "sigmoid"
     assert converted.config.sigmoid_bias == run.model.bias
     with torch.no_grad():
         logits = converted(windows[:, :-1]).logits
@@ -93,6 +94,15 @@ def test_what_a_conversion_leaves(tmp_path, tied):
     assert losses(folders["sigmoid"])[-1] == pytest.approx(float(after), rel=1e-5)
     assert transformers.AutoTokenizer.from_pretrained(folders["sigmoid"] / MODEL)("a")["input_ids"] == [97]
     assert [row["attention"] for row in conversion_rows(out)] == ["sigmoid", "softmax"]
+
+
+def test_a_process_that_has_not_registered_does_not_take_it_for_softmax(tmp_path):
+    path = fresh_llama(tmp_path / "llama")
+    train_arm(short(llama_recovery(path, 16), steps=1), tmp_path / "arm", device="cpu", show=quiet)
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'arm' / MODEL)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert 'Specified `attn_implementation="sigmoid"` is not supported' in done.stderr
 
 
 def read_windows(run: ConversionRun):
