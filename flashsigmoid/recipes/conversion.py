@@ -84,19 +84,32 @@ class Pretrained:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionRun(LanguageRun):
-    """One arm of a conversion: a training that begins with the weights of a checkpoint."""
+    """One arm of a conversion: a training that begins with the weights of a checkpoint, and has its tokenizer.
+
+    Raises:
+        ValueError: a field breaks the rule beside it.
+    """
 
     model: Pretrained  # pyright: ignore[reportIncompatibleVariableOverride]
-    data: DataConfig = field(default_factory=DataConfig)
-    sample_tokens: int = 0
+    data: DataConfig = field(default_factory=DataConfig)  # text files; its tokenizer stays at the default
+    sample_tokens: int = 0  # no sample is drawn
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.tokenizer != "bytes":
+            raise ValueError(f"data.tokenizer has no effect: the checkpoint has one, got {self.data.tokenizer!r}")
+        if self.sample_tokens:
+            raise ValueError(f"sample_tokens must be 0 in a conversion, got {self.sample_tokens}")
 
     def train(self, out_dir: Path, **options: Any) -> dict[str, float]:
         """`train_arm`."""
         return train_arm(self, out_dir, **options)
 
     def settings(self) -> dict[str, Any]:
-        """As of any run; the path is the last part of it."""
-        return {**super().settings(), "path": Path(self.model.path).name}
+        """As of any run; of the path the last part."""
+        settings = {**super().settings(), "path": Path(self.model.path).name}
+        del settings["tokenizer"]
+        return settings
 
 
 def llama_recovery(path: str | Path, seqlen: int) -> ConversionRun:

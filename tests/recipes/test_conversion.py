@@ -150,6 +150,8 @@ def test_errors(tmp_path):
         convert(run.with_attention("softmax"), tmp_path / "out")
     with pytest.raises(ValueError, match="sigmoid_bias must be a finite number or None, got nan"):
         replace(run.model, sigmoid_bias=float("nan"))
+    with pytest.raises(ValueError, match=r"data.tokenizer has no effect: the checkpoint has one, got 'bpe'"):
+        replace(run, data=replace(run.data, tokenizer="bpe"))
     with pytest.raises(ValueError, match="seqlen must be a positive integer, got 0"):
         llama_recovery(path, 0)
     transformers.GPT2Config().save_pretrained(tmp_path / "gpt2")
