@@ -358,6 +358,53 @@ def export(
     print(f"exported: {write(model, tokenizer.to_library_json(), out_dir).absolute()}")
 
 
+@app.command(
+    epilog="Examples: flashsigmoid convert a-llama --seqlen 2048 --data my.txt --steps 1000; "
+    "flashsigmoid convert a-llama --set optim.lr=3e-4 --out runs/converted"
+)
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Of transformers, in Llama's layout, trained with softmax.", show_default=False)
+    ],
+    seqlen: Annotated[int, typer.Option(help="Tokens of a window, and n of b = -log(n).")] = 128,
+    sigmoid_bias: Annotated[str | None, typer.Option(help="b; none: -log(seqlen).")] = None,
+    steps: Annotated[str | None, typer.Option(help="Optimizer steps of the recovery.")] = None,
+    seed: Annotated[str | None, typer.Option(help="Of the order of data.")] = None,
+    data: Annotated[str | None, typer.Option(help="A text file, or a folder of .txt.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Windows in a micro-batch.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Peak learning rate.")] = None,
+    assignments: Fields = None,
+    out: Annotated[Path, typer.Option(help="Folder of both arms.")] = Path("runs/converted"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoints in the folder.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Give a softmax model sigmoid attention, train it a little, and the softmax original in the same way as control.
+
+    All weights are kept; the loss is told before and after.
+    """
+    from .recipes.conversion import MODEL, llama_recovery
+    from .recipes.conversion import convert as train_both
+    from .recipes.fields import override
+    from .report.conversion import NOTE, conversion_rows
+
+    flags = {
+        "model.sigmoid_bias": sigmoid_bias,
+        "steps": steps,
+        "seed": seed,
+        "data.source": data,
+        "precision": precision,
+        "batch": batch_size,
+        "optim.lr": lr,
+    }
+    given = {name: text for name, text in flags.items() if text is not None}
+    run = override(llama_recovery(checkpoint, seqlen), given, _assignments(assignments))
+    with _progress() as show:
+        folders = train_both(run, out, resume=resume, device=device, show=show)
+    _print_table(conversion_rows(out))
+    print(f"{NOTE}\nmodel: {folders['sigmoid'] / MODEL}")
+
+
 @app.command(epilog="Example: flashsigmoid transcribe runs/an4_sample/sigmoid one.wav two.flac --beam 16")
 def transcribe(
     checkpoint: Annotated[

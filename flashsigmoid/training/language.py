@@ -45,13 +45,14 @@ class LanguageModule(RunModule):
     Args:
         run: the description.
         data: what is read.
+        model: another model that gives logits of tokens. Default: a fresh GPT.
     """
 
     loss_unit = "nats_per_token"
 
-    def __init__(self, run: LanguageRun, data: LanguageData) -> None:
+    def __init__(self, run: LanguageRun, data: LanguageData, model: nn.Module | None = None) -> None:
         softmax = {"attention_fn": fused_softmax_attention} if run.model.attention == "softmax" else {}
-        super().__init__(run, GPT(run.model, **softmax))
+        super().__init__(run, GPT(run.model, **softmax) if model is None else model)
         self.data = data
         # only what trains and validates is compiled: prompts of any length would each be compiled anew
         self._nats = torch.compile(nats_of, dynamic=False) if run.compile else nats_of
