@@ -7,9 +7,8 @@ Who holds what is layout.py's business, how it travels exchange.py's, what that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import functional
 from ..functional import Window, sigmoid_attention_shard
+from .blocks import Block, Call, Sides, attend, attend_backward, blocks_of, joined, within
 from .cost import SCHEMES, Sizes, choose_scheme
-from .exchange import Axis, Exchange, axis_of
-from .layout import Layout, Order, Span, chunks
+from .exchange import Axis, axis_of
+from .layout import Layout, Order, chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int32
@@ -119,8 +119,8 @@ def sigmoid_attention_varlen(
     Args:
         q: this rank's rows, `shard` (dim 0) of (total_q, nheads, head_dim).
         k, v: this rank's rows, `shard` (dim 0) of those of all keys.
-        cu_seqlens_q: int32 (batch + 1,), on the device of q: 0, then where each sequence's queries end among the rows of
-            all ranks, at most total_q.
+        cu_seqlens_q: int32 (batch + 1,), on the device of q: 0, then where each sequence's queries end among the rows
+            of all ranks, at most total_q.
         cu_seqlens_k: the same of the keys.
         sigmoid_bias: b, required: a float, or a tensor of shape (), (nheads,), (batch, nheads) or (local_q, nheads),
             the last sharded as q; where batch equals local_q, rows are meant.
@@ -150,7 +150,7 @@ def sigmoid_attention_varlen(
             raise ValueError(f"{name} must rise from 0 to at most {local * axis.size}, got {lengths}")
         ends.append(tuple(lengths))
     row_bias = isinstance(sigmoid_bias, Tensor) and tuple(sigmoid_bias.shape) == tuple(q.shape[:2])
-    if row_bias:
+    if isinstance(sigmoid_bias, Tensor) and row_bias:
         sigmoid_bias = sigmoid_bias.T[None]
     q, k, v = q[None], k[None], v[None]
     return _attention(q, k, v, axis, order, scheme, origin, sigmoid_bias, options, tuple(ends), row_bias, True)[0]
@@ -199,18 +199,25 @@ def _attention(
     if scheme != "auto" and scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of auto, {', '.join(SCHEMES)}, got {scheme!r}")
     bias = sigmoid_bias if isinstance(sigmoid_bias, Tensor) else None
-    number = None if bias is not None else sigmoid_bias
     rows_q, rows_k = q.shape[1] * axis.size, k.shape[1] * axis.size
+    for rows in (rows_q, rows_k):
+        chunks(rows, axis.size, axis.rank, order)  # raises before anything is sent
     if sigmoid_bias is None:
-        number = -math.log(max(1, rows_k))
-    left, right = window_size
-    band = (left, (0 if right is None else min(0, right)) if causal else right)
-    layout = Layout(axis.size, order, rows_q, rows_k, *cu_seqlens, band)
-    layout.queries(axis.rank), layout.keys(axis.rank)
+        sigmoid_bias = -math.log(max(1, rows_k))
+    number = None if isinstance(sigmoid_bias, Tensor) else sigmoid_bias
     seed = None
     if dropout_p > 0:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
         dist.broadcast(seed, group=axis.group, group_src=0)
+    if axis.size == 1 and not is_packed:
+        return sigmoid_attention_shard(
+            q, k, v, sigmoid_bias=sigmoid_bias, q_offset=rows_k - rows_q, origin=(*origin, 0, 0),
+            seed=seed, scale=scale, causal=causal, window_size=window_size, alibi_slopes=slopes, dropout_p=dropout_p,
+            sigmoid=sigmoid, backend=backend,
+        )  # fmt: skip
+    left, right = window_size
+    band = (left, (0 if right is None else min(0, right)) if causal else right)
+    layout = Layout(axis.size, order, rows_q, rows_k, cu_seqlens[0], cu_seqlens[1], band)
     if scheme == "auto":
         sizes = Sizes(
             q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype.itemsize,
@@ -219,187 +226,13 @@ def _attention(
         scheme = choose_scheme(
             layout, sizes, training=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         )
-    call = _Call(
+    call = Call(
         axis, layout, scheme, origin, number, dropout_p, row_bias, is_packed,
-        dict(scale=scale, causal=causal, window_size=tuple(window_size), sigmoid=sigmoid, backend=backend),
+        {
+            "scale": scale, "causal": causal, "window_size": tuple(window_size), "sigmoid": sigmoid, "backend": backend
+        },
     )  # fmt: skip
     return _ContextParallel.apply(call, q, k, v, bias, slopes, seed)  # pyright: ignore[reportReturnType]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Everything of a call that is not a tensor."""
-
-    axis: Axis
-    layout: Layout
-    scheme: str
-    origin: tuple[int, int]
-    number: float | None  # b where it is no tensor
-    dropout_p: float
-    row_bias: bool
-    is_packed: bool
-    options: dict[str, Any]
-
-    @property
-    def queries_travel(self) -> bool:
-        return self.scheme == "reduce_scatter"
-
-    @property
-    def exchange(self) -> Exchange:
-        """Of the rows that travel."""
-        layout = self.layout
-        if self.queries_travel:
-            return Exchange(self.axis, layout.queries_for, layout.rows_q, layout.order)
-        return Exchange(self.axis, layout.keys_for, layout.rows_k, layout.order)
-
-    @property
-    def ahead(self) -> int:
-        return self.axis.size - 1 if self.scheme == "all_gather" else 1
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Consecutive rows of one sequence: inputs and sums of the queries or of the keys, (batch, rows, ...) each."""
-
-    span: Span
-    of: dict[str, Tensor]
-
-    def cut(self, span: Span) -> dict[str, Tensor]:
-        """The tensors of a part of the rows."""
-        return {name: x.narrow(1, span.start - self.span.start, span.size) for name, x in self.of.items()}
-
-
-def _blocks(spans: Iterable[Span], tensors: Mapping[str, Tensor]) -> list[_Block]:
-    """Tensors whose rows are those of the spans, one after the other."""
-    blocks, row = [], 0
-    for span in spans:
-        blocks.append(_Block(span, {name: x.narrow(1, row, span.size) for name, x in tensors.items()}))
-        row += span.size
-    return blocks
-
-
-def _joined(blocks: Sequence[_Block]) -> list[_Block]:
-    """The blocks in order, those that touch made one, so that the op is called less often."""
-    runs: list[list[_Block]] = []
-    for block in sorted(blocks, key=lambda block: block.span):
-        last = runs[-1][-1].span if runs else None
-        if last is not None and (last.sequence, last.stop) == (block.span.sequence, block.span.start):
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    return [
-        _Block(
-            Span(run[0].span.sequence, run[0].span.start, run[-1].span.stop),
-            {name: torch.cat([block.of[name] for block in run], dim=1) for name in run[0].of},
-        )
-        for run in runs
-    ]
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """What every block of a call shares: a bias that is not sharded, slopes, the dropout seed."""
-
-    bias: Tensor | None
-    slopes: Tensor | None
-    seed: Tensor | None
-    sums: dict[str, Tensor]  # of the gradients of bias and slopes
-
-    def of(self, name: str, call: _Call, sequence: int) -> Tensor | None:
-        """Bias or slopes of one sequence."""
-        x = getattr(self, name)
-        return x[sequence : sequence + 1] if x is not None and call.is_packed and x.dim() == 2 else x
-
-    def add(self, name: str, call: _Call, sequence: int, grad: Tensor | None) -> None:
-        """Add to the gradient of `of`."""
-        if name in self.sums and grad is not None:
-            total = self.sums[name]
-            (total[sequence : sequence + 1] if call.is_packed and total.dim() == 2 else total).add_(grad)
-
-
-def _pairs(call: _Call, queries: list[_Block], keys: list[_Block]) -> Iterator[tuple[Any, Any, dict[str, Any], int]]:
-    """(queries, keys, keywords of `sigmoid_attention_shard`, sequence) of every two blocks, cut to what sees the other."""
-    layout = call.layout
-    for one in queries:
-        for other in keys:
-            seen = layout.seen(one.span, other.span)
-            if not seen.size:
-                continue
-            seeing = layout.seeing(seen, one.span)
-            s = seen.sequence
-            where = {
-                "q_offset": seeing.start + layout.shift(s) - seen.start,
-                "origin": (
-                    call.origin[0] + s,
-                    call.origin[1],
-                    seeing.start - layout.cu_seqlens_q[s],
-                    seen.start - layout.cu_seqlens_k[s],
-                ),
-            }
-            yield one.cut(seeing), other.cut(seen), where, s
-
-
-def _bias(call: _Call, sides: _Sides, x: Mapping[str, Tensor], sequence: int) -> Any:
-    """b of some queries: a number, a tensor that all rows share, or the rows' own."""
-    if call.number is not None:
-        return call.number
-    return x["bias"].transpose(1, 2) if call.row_bias else sides.of("bias", call, sequence)
-
-
-def _attend(call: _Call, sides: _Sides, queries: list[_Block], keys: list[_Block]) -> None:
-    """out += A V of every two blocks."""
-    for x, y, where, sequence in _pairs(call, queries, keys):
-        out = sigmoid_attention_shard(
-            x["q"],
-            y["k"],
-            y["v"],
-            sigmoid_bias=_bias(call, sides, x, sequence),
-            alibi_slopes=sides.of("slopes", call, sequence),
-            dropout_p=call.dropout_p,
-            seed=sides.seed,
-            **where,
-            **call.options,
-        )
-        x["out"].add_(out)
-
-
-def _attend_backward(call: _Call, sides: _Sides, queries: list[_Block], keys: list[_Block]) -> None:
-    """dq, dk, dv and the gradients of bias and slopes += those of every two blocks."""
-    for x, y, where, sequence in _pairs(call, queries, keys):
-        bias, slopes = _bias(call, sides, x, sequence), sides.of("slopes", call, sequence)
-        dq, dk, dv, dbias, dslopes = _shard_backward(call, sides, x, y, bias, slopes, where)
-        x["dq"].add_(dq)
-        y["dk"].add_(dk)
-        y["dv"].add_(dv)
-        if "dbias" in x:
-            x["dbias"].add_(dbias.transpose(1, 2))
-        sides.add("bias", call, sequence, dbias)
-        sides.add("slopes", call, sequence, dslopes)
-
-
-def _shard_backward(call: _Call, sides: _Sides, x, y, bias, slopes, where) -> tuple[Any, ...]:
-    """The backward of `sigmoid_attention_shard`, without its forward where the backend has one of its own."""
-    options, tensor_bias = call.options, bias if isinstance(bias, Tensor) else None
-    if options["backend"] != "reference":
-        return torch.ops.flashsigmoid.bwd(
-            x["dout"], x["q"], y["k"], y["v"], tensor_bias, slopes, sides.seed, None, None,
-            call.number, options["scale"], options["causal"], *options["window_size"], where["q_offset"],
-            float(call.dropout_p), where["origin"], options["sigmoid"], None, None,
-            "dbias" in x or bool(sides.sums), options["backend"],
-        )  # fmt: skip
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x["q"], y["k"], y["v"], tensor_bias, slopes)]
-    with torch.enable_grad():
-        out = sigmoid_attention_shard(
-            *leaves[:3],  # pyright: ignore[reportArgumentType]
-            sigmoid_bias=bias if leaves[3] is None else leaves[3],
-            alibi_slopes=leaves[4],
-            dropout_p=call.dropout_p,
-            seed=sides.seed,
-            **where,
-            **options,
-        )
-    grads = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], x["dout"]))
-    return tuple(None if t is None else next(grads) for t in leaves)
 
 
 class _ContextParallel(torch.autograd.Function):
@@ -411,32 +244,32 @@ class _ContextParallel(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias, slopes, seed)
         wide = _wide(q)
         layout, exchange, rank = call.layout, call.exchange, call.axis.rank
-        sides = _Sides(None if call.row_bias else bias, slopes, seed, {})
+        sides = Sides(None if call.row_bias else bias, slopes, seed, {})
         mine = {"q": q, **({"bias": bias.transpose(1, 2)} if call.row_bias else {})}
         home = {"out": q.new_zeros(*q.shape[:3], v.shape[3], dtype=wide)}
         visitors = exchange.visitors(mine if call.queries_travel else {"k": k, "v": v}, call.ahead)
-        queries = _blocks(layout.queries(rank), {**mine, **home})
-        keys = _blocks(layout.keys(rank), {"k": k, "v": v})
+        queries = blocks_of(layout.queries(rank), {**mine, **home})
+        keys = blocks_of(layout.keys(rank), {"k": k, "v": v})
         if call.scheme == "all_gather":
-            keys += [block for _, spans, arrived in visitors for block in _blocks(spans, arrived)]
-            _attend(call, sides, queries, _joined(keys))
+            keys += [block for _, spans, arrived in visitors for block in blocks_of(spans, arrived)]
+            attend(call, sides, queries, joined(keys))
             return home["out"].to(q.dtype)
-        _attend(call, sides, queries, keys)
+        attend(call, sides, queries, keys)
         homecoming = exchange.homecoming(home if call.queries_travel else {}, {"out": q.dtype})
         for step, spans, arrived in visitors:
             if call.queries_travel:
                 part = {"out": _zeros(arrived["q"], wide, v.shape[3])}
-                _attend(call, sides, _blocks(spans, {**arrived, **part}), keys)
+                attend(call, sides, blocks_of(spans, {**arrived, **part}), keys)
                 homecoming.send(step, part)
             else:
-                _attend(call, sides, queries, _blocks(spans, arrived))
+                attend(call, sides, queries, blocks_of(spans, arrived))
         homecoming.finish()
         return home["out"].to(q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        call: _Call = ctx.call
+        call: Call = ctx.call
         q, k, v, bias, slopes, seed = ctx.saved_tensors
         wide = _wide(q)
         layout, exchange, rank = call.layout, call.exchange, call.axis.rank
@@ -444,7 +277,7 @@ class _ContextParallel(torch.autograd.Function):
         sums = {"slopes": torch.zeros_like(slopes, dtype=wide)} if needs_slopes else {}
         if needs_bias and not call.row_bias:
             sums["bias"] = torch.zeros_like(bias, dtype=wide)
-        sides = _Sides(None if call.row_bias else bias, slopes, seed, sums)
+        sides = Sides(None if call.row_bias else bias, slopes, seed, sums)
         mine = {"q": q, "dout": dout, **({"bias": bias.transpose(1, 2)} if call.row_bias else {})}
         theirs = {"k": k, "v": v}
         # (batch, rows, ...), a gradient for each of this rank's rows
@@ -457,44 +290,36 @@ class _ContextParallel(torch.autograd.Function):
         travels, grads, home = (mine, grads_q, home_q) if call.queries_travel else (theirs, grads_k, home_k)
         visitors = exchange.visitors(travels, call.ahead)
         homecoming = exchange.homecoming(home, dtypes)
-        queries = _blocks(layout.queries(rank), {**mine, **home_q})
-        keys = _blocks(layout.keys(rank), {**theirs, **home_k})
+        queries = blocks_of(layout.queries(rank), {**mine, **home_q})
+        keys = blocks_of(layout.keys(rank), {**theirs, **home_k})
 
         def parts(arrived: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {grad: _zeros(arrived[name], wide) for name, grad in grads.items()}
 
         if call.scheme == "all_gather":
             guests = [(step, spans, arrived) for step, spans, arrived in visitors]
-            own = _blocks(layout.keys(rank), theirs)
-            runs = _joined(own + [block for _, spans, arrived in guests for block in _blocks(spans, arrived)])
-            runs = [_Block(run.span, {**run.of, **parts(run.of)}) for run in runs]
-            _attend_backward(call, sides, queries, runs)
+            own = blocks_of(layout.keys(rank), theirs)
+            runs = joined(own + [block for _, spans, arrived in guests for block in blocks_of(spans, arrived)])
+            runs = [Block(run.span, {**run.of, **parts(run.of)}) for run in runs]
+            attend_backward(call, sides, queries, runs)
             for name, total in home_k.items():
-                for block in _blocks(layout.keys(rank), {name: total}):
-                    block.of[name].add_(_within(runs, block.span)[name])
+                for block in blocks_of(layout.keys(rank), {name: total}):
+                    block.of[name].add_(within(runs, block.span)[name])
             for step, spans, _ in guests:
-                found = [_within(runs, span) for span in spans]
+                found = [within(runs, span) for span in spans]
                 homecoming.send(step, {name: torch.cat([x[name] for x in found], dim=1) for name in home_k if found})
         else:
-            _attend_backward(call, sides, queries, keys)
+            attend_backward(call, sides, queries, keys)
             for step, spans, arrived in visitors:
                 part = parts(arrived)
-                block = _blocks(spans, {**arrived, **part})
-                _attend_backward(call, sides, *((block, keys) if call.queries_travel else (queries, block)))
+                block = blocks_of(spans, {**arrived, **part})
+                attend_backward(call, sides, *((block, keys) if call.queries_travel else (queries, block)))
                 homecoming.send(step, part)
         homecoming.finish()
 
         dbias = home_q["dbias"].transpose(1, 2) if "dbias" in home_q else sums.get("bias")
         given = ((q, home_q["dq"]), (k, home_k["dk"]), (v, home_k["dv"]), (bias, dbias), (slopes, sums.get("slopes")))
         return None, *(None if x is None else x.to(like.dtype) for like, x in given), None
-
-
-def _within(runs: Sequence[_Block], span: Span) -> dict[str, Tensor]:
-    """The rows of a span, of the run that has them."""
-    for run in runs:
-        if run.span.sequence == span.sequence and run.span.start <= span.start and span.stop <= run.span.stop:
-            return run.cut(span)
-    raise AssertionError(f"{span} is in none of the gathered runs")
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What context parallel sends and keeps, by formula, and the scheme it chooses by that. Nothing is communicated here."""
+"""What context parallel sends and keeps, by formula, and the scheme chosen by that. Nothing is communicated here."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def softmax_ring_cost(layout: Layout, sizes: Sizes) -> Cost:
         forward   (W - 1) n / W kv           K and V once around
         backward  (W - 1) n / W kv + W n / W kv 4 / itemsize      again, with dK and dV in float32, which end at home
 
-    Blocks are forwarded from neighbour to neighbour, so none can be left out that a later rank needs. Besides, each rank
+    Blocks are forwarded from neighbour to neighbour, so none can be left out that a later rank needs. Each rank also
     keeps out and lse for its backward and rescales its output at every step.
 
     Source: arXiv:2310.01889, section 3; gradients in float32 as implementations accumulate them.

@@ -57,7 +57,7 @@ _connected: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
 def _connect(group: dist.ProcessGroup, device_type: str) -> None:
-    """NCCL wants the first call of a group to come from all of its ranks; where no query sees a shard, some have none."""
+    """NCCL wants the first call of a group from all of its ranks; some have none where no query sees a shard."""
     if device_type != "cpu" and group not in _connected:
         dist.all_reduce(torch.zeros(1, device=device_type), group=group)
         _connected.add(group)
@@ -67,8 +67,8 @@ def _connect(group: dist.ProcessGroup, device_type: str) -> None:
 class Exchange:
     """How one kind of rows, queries or keys, travels over an axis.
 
-    At step s rank r receives from r - s what it wants of it, and sends r + s what that wants: a ring whose stride grows,
-    so that each block goes straight to who needs it, no rank forwards anything, and what nobody wants is not sent.
+    At step s rank r receives from r - s what it wants of it, and sends r + s what that wants: a ring whose stride
+    grows, so that each block goes straight to who needs it, no rank forwards anything, and what nobody wants is not sent.
     """
 
     axis: Axis
@@ -123,7 +123,7 @@ class Exchange:
 
 
 class Homecoming:
-    """Partial results of visitors on their way to the rows' owner, who adds them in the dtype of `homes`, in step order.
+    """Partial results of visitors on their way to the rows' owner, who adds them in the dtype of `homes`, by step.
 
     Each is rounded once, to the dtype of the tensor that it belongs to, and sent once.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -97,7 +98,7 @@ class Layout:
         """The keys of a rank."""
         return _spans(self.cu_seqlens_k, self.rows_k, self.size, rank, self.order)
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019: a layout is a few integers
+    @functools.lru_cache(maxsize=4096)  # noqa: B019  a layout is a few integers
     def keys_for(self, host: int, owner: int) -> tuple[Span, ...]:
         """The owner's keys that queries of the host see: what key blocks travel for."""
         return _union(self.seen(q, k) for k in self.keys(owner) for q in self.queries(host))
@@ -114,7 +115,7 @@ def _spans(cu_seqlens: tuple[int, ...], rows: int, size: int, rank: int, order: 
     return tuple(
         Span(sequence, max(start, first), min(stop, last))
         for start, stop in chunks(rows, size, rank, order)
-        for sequence, (first, last) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False))
+        for sequence, (first, last) in enumerate(itertools.pairwise(cu_seqlens))
         if max(start, first) < min(stop, last)
     )
 

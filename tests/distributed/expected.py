@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     if not case.cu_seqlens:
         return oracle(q, k, v, dout, **options), witness(q, k, v, dout, **options)
     exact, drawn = [], []
-    for s, (start, stop) in enumerate(zip(case.cu_seqlens, case.cu_seqlens[1:], strict=False)):
+    for s, (start, stop) in enumerate(itertools.pairwise(case.cu_seqlens)):
         parts = [x[:, start:stop] for x in (q, k, v, dout)]
         given = {**options, "origin": (s, 0, 0, 0)}
         if case.bias == "rows":

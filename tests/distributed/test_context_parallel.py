@@ -1,4 +1,4 @@
-"""Context parallel over 2 gloo processes against the whole problem; hundreds of cases over 2 and 4 in `make test-long`."""
+"""Context parallel over 2 gloo processes against the whole problem; hundreds over 2 and 4 in `make test-long`."""
 
 from __future__ import annotations
 

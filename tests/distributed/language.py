@@ -1,0 +1,108 @@
+"""A small language model trained by one process, or by a mesh of them: the losses of its steps."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from flashsigmoid.distributed.plans import AXES, parallelize, shard_batch
+from flashsigmoid.models.gpt import GPT, GPTConfig
+
+BATCH, SEQLEN = 4, 32
+TINY = GPTConfig(vocab_size=64, seqlen=SEQLEN, nlayers=2, dim=32, nheads=4, nheads_k=2, mlp_dim=48)
+# everything that a plan treats in its own way
+MODELS = {
+    "alibi": TINY,
+    "rope": replace(TINY, position="rope", norm="hybrid", gate=True, window_size=(9, None)),
+    "gelu": replace(TINY, mlp="gelu", layer_scale=0.1, nheads_k=4),
+    "bias of heads": TINY,
+    "one bias": replace(TINY, norm="hybrid"),
+}
+
+
+def model_of(name: str, dtype: torch.dtype) -> GPT:
+    """The same weights in every process."""
+    torch.manual_seed(3)
+    model = GPT(MODELS[name]).to(dtype)
+    shape = {"bias of heads": (4,), "one bias": ()}.get(name)
+    if shape is not None:
+        for attention in model._attentions():
+            attention.sigmoid_bias = nn.Parameter(torch.full(shape, MODELS[name].bias, dtype=dtype))
+    return model
+
+
+def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and the next ones, of a sequence with something to learn."""
+    draw = torch.Generator().manual_seed(4)
+    found = []
+    for _ in range(steps):
+        start = torch.randint(0, 64, (BATCH, 1), generator=draw)
+        step = torch.randint(1, 5, (BATCH, 1), generator=draw)
+        x = (start + step * torch.arange(SEQLEN + 1)) % 64
+        found.append((x[:, :-1], x[:, 1:]))
+    return found
+
+
+def train(model: nn.Module, data: list[tuple[Tensor, Tensor]], mesh: DeviceMesh | None = None, **layout: Any):
+    """AdamW at 3e-3, gradients clipped to norm 1: the mean loss of every step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=False)
+    losses = []
+    for tokens, targets in data:
+        if mesh is not None:
+            tokens, targets = (shard_batch(x, mesh, **layout) for x in (tokens, targets))
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+        loss.backward()
+        clip(model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if mesh is not None:
+            for axis in ("dp", "cp"):
+                dist.all_reduce(mean, group=mesh[axis].get_group())
+                mean /= mesh[axis].size()
+        losses.append(mean.item())
+    return losses
+
+
+def clip(parameters) -> None:
+    """Gradients to a norm of at most 1: weights of different meshes have no common foreach."""
+    grads = [p.grad for p in parameters]
+    norms = [g.norm() for g in grads]
+    total = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+    factor = (1.0 / total).clamp(max=1.0)
+    for g in grads:
+        (g.to_local() if isinstance(g, DTensor) else g).mul_(factor)
+
+
+@functools.cache
+def mesh_of(sizes: tuple[int, int, int]) -> DeviceMesh:
+    """dp, cp, tp over all processes."""
+    return init_device_mesh("cpu", sizes, mesh_dim_names=AXES)
+
+
+def losses_of(
+    name: str, sizes: tuple[int, int, int], steps: int, dtype: torch.dtype, recompute: bool = False, **layout: Any
+) -> list[float]:
+    """Over a mesh."""
+    mesh = mesh_of(sizes)
+    model = parallelize(model_of(name, dtype), mesh, backend="blocked", recompute=recompute, **layout)
+    order = {"order": layout["order"]} if "order" in layout else {}
+    return train(model, batches(steps), mesh, **order)
+
+
+def losses_alone(name: str, steps: int, dtype: torch.dtype) -> list[float]:
+    """By one process."""
+    return train(model_of(name, dtype), batches(steps))
+
+
+def released() -> None:
+    """Forget the meshes: a group that outlives destroy_process_group aborts the process."""
+    mesh_of.cache_clear()
