@@ -68,7 +68,7 @@ class Exchange:
     """How one kind of rows, queries or keys, travels over an axis.
 
     At step s rank r receives from r - s what it wants of it, and sends r + s what that wants: a ring whose stride
-    grows, so that each block goes straight to who needs it, no rank forwards anything, and what nobody wants is not sent.
+    grows. Each block goes straight to who needs it, no rank forwards anything, and what nobody wants is not sent.
     """
 
     axis: Axis

@@ -71,7 +71,8 @@ class ShardedRotaryEmbedding(RotaryEmbedding):
 
     def __init__(self, like: RotaryEmbedding, mesh: DeviceMesh, order: Order) -> None:
         super().__init__(like.head_dim, like.base)
-        self.mesh, self.order = mesh, order
+        self.mesh = mesh
+        self.order: Order = order
 
     def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
         """x (batch, local, nheads, head_dim) turned, in the dtype of x."""
@@ -191,11 +192,10 @@ def _check_block(block: Block, tp: int, cp: int) -> None:
 def _split_block(block: Block, tp: DeviceMesh) -> None:
     """Heads and hidden channels over tp, tokens between."""
     attention = cast(SigmoidAttention, block.attention)
-    replicate = {"desired_input_layouts": (Replicate(), None)}
     plan: dict[str, Any] = {
         "attention_norm": SequenceParallel(),
         "mlp_norm": SequenceParallel(),
-        "attention": PrepareModuleInput(input_layouts=(Shard(1), None), **replicate),
+        "attention": PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
         "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
         "attention.out_proj": RowwiseParallel(output_layouts=Shard(1)),
         "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from flashsigmoid.distributed import plans
 from flashsigmoid.distributed.plans import AXES, parallelize, shard_batch
 from flashsigmoid.models.gpt import GPT, GPTConfig
+from flashsigmoid.nn import RotaryEmbedding
+from flashsigmoid.nn import alibi_slopes as alibi_slopes_of
 
 BATCH, SEQLEN = 4, 32
 TINY = GPTConfig(vocab_size=64, seqlen=SEQLEN, nlayers=2, dim=32, nheads=4, nheads_k=2, mlp_dim=48)
@@ -26,16 +30,25 @@ MODELS = {
     "bias of heads": TINY,
     "one bias": replace(TINY, norm="hybrid"),
 }
+REFUSED = {
+    "no bias": TINY,
+    "softmax": replace(TINY, attention="softmax"),
+    "three heads": replace(TINY, dim=33, nheads=3, nheads_k=3),
+    "odd vocabulary": replace(TINY, vocab_size=65),
+}
+BIAS_STEP = 0.3  # between the biases of two heads
 
 
 def model_of(name: str, dtype: torch.dtype) -> GPT:
     """The same weights in every process."""
     torch.manual_seed(3)
-    model = GPT(MODELS[name]).to(dtype)
-    shape = {"bias of heads": (4,), "one bias": ()}.get(name)
-    if shape is not None:
-        for attention in model._attentions():
-            attention.sigmoid_bias = nn.Parameter(torch.full(shape, MODELS[name].bias, dtype=dtype))
+    model = GPT((MODELS | REFUSED)[name]).to(dtype)
+    heads = {"bias of heads": torch.arange(4.0), "one bias": torch.zeros(())}.get(name)
+    for attention in model._attentions():
+        if heads is not None:
+            attention.sigmoid_bias = nn.Parameter(MODELS[name].bias + BIAS_STEP * heads.to(dtype))
+        elif name == "no bias":
+            attention.sigmoid_bias = None
     return model
 
 
@@ -96,6 +109,35 @@ def losses_of(
     model = parallelize(model_of(name, dtype), mesh, backend="blocked", recompute=recompute, **layout)
     order = {"order": layout["order"]} if "order" in layout else {}
     return train(model, batches(steps), mesh, **order)
+
+
+# what a plan may forget: (what, model, mesh)
+FAULTS = [
+    ("slopes of the first heads", "alibi", (1, 1, 2)),
+    ("RoPE by local positions", "rope", (1, 2, 1)),
+    ("b of the first heads", "bias of heads", (1, 1, 2)),
+]
+
+
+def losses_with_fault(
+    fault: str, name: str, sizes: tuple[int, int, int], steps: int, dtype: torch.dtype
+) -> list[float]:
+    """`losses_of` with one of `FAULTS`."""
+    attend = plans.sigmoid_attention
+
+    def first_slopes(*args: Any, alibi_slopes: Tensor, **options: Any) -> Tensor:
+        return attend(*args, alibi_slopes=alibi_slopes_of(TINY.nheads)[: alibi_slopes.shape[0]], **options)
+
+    def first_bias(*args: Any, sigmoid_bias: Tensor, origin: tuple[int, int], **options: Any) -> Tensor:
+        return attend(*args, sigmoid_bias=sigmoid_bias - BIAS_STEP * origin[1], origin=origin, **options)
+
+    wrong = {
+        "slopes of the first heads": (plans, "sigmoid_attention", first_slopes),
+        "RoPE by local positions": (plans.ShardedRotaryEmbedding, "forward", RotaryEmbedding.forward),
+        "b of the first heads": (plans, "sigmoid_attention", first_bias),
+    }[fault]
+    with mock.patch.object(*wrong):
+        return losses_of(name, sizes, steps, dtype)
 
 
 def losses_alone(name: str, steps: int, dtype: torch.dtype) -> list[float]:
