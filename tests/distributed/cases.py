@@ -96,6 +96,11 @@ def mesh_of(size: int) -> DeviceMesh | None:
     return _meshes.get(ranks)
 
 
+def release() -> None:
+    """Forget the meshes: a group that outlives destroy_process_group aborts the process."""
+    _meshes.clear()
+
+
 @contextlib.contextmanager
 def counted() -> Iterator[list[int]]:
     """The bytes of each send, as handed to torch."""

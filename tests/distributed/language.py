@@ -145,6 +145,6 @@ def losses_alone(name: str, steps: int, dtype: torch.dtype) -> list[float]:
     return train(model_of(name, dtype), batches(steps))
 
 
-def released() -> None:
+def release() -> None:
     """Forget the meshes: a group that outlives destroy_process_group aborts the process."""
     mesh_of.cache_clear()

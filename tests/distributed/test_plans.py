@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +15,6 @@ from flashsigmoid.record import RecordWriter
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 STEPS = 10
-
-
-@pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    crew = Crew(2)
-    yield crew
-    crew.run(language.released)
-    crew.close()
 
 
 def largest_difference(losses: list[float], alone: list[float]) -> float:
@@ -92,5 +83,5 @@ def test_meshes_of_four_processes_train_as_one_for_a_hundred_steps() -> None:
         difference = largest_difference(first, losses_alone("alibi", 1, torch.float32))
         writer.write("first_step_float32", difference, step=1, model="alibi", dp=1, cp=2, tp=2)
         assert difference <= 1e-5
-    crew.run(language.released)
+    crew.run(language.release)
     crew.close()
