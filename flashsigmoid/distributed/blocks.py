@@ -30,6 +30,11 @@ class Call:
     row_bias: bool
     is_packed: bool
     options: dict[str, Any]
+    dtype: torch.dtype  # in which the op is given q, k, v
+
+    def widened(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs in `dtype`; sums are what they are."""
+        return {name: t.to(self.dtype) if name in ("q", "k", "v", "dout") else t for name, t in x.items()}
 
     @property
     def queries_travel(self) -> bool:
@@ -127,7 +132,7 @@ def _pairs(call: Call, queries: list[Block], keys: list[Block]) -> Iterator[tupl
                     seen.start - layout.cu_seqlens_k[s],
                 ),
             }
-            yield one.cut(seeing), other.cut(seen), where, s
+            yield call.widened(one.cut(seeing)), call.widened(other.cut(seen)), where, s
 
 
 def _bias(call: Call, sides: Sides, x: Mapping[str, Tensor], sequence: int) -> Any:

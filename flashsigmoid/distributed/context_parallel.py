@@ -69,7 +69,8 @@ def sigmoid_attention(
         scale, causal, window_size, alibi_slopes, sigmoid, backend: as there.
 
     Returns:
-        (batch, local_q, nheads, head_dim_v): sums over ranks are float32 (float64 for float64 inputs), rounded once.
+        (batch, local_q, nheads, head_dim_v): sums over ranks are float32 (float64 for float64 inputs). What a GPU's kernel
+        computes of a block, and what returns from another rank, is rounded to the dtype of q before.
         A gradient of a bias that is not sharded, or of slopes, is this rank's part, as that of any weight: their sum
         over the axis is the gradient.
 
@@ -226,11 +227,14 @@ def _attention(
         scheme = choose_scheme(
             layout, sizes, training=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         )
+    # plain torch computes in float32 anyway, and then returns partial results as they are; a kernel rounds each
+    plain = q.device.type == "cpu" or backend in ("blocked", "reference")
     call = Call(
         axis, layout, scheme, origin, number, dropout_p, row_bias, is_packed,
         {
             "scale": scale, "causal": causal, "window_size": tuple(window_size), "sigmoid": sigmoid, "backend": backend
         },
+        _wide(q) if plain else q.dtype,
     )  # fmt: skip
     return _ContextParallel.apply(call, q, k, v, bias, slopes, seed)  # pyright: ignore[reportReturnType]
 
