@@ -69,8 +69,8 @@ def sigmoid_attention(
         scale, causal, window_size, alibi_slopes, sigmoid, backend: as there.
 
     Returns:
-        (batch, local_q, nheads, head_dim_v): sums over ranks are float32 (float64 for float64 inputs). What a GPU's kernel
-        computes of a block, and what returns from another rank, is rounded to the dtype of q before.
+        (batch, local_q, nheads, head_dim_v): sums over ranks are float32 (float64 for float64 inputs). Partial results
+        travel and are added as the op returns them: float32 in plain torch, rounded to the dtype of q by kernels.
         A gradient of a bias that is not sharded, or of slopes, is this rank's part, as that of any weight: their sum
         over the axis is the gradient.
 
@@ -219,22 +219,23 @@ def _attention(
     left, right = window_size
     band = (left, (0 if right is None else min(0, right)) if causal else right)
     layout = Layout(axis.size, order, rows_q, rows_k, cu_seqlens[0], cu_seqlens[1], band)
+    # plain torch computes in float32 anyway, and then returns partial results as they are; a kernel rounds each
+    plain = q.device.type == "cpu" or backend in ("blocked", "reference")
+    dtype = _wide(q) if plain else q.dtype
     if scheme == "auto":
         sizes = Sizes(
             q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype.itemsize,
-            bias.dtype.itemsize if bias is not None and row_bias else 0,
+            bias.dtype.itemsize if bias is not None and row_bias else 0, dtype.itemsize,
         )  # fmt: skip
         scheme = choose_scheme(
             layout, sizes, training=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         )
-    # plain torch computes in float32 anyway, and then returns partial results as they are; a kernel rounds each
-    plain = q.device.type == "cpu" or backend in ("blocked", "reference")
     call = Call(
         axis, layout, scheme, origin, number, dropout_p, row_bias, is_packed,
         {
             "scale": scale, "causal": causal, "window_size": tuple(window_size), "sigmoid": sigmoid, "backend": backend
         },
-        _wide(q) if plain else q.dtype,
+        dtype,
     )  # fmt: skip
     return _ContextParallel.apply(call, q, k, v, bias, slopes, seed)  # pyright: ignore[reportReturnType]
 
@@ -259,7 +260,7 @@ class _ContextParallel(torch.autograd.Function):
             attend(call, sides, queries, joined(keys))
             return home["out"].to(q.dtype)
         attend(call, sides, queries, keys)
-        homecoming = exchange.homecoming(home if call.queries_travel else {}, {"out": q.dtype})
+        homecoming = exchange.homecoming(home if call.queries_travel else {}, {"out": call.dtype})
         for step, spans, arrived in visitors:
             if call.queries_travel:
                 part = {"out": _zeros(arrived["q"], wide, v.shape[3])}
@@ -289,7 +290,9 @@ class _ContextParallel(torch.autograd.Function):
         grads_k = {"k": "dk", "v": "dv"}
         home_q = {grad: _zeros(mine[name], wide) for name, grad in grads_q.items()}
         home_k = {grad: _zeros(theirs[name], wide) for name, grad in grads_k.items()}
-        dtypes = {grad: mine[name].dtype for name, grad in grads_q.items()} | {"dk": k.dtype, "dv": v.dtype}
+        dtypes = {"dq": call.dtype, "dk": call.dtype, "dv": call.dtype}
+        if "bias" in grads_q:
+            dtypes["dbias"] = bias.dtype
 
         travels, grads, home = (mine, grads_q, home_q) if call.queries_travel else (theirs, grads_k, home_k)
         visitors = exchange.visitors(travels, call.ahead)

@@ -21,6 +21,7 @@ class Sizes:
     head_dim_v: int
     itemsize: int  # bytes of an element of q, k, v
     row_bias_itemsize: int = 0  # of a bias with a value for every row; 0: it has none
+    partial_itemsize: int | None = None  # of partial results that return; None: as q, k, v
 
     @property
     def q_bytes(self) -> int:
@@ -36,6 +37,10 @@ class Sizes:
     def kv_bytes(self) -> int:
         """Of a key and its value."""
         return self.batch * self.nheads_k * (self.head_dim + self.head_dim_v) * self.itemsize
+
+    def returned(self, row_bytes: int) -> int:
+        """Bytes of a row of partial results, of a row of inputs of so many."""
+        return row_bytes * (self.partial_itemsize or self.itemsize) // self.itemsize
 
     @property
     def bias_bytes(self) -> int:
@@ -64,11 +69,12 @@ def _rows(spans: tuple[Span, ...]) -> int:
 def cost(layout: Layout, sizes: Sizes, scheme: str, rank: int) -> Cost:
     """What one rank sends and holds.
 
-        all_gather, ring:    forward  N kv                 backward  N kv + N' kv
-        reduce_scatter:      forward  M (q + b) + M' out   backward  M (q + out + b) + M' (q + b)
+        all_gather, ring:    forward  N kv                   backward  N kv + N' kv*
+        reduce_scatter:      forward  M (q + b) + M' out*    backward  M (q + out + b) + M' (q* + b)
 
     with the rows N (keys) or M (queries) of this rank that others want, counted once for each of them, and the rows
     N' or M' of others that this rank works on; kv, q, out, b are bytes of a row. Without a mask N = N' = (W - 1) n / W.
+    What returns, with a star, is in the dtype in which the op computed it: float32 in plain torch, on a GPU that of q.
     In the forward out returns, in the backward the gradients of what travelled. A bias counts where it has a value for
     each row, and b of the last term only if it requires a gradient, which is assumed.
 
@@ -85,13 +91,14 @@ def cost(layout: Layout, sizes: Sizes, scheme: str, rank: int) -> Cost:
     if scheme == "reduce_scatter":
         there = sizes.q_bytes + sizes.bias_bytes
         return Cost(
-            lent * there + sum(visits) * sizes.out_bytes,
-            lent * (there + sizes.out_bytes) + sum(visits) * there,
+            lent * there + sum(visits) * sizes.returned(sizes.out_bytes),
+            lent * (there + sizes.out_bytes) + sum(visits) * (sizes.returned(sizes.q_bytes) + sizes.bias_bytes),
             # one in use, one arriving
             min(2, len(others)) * largest * there,
         )
     held = sum(visits) if scheme == "all_gather" else min(2, len(others)) * largest
-    return Cost(lent * sizes.kv_bytes, (lent + sum(visits)) * sizes.kv_bytes, held * sizes.kv_bytes)
+    back = sum(visits) * sizes.returned(sizes.kv_bytes)
+    return Cost(lent * sizes.kv_bytes, lent * sizes.kv_bytes + back, held * sizes.kv_bytes)
 
 
 GATHERED_BYTES = 2**28  # what all_gather may hold at once

@@ -125,7 +125,7 @@ class Exchange:
 class Homecoming:
     """Partial results of visitors on their way to the rows' owner, who adds them in the dtype of `homes`, by step.
 
-    Each is rounded once, to the dtype of the tensor that it belongs to, and sent once.
+    Each is sent once, in a dtype of `dtypes`.
     """
 
     def __init__(self, exchange: Exchange, homes: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:

@@ -70,7 +70,8 @@ def token_cost(model: ModelSizes, seqlen: int, ranks: int) -> TokenCost:
     FSDP:      (2 P + 2 P + 4 P) (ranks - 1) / ranks / (seqlen / ranks)     16-bit weights twice, float32 gradients
     kept:      4 dim nlayers, the float32 inputs of recomputed blocks       states: 16 P / ranks
     """
-    sizes = Sizes(1, model.nheads, model.nheads_k, *2 * [model.dim // model.nheads], 2)
+    head_dim = model.dim // model.nheads
+    sizes = Sizes(1, model.nheads, model.nheads_k, head_dim, head_dim, itemsize=2)
     tokens = seqlen / ranks
 
     def busiest(layout: Layout, scheme: str) -> int:

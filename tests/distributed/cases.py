@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from flashsigmoid.distributed import context_parallel, exchange, layout
+from flashsigmoid.distributed import blocks, context_parallel, exchange, layout
 from flashsigmoid.distributed.cost import Sizes
 from flashsigmoid.testing import make_qkv
 
@@ -188,7 +188,7 @@ def sizes_of(case: Case) -> Sizes:
     itemsize = getattr(torch, case.dtype).itemsize
     return Sizes(
         case.batch, case.nheads, case.nheads_k, case.head_dim, case.head_dim_v, itemsize,
-        (8 if case.dtype == "float64" else 4) if case.bias == "rows" else 0,
+        (8 if case.dtype == "float64" else 4) if case.bias == "rows" else 0, max(4, itemsize),
     )  # fmt: skip
 
 
@@ -211,7 +211,7 @@ def _at(**wrong: Any):
 # what a wrong shard looks like: name -> (where, attribute, a wrong version of it)
 FAULTS = {
     "rows of the other chunk are sent": (exchange, "place", _other_chunk),
-    "every shard has the offset 0": (context_parallel, "_pairs", _at(q_offset=0)),
+    "every shard has the offset 0": (blocks, "_pairs", _at(q_offset=0)),
     "positions are off by one": (
         layout.Layout,
         "shift",
@@ -227,7 +227,7 @@ FAULTS = {
         "_take_in",
         lambda take_in: lambda self, spans, arrived, works, sent: exchange._wait(works),
     ),
-    "dropout counts from the shard": (context_parallel, "_pairs", _at(origin=(0, 0, 0, 0))),
+    "dropout counts from the shard": (blocks, "_pairs", _at(origin=(0, 0, 0, 0))),
 }
 
 
