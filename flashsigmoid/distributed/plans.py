@@ -104,7 +104,7 @@ def parallelize(
         dp, cp: every weight, gradient and optimizer state, block by block.
 
     Each process then calls it with `shard_batch` of tokens and takes the mean loss of its own; gradients are means over
-    dp and cp. Token dropout draws other masks than one process would; dropout of weights draws the same.
+    dp and cp. Logits must not be changed in place (with tp and FSDP torch says so at every first call). Token dropout draws other masks than one process would; dropout of weights draws the same.
 
     Args:
         model: with .embedding, .blocks, .norm and .head.
