@@ -80,6 +80,11 @@ class Case:
         return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
 
 
+def device() -> str:
+    """Where this process computes."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
 _meshes: dict[tuple[int, ...], DeviceMesh] = {}
 
 
@@ -88,11 +93,11 @@ def mesh_of(size: int) -> DeviceMesh | None:
     ranks = tuple(range(size))
     if ranks not in _meshes:
         if size == dist.get_world_size():
-            _meshes[ranks] = init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
+            _meshes[ranks] = init_device_mesh(device(), (size,), mesh_dim_names=("cp",))
         else:
             group = dist.new_group(list(ranks))
             if dist.get_rank() < size:
-                _meshes[ranks] = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("cp",))
+                _meshes[ranks] = DeviceMesh.from_group(group, device(), mesh_dim_names=("cp",))
     return _meshes.get(ranks)
 
 
@@ -120,7 +125,9 @@ def compute(case: Case, scheme: str, order: str, size: int, fault: str = "") -> 
     mesh = mesh_of(size)
     if mesh is None:
         return None
-    q, k, v, dout, options = case.tensors()
+    *tensors, options = case.tensors()
+    q, k, v, dout = (x.to(device()) for x in tensors)
+    options = {name: x.to(device()) if isinstance(x, Tensor) else x for name, x in options.items()}
     packed = bool(case.cu_seqlens)
     if packed:
         q, k, v, dout = (x[0] for x in (q, k, v, dout))
@@ -141,7 +148,7 @@ def compute(case: Case, scheme: str, order: str, size: int, fault: str = "") -> 
     function = context_parallel.sigmoid_attention
     if packed:
         function = context_parallel.sigmoid_attention_varlen
-        cu = torch.tensor(case.cu_seqlens, dtype=torch.int32)
+        cu = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device())
         given |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
     torch.manual_seed(SEED)
     with planted(fault), counted() as forward:
@@ -166,6 +173,7 @@ def compute(case: Case, scheme: str, order: str, size: int, fault: str = "") -> 
         else:
             results[name] = grad.clone()
             dist.all_reduce(results[name], group=mesh.get_group())
+    results = {name: x.cpu() for name, x in results.items()}
     # the inner count also passed through the outer one
     results["sent"] = (sum(forward) - sum(backward), sum(backward))
     if mesh.get_local_rank() > 0:
@@ -183,12 +191,12 @@ def layout_of(case: Case, order: str, size: int) -> layout.Layout:
     )
 
 
-def sizes_of(case: Case) -> Sizes:
-    """Bytes of its rows."""
+def sizes_of(case: Case, partial_itemsize: int = 4) -> Sizes:
+    """Bytes of its rows; partial results are float32 in plain torch."""
     itemsize = getattr(torch, case.dtype).itemsize
     return Sizes(
         case.batch, case.nheads, case.nheads_k, case.head_dim, case.head_dim_v, itemsize,
-        (8 if case.dtype == "float64" else 4) if case.bias == "rows" else 0, max(4, itemsize),
+        (8 if case.dtype == "float64" else 4) if case.bias == "rows" else 0, max(partial_itemsize, itemsize),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Processes that stay: started once with a gloo group, then given one function after the other."""
+"""Processes that stay: started once with a group, gloo or NCCL, then given one function after the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 60
 
 
-def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, device: str, store: str, pipe: Any) -> None:
     """One rank: run what the pipe brings and answer with its result, or with what went wrong."""
     import warnings
 
@@ -28,8 +28,14 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     # logits split by tp are one, and nobody changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT_S)
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=TIMEOUT_S),
     )
     while (job := pipe.recv()) is not None:
         module, name, args, kwargs = job
@@ -43,9 +49,9 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
 
 
 class Crew:
-    """`size` processes of one gloo group."""
+    """`size` processes of one group: gloo on a CPU, NCCL with a GPU each."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, device: str = "cpu") -> None:
         self.size = size
         self.folder = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")
@@ -54,7 +60,7 @@ class Crew:
         os.environ["OMP_NUM_THREADS"] = "1"
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, device, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
