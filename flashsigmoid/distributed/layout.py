@@ -98,12 +98,12 @@ class Layout:
         """The keys of a rank."""
         return _spans(self.cu_seqlens_k, self.rows_k, self.size, rank, self.order)
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019  a layout is a few integers
+    @functools.lru_cache(maxsize=2**16)  # noqa: B019  a layout is a few integers
     def keys_for(self, host: int, owner: int) -> tuple[Span, ...]:
         """The owner's keys that queries of the host see: what key blocks travel for."""
         return _union(self.seen(q, k) for k in self.keys(owner) for q in self.queries(host))
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    @functools.lru_cache(maxsize=2**16)  # noqa: B019
     def queries_for(self, host: int, owner: int) -> tuple[Span, ...]:
         """The owner's queries that see keys of the host: what query blocks travel for."""
         return _union(self.seeing(k, q) for q in self.queries(owner) for k in self.keys(host))

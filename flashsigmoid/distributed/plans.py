@@ -31,8 +31,8 @@ AXES = ("dp", "cp", "tp")
 class ShardedAttention:
     """The `attention_fn` of a module whose heads are split over "tp" and whose sequence is sharded over "cp".
 
-    Called as `sigmoid_attention` is; the slopes of ALiBi are those of the module's heads among all heads, and dropout's
-    mask is that of the whole batch.
+    Called as `sigmoid_attention` is; the slopes of ALiBi are those of the module's heads among all heads, and dropout
+    counts sequences and heads in the whole batch.
 
     Args:
         mesh: with the axes "dp", "cp" and "tp".
@@ -54,6 +54,8 @@ class ShardedAttention:
             # one for all heads: each rank has the gradient of its heads
             shared = all(placement.is_replicate() for placement in sigmoid_bias.placements)
             sigmoid_bias = sigmoid_bias.to_local(grad_placements=[Partial()] if shared else None)
+        if isinstance(sigmoid_bias, Tensor) and sigmoid_bias.numel() == 1:
+            sigmoid_bias = sigmoid_bias.reshape(())
         origin = (self.mesh["dp"].get_local_rank() * batch, head)
         return sigmoid_attention(
             q, k, v, sigmoid_bias=sigmoid_bias, alibi_slopes=alibi_slopes, origin=origin, **self.options, **options
@@ -103,8 +105,11 @@ def parallelize(
         cp: the sequence, by `context_parallel.sigmoid_attention`; RoPE by positions in the whole.
         dp, cp: every weight, gradient and optimizer state, block by block.
 
+    One bias of all heads becomes a tensor of one element, as FSDP2 takes no scalars.
+
     Each process then calls it with `shard_batch` of tokens and takes the mean loss of its own; gradients are means over
-    dp and cp. Logits must not be changed in place (with tp and FSDP torch says so at every first call). Token dropout draws other masks than one process would; dropout of weights draws the same.
+    dp and cp. Logits must not be changed in place: with tp and FSDP torch warns of it. With dropout every process
+    must start from the same torch seed, and draws other masks of tokens than one process alone would.
 
     Args:
         model: with .embedding, .blocks, .norm and .head.
@@ -135,6 +140,9 @@ def parallelize(
         block.attention.attention_fn = ShardedAttention(mesh, nheads, order=order, scheme=scheme, backend=backend)
         if isinstance(block.attention.rope, RotaryEmbedding) and cp.size() > 1:
             block.attention.rope = ShardedRotaryEmbedding(block.attention.rope, cp, order)
+        if isinstance(block.attention.sigmoid_bias, nn.Parameter):
+            # FSDP2 takes no scalars
+            block.attention.sigmoid_bias = nn.Parameter(block.attention.sigmoid_bias.detach().reshape(-1))
     if tp.size() > 1:
         for block in tree.blocks:
             _split_block(block, tp)
@@ -217,7 +225,7 @@ def _split_block(block: Block, tp: DeviceMesh) -> None:
             plan[name] = SequenceParallel(sequence_dim=dim, use_local_output=True)
     parallelize_module(block, tp, plan)
     if isinstance(attention.sigmoid_bias, nn.Parameter):
-        placement = Shard(0) if attention.sigmoid_bias.dim() else Replicate()
+        placement = Shard(0) if attention.sigmoid_bias.numel() > 1 else Replicate()
         attention.sigmoid_bias = nn.Parameter(distribute_tensor(attention.sigmoid_bias.detach(), tp, [placement]))
     attention.nheads //= tp.size()
     attention.nheads_k //= tp.size()

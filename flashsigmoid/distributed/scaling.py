@@ -6,6 +6,7 @@ records. Between <!-- scaling -->, <!-- sent --> and <!-- end -->.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ class TokenCost:
     states_bytes: float  # weights, gradients, AdamW in float32, on a rank in all
 
 
+@functools.cache
 def token_cost(model: ModelSizes, seqlen: int, ranks: int) -> TokenCost:
     """One causal sequence in zig-zag order over `ranks` ranks, 16-bit tensors, weights sharded over the same ranks.
 

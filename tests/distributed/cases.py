@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flashsigmoid.distributed import blocks, context_parallel, exchange, layout
 from flashsigmoid.distributed.cost import Sizes
+from flashsigmoid.nn import SigmoidAttention
 from flashsigmoid.testing import make_qkv
 
 SEED = 7
@@ -179,6 +181,26 @@ def compute(case: Case, scheme: str, order: str, size: int, fault: str = "") -> 
     if mesh.get_local_rank() > 0:
         results = {"sent": results["sent"]}
     return results
+
+
+def attend_by_module(size: int, scheme: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, dx, gradient of the weights of q), whole, of an `nn.SigmoidAttention` whose sequence is sharded."""
+    mesh = mesh_of(size)
+    assert mesh is not None
+    x, dx, module = module_of()
+    module.attention_fn = functools.partial(context_parallel.sigmoid_attention, mesh=mesh, scheme=scheme)
+    part = context_parallel.shard(x, mesh).requires_grad_()
+    out = module(part)
+    grad, weight = torch.autograd.grad(out, (part, module.q_proj.weight), context_parallel.shard(dx, mesh))
+    dist.all_reduce(weight, group=mesh.get_group())
+    return context_parallel.unshard(out, mesh), context_parallel.unshard(grad, mesh), weight
+
+
+def module_of() -> tuple[Tensor, Tensor, SigmoidAttention]:
+    """x, a gradient and a module, in float64, the same in every process; b = -log n by default."""
+    torch.manual_seed(SEED)
+    module = SigmoidAttention(32, 4, nheads_k=2, position="alibi", causal=True).double()
+    return torch.randn(2, 48, 32, dtype=torch.float64), torch.randn(2, 48, 32, dtype=torch.float64), module
 
 
 def layout_of(case: Case, order: str, size: int) -> layout.Layout:

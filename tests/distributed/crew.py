@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import conftest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -28,6 +29,10 @@ def _serve(rank: int, size: int, device: str, store: str, pipe: Any) -> None:
     # logits split by tp are one, and nobody changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     torch.set_num_threads(1)
+    # what is received into is poisoned first, as every test has it
+    importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
+    for owner, name in conftest.ALLOCATORS:
+        setattr(owner, name, conftest.poisoned(getattr(owner, name)))
     if device == "cuda":
         torch.cuda.set_device(rank)
     dist.init_process_group(

@@ -101,14 +101,11 @@ def mesh_of(sizes: tuple[int, int, int]) -> DeviceMesh:
     return init_device_mesh("cpu", sizes, mesh_dim_names=AXES)
 
 
-def losses_of(
-    name: str, sizes: tuple[int, int, int], steps: int, dtype: torch.dtype, recompute: bool = False, **layout: Any
-) -> list[float]:
+def losses_of(name: str, sizes: tuple[int, int, int], steps: int, dtype: torch.dtype, **options: Any) -> list[float]:
     """Over a mesh."""
     mesh = mesh_of(sizes)
-    model = parallelize(model_of(name, dtype), mesh, backend="blocked", recompute=recompute, **layout)
-    order = {"order": layout["order"]} if "order" in layout else {}
-    return train(model, batches(steps), mesh, **order)
+    model = parallelize(model_of(name, dtype), mesh, backend="blocked", **options)
+    return train(model, batches(steps), mesh, **{name: x for name, x in options.items() if name == "order"})
 
 
 # what a plan may forget: (what, model, mesh)

@@ -83,6 +83,17 @@ def test_one_rank_is_the_plain_op_to_the_bit(crew: Crew) -> None:
             assert results["sent"] == (0, 0)
 
 
+def test_a_module_takes_it_as_attention_fn(crew: Crew) -> None:
+    x, dx, module = cases.module_of()
+    x.requires_grad_()
+    out = module(x)
+    whole = (out, *torch.autograd.grad(out, (x, module.q_proj.weight), dx))
+    for scheme in SCHEMES:
+        for found, expected in zip(crew.run(cases.attend_by_module, 2, scheme)[0], whole, strict=True):
+            rms = expected.square().mean().sqrt()
+            assert (found - expected).square().mean().sqrt() <= 1e-14 * rms
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_planted_wrong_shard_is_caught(crew: Crew, fault: str, scheme: str) -> None:
