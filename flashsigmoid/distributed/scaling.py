@@ -115,7 +115,7 @@ def scaling_table() -> str:
 
 
 def sent_table() -> str:
-    """Markdown: bytes that the busiest rank sent in tests, beside the formulas."""
+    """Markdown: what the long tests found, and bytes that the busiest rank sent in them beside the formulas."""
     records = read_records(RESULTS / "context-parallel.jsonl").records
     found: dict[tuple[Scalar, ...], dict[str, float]] = {}
     for record in records:
@@ -130,7 +130,12 @@ def sent_table() -> str:
     head = ("case", "ranks", "order", "scheme", "sent", "formula", "softmax ring, formula", "sent / softmax")
     worst = max(x["over_budget"] for x in found.values())
     wrong = sum(x["sent"] != x["formula"] for x in found.values())
-    said = f"{len(found)} cases; the largest error is {worst:.2f} of the budget; sent and formula differ in {wrong}."
+    losses = read_records(RESULTS / "parallel-losses.jsonl").records
+    apart = [record.value or 0.0 for record in losses if record.name == "largest_relative_difference"]
+    said = (
+        f"{len(found)} cases; the largest error is {worst:.2f} of the budget; sent and formula differ in {wrong}. "
+        f"Losses: {len(apart)} meshes and models, largest relative difference at any step {max(apart):.0e}."
+    )
     return f"{said}\n\n{_table(head, rows)}"
 
 
