@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..models.gpt import GPT, GPTConfig
@@ -83,7 +82,7 @@ def diagnosis(
     show: Show = show_line,
     command: str | None = None,
 ) -> Path:
-    """One layer, by position encoding, bias, LayerScale and QK-norm: |A V| at the start, and the loss at 1 to 8 times n.
+    """One layer, by position encoding, bias, LayerScale and QK-norm: |A V| at the start, the loss at 1 to 8 times n.
 
     36 arms, POSITION-KIND[-no-qk-norm][-layer-scale] with POSITION sincos, rope or alibi and KIND sigmoid (b = -log n),
     no-bias (b = 0) or softmax; they differ in nothing else. Bytes of the embedded Shakespeare.

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,7 +119,7 @@ class Bench:
                 continue
             value = float(loss.detach())  # waits for the device, so that the clock is right
             self.spent_s += time.perf_counter() - start
-            self.writer.write("train/loss", value, unit="nats", step=done, stage=self.stage or None)
+            self.writer.write("train/loss", value, unit="nats", step=done, **self._stage())
             self._tell(done, budget.steps, {"train/loss": value}, done == budget.steps)
             if not math.isfinite(value):
                 return
@@ -146,8 +146,11 @@ class Bench:
     def probe(self, model: nn.Module, tokens: Tensor, step: int) -> None:
         """Record |A V| and the mass of a row of each layer for some tokens (batch, seqlen)."""
         for i, probe in enumerate(probe_attention(model, tokens.to(self.device))):
-            self.writer.write("attn_norm", probe.attention_norm, step=step, layer=i)
-            self.writer.write("row_mass", probe.row_mass, step=step, layer=i)
+            self.writer.write("attn_norm", probe.attention_norm, step=step, layer=i, **self._stage())
+            self.writer.write("row_mass", probe.row_mass, step=step, layer=i, **self._stage())
+
+    def _stage(self) -> dict[str, Any]:
+        return {"stage": self.stage} if self.stage else {}
 
     def _tell(self, step: int, steps: int, metrics: dict[str, float], last: bool) -> None:
         name = f"{self.trial.name} {self.stage}".strip()
@@ -214,16 +217,12 @@ def gather(study: str, trials: Sequence[Trial], out_dir: str | Path, command: st
     target, draft = out_dir / f"{study}.jsonl", out_dir / f"{study}-{os.getpid()}.jsonl"
     with RecordWriter(draft, {"study": study, **shared}, command) as writer:
         for trial, file in files:
-            tags = {"arm": trial.arm, "seed": trial.seed} | {name: trial.settings[name] for name in trial.tags}
+            own = {"arm": trial.arm, "seed": trial.seed} | {name: trial.settings[name] for name in trial.tags}
             for record in file.records:
-                _copy(writer, replace(record, tags={**tags, **record.tags, **_origin(record, file)}))
+                tags: Any = own | record.tags | _origin(record, file)
+                writer.write(record.name, record.value, unit=record.unit, step=record.step, **tags)
     draft.replace(target)
     return target
-
-
-def _copy(writer: RecordWriter, record: Record) -> None:
-    tags = {key: value for key, value in record.tags.items() if value is not None}
-    writer.write(record.name, record.value, unit=record.unit, step=record.step, **tags)
 
 
 def _origin(record: Record, file: RecordFile) -> dict[str, Any]:
@@ -263,7 +262,7 @@ def _is_complete(path: Path, settings: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     file = read_records(path)
-    for key in [*settings, *(key for key in file.settings if key not in settings)]:
+    for key in dict.fromkeys((*settings, *file.settings)):
         if file.settings.get(key) != settings.get(key):
             raise ValueError(f"{key} must be that of {path}, {file.settings.get(key)!r}, got {settings.get(key)!r}")
     return any(record.name == _DONE for record in file.records)
