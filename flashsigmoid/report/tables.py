@@ -14,6 +14,7 @@ from pathlib import Path
 from ..record import Record, read_records
 from .ablation import NOTE, ablation_rows
 from .speed import Speed, ceilings_text, speeds
+from .studies import study_note, study_rows
 from .summary import summary_rows
 from .theory import theory_rows
 
@@ -42,6 +43,12 @@ def theory(path: str | Path) -> str:
     """A file of `flashsigmoid theory`."""
     rows = theory_rows(path)
     return _table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def study(path: str | Path) -> str:
+    """A file of `flashsigmoid study`, other than an ablation."""
+    rows = study_rows(path)
+    return _table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n{study_note(path)}\n"
 
 
 def speed(path: str | Path) -> str:
@@ -110,6 +117,7 @@ KINDS: dict[str, Callable[[str | Path], str]] = {
     "gpu-speed": gpu_speed,
     "errors": errors,
     "theory": theory,
+    "study": study,
 }
 
 
