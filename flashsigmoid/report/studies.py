@@ -220,9 +220,12 @@ def _diagnosis_figure(file: RecordFile) -> Figure:
             _line(right, points, index, f"{_KINDS[kind]}, {text}", style)
     _multiples(right, lengths)
     _title(right, "longer than in training (QK-norm, no LayerScale)", "length, multiples of n", "nats per byte")
-    right.legend(frameon=False, fontsize=7, ncols=1)
+    for text, style in zip(_POSITIONS.values(), ("-", "--", ":"), strict=True):
+        right.plot([], [], color="#3a3a3a", linestyle=style, label=text)
+    right.legend(handles=right.get_lines()[-3:], frameon=False, fontsize=9)
+    left.plot([], [], "o", color="#3a3a3a", markerfacecolor="white", label="hollow: without QK-norm")
+    left.plot([], [], " ", label="the right one of two: with LayerScale")
     _legend(drawn, left)
-    drawn.supxlabel("filled: with QK-norm, hollow: without; of two neighbours the right one has LayerScale", fontsize=9)
     return drawn
 
 
@@ -299,7 +302,6 @@ def _sinks_rows(file: RecordFile) -> Rows:
     for arm in _tags(records, "sink_mass", "arm"):
         row = {"attention": str(arm)}
         for keys, name in ((1, "first key"), (4, "first four")):
-            # of seeds that layers are averaged over
             row[f"{name}, %"] = _spread(_by_seed(records, "sink_mass", steps, arm=arm, keys=keys), _percent)
             (even, *_) = _values(records, "even", keys=keys)
             row[f"{name} of even weights, %"] = _percent(even)

@@ -37,11 +37,11 @@ class SinCosEmbedding(nn.Embedding):
         super().__init__(vocab_size, dim)
         self.std = std
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, seqlen) to (batch, seqlen, dim)."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Tokens (batch, seqlen) to (batch, seqlen, dim)."""
         # sin^2 + cos^2 = 1, so that a channel has the mean square 1 / 2
-        table = sincos_positions(tokens.shape[1], self.embedding_dim, device=tokens.device, dtype=self.weight.dtype)
-        return super().forward(tokens) + self.std * math.sqrt(2.0) * table
+        table = sincos_positions(input.shape[1], self.embedding_dim, device=input.device, dtype=self.weight.dtype)
+        return super().forward(input) + self.std * math.sqrt(2.0) * table
 
 
 def model_config(position: str, kind: str, *, qk_norm: bool, layer_scale: bool, budget: Budget, dim: int) -> GPTConfig:
@@ -88,8 +88,9 @@ def diagnosis(
     no-bias (b = 0) or softmax; they differ in nothing else. Bytes of the embedded Shakespeare.
 
     Command: flashsigmoid study diagnosis (--quick). Hardware: 1 GPU (2 CPU cores). Time: not yet measured for the full
-    one (about 4 minutes; one seed, n = 64, 200 steps, 128 channels). Full: three seeds, n = 512, 1,000 steps, 512
-    channels. Expected: quick, |A V| without b about n / 2 times that with it; full not yet measured.
+    one (about 4 minutes of an idle core). Full: three seeds, n = 512, 1,000 steps of 32, 512 channels. Quick: one seed,
+    n = 64, 200 steps of 16, 128 channels. Expected: quick, |A V| is 16 to 20 times larger without b than with it, and
+    the loss differs by less than 0.15 nats per byte; full not yet measured.
 
     Args:
         out_dir: folder of the study.

@@ -130,14 +130,13 @@ def adaptive_temperature() -> AttentionFn:
 
         A = softmax(beta_i s_i),   beta_i = max(1, poly(H_i)) where H_i > 1/2, else 1
 
-    with H_i the entropy of softmax(s_i) in nats and poly of degree 4.
+    with H_i the entropy of softmax(s_i) in nats and poly of degree 4. No gradient goes through beta.
 
     Source: arXiv:2410.01104 (the coefficients of its language models).
     """
 
     def weigh(problem: Problem, scores: Tensor, keep: Tensor) -> Tensor:
-        weights = _softmax(scores, keep)
-        entropy = torch.special.entr(weights).sum(-1, keepdim=True)
+        entropy = torch.special.entr(_softmax(scores.detach(), keep)).sum(-1, keepdim=True)
         beta = torch.zeros_like(entropy)
         for coefficient in _INVERSE_TEMPERATURE:
             beta = beta * entropy + coefficient

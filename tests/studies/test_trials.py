@@ -143,5 +143,5 @@ def test_text_is_split_and_drawn_by_seed_and_step() -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_has_the_function_of_its_name(name) -> None:
     assert load(name).__name__ == name
-    with pytest.raises(ValueError, match="name must be one of diagnosis, .*, got 'sleep'"):
+    with pytest.raises(ValueError, match=r"name must be one of diagnosis, .*, got 'sleep'"):
         load("sleep")
