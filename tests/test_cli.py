@@ -368,6 +368,26 @@ def test_a_study_trains_compares_and_takes_what_is_there(flashsigmoid, tmp_path)
     assert {path.name for path in (tmp_path / folder).iterdir()} == {"base", "relu", "ablation.jsonl"}
 
 
+def test_a_small_study_is_recorded_drawn_printed_and_taken_as_it_is(flashsigmoid, tmp_path, monkeypatch):
+    from flashsigmoid.studies import sinks
+
+    monkeypatch.setattr(sinks, "QUICK", dataclasses.replace(sinks.QUICK, steps=2, batch=2))
+    words = ("study", "sinks", "--quick", "--only", "s*max", "--only", "sigmoid", "--device", "cpu")
+    first = flashsigmoid(*words)
+    assert first.code == 0, first.err
+    folder = Path("runs/sinks-quick")
+    last = first.out.splitlines()[-1]
+    assert last == f"records: {folder / 'sinks.jsonl'}   figure: {folder / 'sinks.png'}"
+    assert "hints, not findings" in first.out
+    assert "\nsigmoid-seed-0  2/2 " in first.err
+    assert {path.name for path in (tmp_path / folder).iterdir()} == {"sinks.jsonl", "sinks.png", "trials"}
+    again = flashsigmoid(*words)
+    assert (again.out, again.err) == (first.out, "")
+    monkeypatch.setattr(sinks, "QUICK", dataclasses.replace(sinks.QUICK, lr=1.0))
+    assert_one_error(flashsigmoid(*words), 1, "lr must be that of", "0.003, got 1.0")
+    assert flashsigmoid(*words, "--fresh").code == 0
+
+
 def test_a_theory_is_recorded_drawn_and_printed(flashsigmoid, tmp_path):
     outcome = flashsigmoid("theory", "universal", "--quick", "--out", tmp_path / "mine")
     assert outcome.code == 0, outcome.err

@@ -202,9 +202,9 @@ def _diagnosis_figure(file: RecordFile) -> Figure:
                             *zip(*points, strict=True),
                             marker=MARKERS[index],
                             color=COLOURS[index],
-                            markerfacecolor=COLOURS[index] if qk_norm else "white",
+                            markerfacecolor=COLOURS[index] if qk_norm else "none",
                             linestyle="none",
-                            markersize=6,
+                            markersize=5 if qk_norm else 8,  # equal numbers stay visible
                             label=kind_text if qk_norm and layer_scale is None else None,
                         )
         axes.set_xticks(range(len(_POSITIONS)), list(_POSITIONS.values()))
@@ -223,7 +223,7 @@ def _diagnosis_figure(file: RecordFile) -> Figure:
     for text, style in zip(_POSITIONS.values(), ("-", "--", ":"), strict=True):
         right.plot([], [], color="#3a3a3a", linestyle=style, label=text)
     right.legend(handles=right.get_lines()[-3:], frameon=False, fontsize=9)
-    left.plot([], [], "o", color="#3a3a3a", markerfacecolor="white", label="hollow: without QK-norm")
+    left.plot([], [], "o", color="#3a3a3a", markerfacecolor="none", markersize=8, label="hollow: without QK-norm")
     left.plot([], [], " ", label="the right one of two: with LayerScale")
     _legend(drawn, left)
     return drawn
@@ -260,12 +260,15 @@ def _retrieval_figure(file: RecordFile) -> Figure:
         _line(right, points, index, arm)
     for axes in (left, middle, right):
         axes.set_ylim(-0.02, 1.02)
-        axes.axhline(1 / file.settings["each"], color="#888888", linewidth=1, linestyle="--")
-    left.axvline(most, color="#888888", linewidth=1, linestyle=":")
+        axes.axhline(1 / file.settings["each"], color="#888888", linewidth=1, linestyle="--", label="any value")
+    for axes, level in ((left, [1 / p for p in pairs]), (middle, [1 / trained] * len(lengths))):
+        x = pairs if axes is left else lengths
+        axes.plot(x, level, color="#888888", linewidth=1, linestyle=":", label="any value that was given")
+    left.axvline(most, color="#888888", linewidth=1, linestyle="-.", label="most pairs in training")
     left.set_xticks(pairs)
     for axes in (middle, right):
         _multiples(axes, lengths)
-    _title(left, f"recall at the training length, {n} (dotted: most pairs trained)", "pairs", "accuracy")
+    _title(left, f"recall at the training length, {n}", "pairs", "accuracy")
     _title(middle, f"recall of {trained} pairs", "length", "accuracy")
     _title(right, "needle", "length", "accuracy")
     _legend(drawn, left)
