@@ -476,25 +476,74 @@ def report(
 
 
 @app.command(
-    epilog="Example: flashsigmoid study vision-ablation --only base --only no-bias --set steps=200 --set seed=1"
+    epilog="Examples: flashsigmoid study diagnosis --quick; flashsigmoid study retrieval --only 'sigmoid*' --seed 0; "
+    "flashsigmoid study vision-ablation --only base --only no-bias --set steps=200 --set seed=1"
 )
 def study(
-    name: Annotated[str, typer.Argument(help="vision-ablation: what each practice is worth.", show_default=False)],
-    recipe: Annotated[str, typer.Option(help="A recipe for images, of which the variants are made.")] = "digits",
-    only: Annotated[
-        list[str] | None, typer.Option(help="A variant; may be repeated, all by default.", show_default=False)
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="diagnosis: the first attention norms, and the loss at longer lengths; retrieval: recall and needles; "
+            "neighbours: attentions of the literature; sinks: mass on the first keys; vision-ablation: what each "
+            "practice is worth.",
+            show_default=False,
+        ),
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes on a CPU. Not of vision-ablation.")] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Of vision-ablation: a recipe for images, of which it trains variants.", show_default="digits"
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the study.", show_default="runs/STUDY/RECIPE")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="An arm, or a pattern as 'rope-*'; may be repeated, all by default.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="May be repeated, the study's by default. Not of vision-ablation.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study.", show_default="runs/STUDY, -quick or /RECIPE")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Train anew, or take what the folder holds.")] = False,
     device: Device = "auto",
     assignments: Fields = None,
 ) -> None:
-    """Train the variants of a recipe, one seed each, and compare them in a table.
+    """Train the arms of a study and compare them in a table and, where there is something to draw, a figure.
 
-    What the folder holds already is taken as it is, so a run may come from another machine.
+    What the folder holds already is taken as it is, so arms and seeds may be run side by side or on other machines.
     """
-    if name != "vision-ablation":
-        raise ValueError(f"STUDY must be vision-ablation, got {name}")
+    if name == "vision-ablation":
+        if quick or seed:
+            raise ValueError("vision-ablation has neither --quick nor --seed: use --set steps=200, --set seed=1")
+        _vision_ablation(recipe or "digits", only or [], out, fresh, device, assignments)
+        return
+    from .report.studies import has_figure, study_note, study_rows, write_study
+    from .studies import STUDIES, load
+
+    if name not in STUDIES:
+        raise ValueError(f"STUDY must be one of {', '.join(STUDIES)}, vision-ablation, got {name}")
+    if recipe or assignments:
+        raise ValueError(f"--recipe and --set are of vision-ablation only, got one with {name}")
+    folder = out or Path("runs") / (f"{name}-quick" if quick else name)
+    if fresh:
+        shutil.rmtree(folder / "trials", ignore_errors=True)
+    with _progress() as show:
+        records = load(name)(folder, quick=quick, only=only or (), seeds=seed or (), device=device, show=show)
+    _print_table(study_rows(records))
+    print(study_note(records))
+    drawn = ""
+    if has_figure(records):
+        write_study(records, records.with_suffix(".png"))
+        drawn = f"   figure: {records.with_suffix('.png')}"
+    print(f"records: {records}{drawn}")
+
+
+def _vision_ablation(
+    recipe: str, only: list[str], out: Path | None, fresh: bool, device: Any, assignments: list[str] | None
+) -> None:
     from .recipes.fields import override
     from .recipes.vision import RECIPES
     from .report.ablation import NOTE, ablation_rows
@@ -504,11 +553,12 @@ def study(
     classifiers = {key: run for key, make in RECIPES.items() if isinstance(run := make(), ImageRun)}
     if recipe not in classifiers:
         raise ValueError(f"--recipe must be one of {', '.join(classifiers)}, got {recipe}")
-    base, folder = override(classifiers[recipe], _assignments(assignments)), out or Path("runs") / name / recipe
-    for variant in chosen(base, only or ()) if fresh else ():
+    base = override(classifiers[recipe], _assignments(assignments))
+    folder = out or Path("runs") / "vision-ablation" / recipe
+    for variant in chosen(base, only) if fresh else ():
         _remove_run(folder / variant)
     with _progress() as show:
-        summary = vision_ablation(base, folder, only=only or (), device=device, show=show)
+        summary = vision_ablation(base, folder, only=only, device=device, show=show)
     # what a variant differs in is too wide for a terminal, and its name says it
     _print_table([{key: text for key, text in row.items() if key != "differs in"} for row in ablation_rows(summary)])
     print(f"{NOTE}\nrecords: {summary}")

@@ -162,7 +162,15 @@ def test_version(flashsigmoid):
         (["report", "nowhere"], 1, "nowhere"),
         (["pack", "nowhere", "shards"], 1, "root must hold the folders train and val, got none at nowhere"),
         (["pack", "nowhere", "."], 1, "out must not exist yet, got ."),
-        (["study", "sleep"], 1, "STUDY must be vision-ablation, got sleep"),
+        (
+            ["study", "sleep"],
+            1,
+            "STUDY must be one of diagnosis, retrieval, neighbours, sinks, vision-ablation, got sleep",
+        ),
+        (["study", "sinks", "--only", "swish"], 1, "an arm must be one of softmax, normalised-sigmoid, sigmoid, "),
+        (["study", "sinks", "--quick", "--seed", "7"], 1, "a seed of the study must be one of 0, got 7"),
+        (["study", "sinks", "--recipe", "digits"], 1, "--recipe and --set are of vision-ablation only"),
+        (["study", "vision-ablation", "--quick"], 1, "vision-ablation has neither --quick nor --seed"),
         (["study", "vision-ablation", "--recipe", "demo"], 1, "--recipe must be one of digits, probe_digits, "),
         (["study", "vision-ablation", "--only", "swish"], 1, "a variant must be one of base, softmax, "),
         (["explain", "--backend", "warp"], 1, "backend must be one of auto, "),
@@ -359,6 +367,26 @@ def test_a_study_trains_compares_and_takes_what_is_there(flashsigmoid, tmp_path)
     fresh = flashsigmoid(*words, "--set", "seed=1", "--fresh")
     assert fresh.code == 0, fresh.err
     assert {path.name for path in (tmp_path / folder).iterdir()} == {"base", "relu", "ablation.jsonl"}
+
+
+def test_a_small_study_is_recorded_drawn_printed_and_taken_as_it_is(flashsigmoid, tmp_path, monkeypatch):
+    from flashsigmoid.studies import sinks
+
+    monkeypatch.setattr(sinks, "QUICK", dataclasses.replace(sinks.QUICK, steps=2, batch=2))
+    words = ("study", "sinks", "--quick", "--only", "s*max", "--only", "sigmoid", "--device", "cpu")
+    first = flashsigmoid(*words)
+    assert first.code == 0, first.err
+    folder = Path("runs/sinks-quick")
+    last = first.out.splitlines()[-1]
+    assert last == f"records: {folder / 'sinks.jsonl'}   figure: {folder / 'sinks.png'}"
+    assert "hints, not findings" in first.out
+    assert "\nsigmoid-seed-0  2/2 " in first.err
+    assert {path.name for path in (tmp_path / folder).iterdir()} == {"sinks.jsonl", "sinks.png", "trials"}
+    again = flashsigmoid(*words)
+    assert (again.out, again.err) == (first.out, "")
+    monkeypatch.setattr(sinks, "QUICK", dataclasses.replace(sinks.QUICK, lr=1.0))
+    assert_one_error(flashsigmoid(*words), 1, "lr must be that of", "0.003, got 1.0")
+    assert flashsigmoid(*words, "--fresh").code == 0
 
 
 def test_a_theory_is_recorded_drawn_and_printed(flashsigmoid, tmp_path):

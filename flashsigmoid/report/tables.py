@@ -16,6 +16,7 @@ from .ablation import NOTE, ablation_rows
 from .conversion import NOTE as CONVERSION_NOTE
 from .conversion import conversion_rows
 from .speed import Speed, ceilings_text, speeds
+from .studies import study_note, study_rows
 from .summary import summary_rows
 from .theory import theory_rows
 
@@ -50,6 +51,12 @@ def conversion(path: str | Path) -> str:
     """The folder of `flashsigmoid convert`: a row per arm."""
     rows = conversion_rows(path)
     return _table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n{CONVERSION_NOTE}\n"
+
+
+def study(path: str | Path) -> str:
+    """A file of `flashsigmoid study`, other than an ablation."""
+    rows = study_rows(path)
+    return _table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n{study_note(path)}\n"
 
 
 def speed(path: str | Path) -> str:
@@ -119,6 +126,7 @@ KINDS: dict[str, Callable[[str | Path], str]] = {
     "gpu-speed": gpu_speed,
     "errors": errors,
     "theory": theory,
+    "study": study,
 }
 
 

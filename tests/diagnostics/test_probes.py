@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from flashsigmoid.backends.reference import attention_weights
-from flashsigmoid.diagnostics import attention_norm, probe_attention, row_mass, sink_mass, softmax_weights
+from flashsigmoid.diagnostics import (
+    attention_norm,
+    probe_attention,
+    row_mass,
+    sdpa_weights,
+    sink_mass,
+    softmax_weights,
+)
 from flashsigmoid.nn import SigmoidAttention, SoftmaxAttention, alibi_slopes, softmax_attention
 
 ARMS = {"sigmoid": SigmoidAttention, "softmax": SoftmaxAttention}
@@ -175,5 +182,130 @@ def test_weights_are_float32_under_autocast(arm: str) -> None:
 
 
 def test_a_model_without_attention_is_refused() -> None:
-    with pytest.raises(ValueError, match="must contain a SigmoidAttention or a SoftmaxAttention, got Linear"):
+    message = "must have run a SigmoidAttention, a SoftmaxAttention or torch's .*, got Linear without"
+    with pytest.raises(ValueError, match=message):
         probe_attention(nn.Linear(2, 2), torch.randn(1, 2))
+
+
+def test_sinks_of_several_keys() -> None:
+    weights = torch.tensor([[[[0.2, 0.1, 0.1], [0.0, 0.4, 0.4]]]])
+    assert sink_mass(weights, keys=2).item() == pytest.approx((0.75 + 0.5) / 2)
+
+
+@pytest.mark.parametrize(
+    ("masked", "is_causal"),
+    [("no", False), ("no", True), ("bool", False), ("float", False)],  # torch takes one
+)
+@pytest.mark.parametrize("nheads_k", [4, 2])
+@pytest.mark.parametrize("seqlen_q", [5, 3])
+def test_sdpa_weights_are_those_of_torch(masked: str, is_causal: bool, nheads_k: int, seqlen_q: int) -> None:
+    q, k = torch.randn(2, 4, seqlen_q, 8).double(), torch.randn(2, nheads_k, 5, 8).double()
+    eye = torch.eye(5).double().expand(2, nheads_k, 5, 5)
+    mask = None if masked == "no" else torch.rand(2, 1, seqlen_q, 5) > 0.3
+    if masked == "float":
+        mask = torch.randn(2, 1, seqlen_q, 5).double()
+    elif mask is not None:
+        mask[..., 0] = True
+    options: dict[str, Any] = {"is_causal": is_causal, "scale": 0.3, "enable_gqa": nheads_k != 4}
+    expected = nn.functional.scaled_dot_product_attention(q, k, eye, mask, **options)
+    torch.testing.assert_close(sdpa_weights(q, k, mask, **options), expected, rtol=1e-9, atol=1e-12)
+
+
+def timm_model() -> tuple[nn.Module, tuple[Any, ...], list[str]]:
+    timm = pytest.importorskip("timm", reason="models of timm need the extra vision")
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4)
+    return vit, (torch.randn(2, 3, 32, 32),), ["blocks.0.attn", "blocks.1.attn"]
+
+
+def llama() -> tuple[nn.Module, tuple[Any, ...], list[str]]:
+    transformers = pytest.importorskip("transformers", reason="models of transformers need the extra hf")
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    names = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    return transformers.LlamaForCausalLM(config), (torch.randint(0, 50, (2, 7)),), names
+
+
+def torch_encoder() -> tuple[nn.Module, tuple[Any, ...], list[str]]:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2)
+    return encoder, (torch.randn(2, 5, 16),), ["layers.0.self_attn", "layers.1.self_attn"]
+
+
+def torch_attention() -> tuple[nn.Module, tuple[Any, ...], list[str]]:
+    x = torch.randn(2, 5, 16)
+    return nn.MultiheadAttention(16, 4, batch_first=True), (x, x, x), [""]
+
+
+FOREIGN = pytest.mark.parametrize("make", [timm_model, llama, torch_encoder, torch_attention])
+
+
+@FOREIGN
+def test_models_of_others_are_seen_and_give_what_they_gave(make: Any) -> None:
+    model, inputs, names = make()
+    model.eval()
+    seen: list[Any] = []
+    model.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        model(*inputs)
+    probes = probe_attention(model, *inputs)
+    assert [(p.layer, p.name, p.attention) for p in probes] == [(i, name, "softmax") for i, name in enumerate(names)]
+    for probe in probes:
+        assert probe.row_mass == pytest.approx(1.0, rel=1e-5)
+        assert 0.0 < probe.sink_mass < 1.0
+        assert probe.attention_norm > 0.0
+    plain, probed = (out[0] if isinstance(out, tuple) else getattr(out, "logits", out) for out in seen)
+    torch.testing.assert_close(probed, plain, rtol=1e-4, atol=1e-5)  # torch's encoder has a fast path without probes
+    assert nn.functional.scaled_dot_product_attention is SDPA
+
+
+SDPA = nn.functional.scaled_dot_product_attention
+
+
+def test_numbers_of_torchs_attention_are_its_own_weights() -> None:
+    attention, (x, *_), _ = torch_attention()
+    attention.eval()
+    with torch.no_grad():
+        _, weights = attention(x, x, x, average_attn_weights=False)
+        v = nn.functional.linear(x, attention.in_proj_weight[32:], attention.in_proj_bias[32:]).unflatten(-1, (4, 4))
+        out = torch.einsum("bhij,bjhd->bihd", weights, v)
+    for keywords in ({}, {"need_weights": False}):
+        (probe,) = probe_attention(attention, x, x, x, **keywords)
+        assert probe.sink_mass == pytest.approx(sink_mass(weights).item(), rel=1e-5)
+        assert probe.max_weight == pytest.approx(weights.max().item(), rel=1e-5)
+        assert probe.attention_norm == pytest.approx(out.flatten(2).norm(dim=-1).mean().item(), rel=1e-5)
+
+
+def test_causal_weights_of_llama() -> None:
+    """The first row sees one key: with equal tokens every row is even, as documented of a sink."""
+    model, _, _ = llama()
+    n = 7
+    probes = probe_attention(model, torch.full((1, n), 3))
+    expected = sum(1 / i for i in range(1, n + 1)) / n
+    # RoPE turns equal tokens apart, so nearly
+    assert probes[0].sink_mass == pytest.approx(expected, rel=0.05)
+    assert probes[0].max_weight == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("arm", ["sigmoid", "softmax"])
+def test_a_layer_of_ours_is_seen_once(arm: str) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ours = ARMS[arm](24, 4, causal=True, sigmoid_bias=-1.0)
+            self.theirs = nn.MultiheadAttention(24, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.ours(x)
+            return self.theirs(x, x, x, need_weights=False)[0]
+
+    model = Both()
+    assert [p.name for p in probe_attention(model, torch.randn(2, 5, 24))] == ["ours", "theirs"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_eager_attention_of_others_is_not_seen_and_said_so() -> None:
+    model, inputs, _ = llama()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="got LlamaForCausalLM without"):
+        probe_attention(model, *inputs)
