@@ -144,7 +144,7 @@ def _line(axes: Axes, points: Mapping[float, Sequence[float]], index: int, label
     )
 
 
-def _legend(drawn: Figure, axes: Axes, ncols: int = 6) -> None:
+def _legend(drawn: Figure, axes: Axes, ncols: int = 7) -> None:
     drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
 
 
