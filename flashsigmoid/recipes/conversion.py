@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..integrations.transformers import NAME, register
-from ..record import RECORDS_NAME, RecordWriter, read_records
+from ..record import RecordWriter
 from ..samples import tinyshakespeare
-from ..training.callbacks import Show, show_line
 from ..training.data import DataConfig, LanguageData, PackedText, fixed_windows, read_documents, split, tokenize
 from ..training.language import LanguageModule
-from ..training.module import Metric, fit, resumed_from
+from ..training.module import Metric, Options, Prepared, train_run
 from ..training.optim import OptimConfig
 from ..training.run import LanguageRun
 
@@ -136,15 +135,7 @@ def llama_recovery(path: str | Path, seqlen: int) -> ConversionRun:
     )
 
 
-def convert(
-    run: ConversionRun,
-    out_dir: str | Path,
-    *,
-    resume: bool = False,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    show: Show = show_line,
-    command: str | None = None,
-) -> dict[str, Path]:
+def convert(run: ConversionRun, out_dir: str | Path, **options: Unpack[Options]) -> dict[str, Path]:
     """Convert, train, and train the softmax original in the same way.
 
     Records of an arm are in out_dir/ARM, its model in out_dir/ARM/model: config, safetensors, tokenizer. The loss
@@ -155,7 +146,7 @@ def convert(
     Args:
         run: what to do; its attention is "sigmoid".
         out_dir: folder of both arms.
-        resume, device, show, command: as `language.train`.
+        options: as `language.train`; max_minutes is an arm's.
 
     Returns:
         The folder of each arm, "sigmoid" first.
@@ -169,40 +160,22 @@ def convert(
     for arm, folder in folders.items():
         # b is none of softmax's business
         twin = run if arm == "sigmoid" else replace(run, model=replace(run.model, attention=arm, sigmoid_bias=None))
-        train_arm(twin, folder, resume=resume, device=device, show=show, command=command)
+        train_arm(twin, folder, **options)
     return folders
 
 
-def train_arm(
-    run: ConversionRun,
-    out_dir: str | Path,
-    *,
-    resume: bool = False,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    show: Show = show_line,
-    command: str | None = None,
-) -> dict[str, float]:
+def train_arm(run: ConversionRun, out_dir: str | Path, **options: Unpack[Options]) -> dict[str, float]:
     """Train one arm; arguments and errors are those of `language.train`.
 
     Returns:
         The last validation, "val/loss".
     """
-    out_dir = Path(out_dir)
-    start = resumed_from(out_dir, resume)
-    data = _load_data(run)
-    fit(
-        run,
-        lambda: _Module(run, data, _Logits(run.model.load().train())),
-        out_dir,
-        start,
-        fingerprint=data.fingerprint,
-        device=device,
-        show=show,
-        command=command,
-    )
-    losses = [r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name == "val/loss"]
-    assert losses[-1] is not None
-    return {"val/loss": losses[-1]}
+
+    def prepare(start: Path | None) -> Prepared:
+        data = _load_data(run)
+        return Prepared(lambda: _Module(run, data, _Logits(run.model.load().train())), data.fingerprint)
+
+    return train_run(run, out_dir, prepare, ("val/loss",), **options)
 
 
 class _Logits(nn.Module):
@@ -240,6 +213,9 @@ class _Module(LanguageModule):
     def validated(self) -> Iterator[Metric]:
         """Per token only: how many bytes a foreign token stands for depends on its neighbours."""
         yield "val/loss", self.val_losses()[0], "nats_per_token"
+
+    def kernel(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Not known: transformers calls it."""
 
     def probed(self) -> Iterator[tuple[str, float]]:
         """Nothing: the probes look into our modules."""

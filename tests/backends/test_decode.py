@@ -282,8 +282,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, fault: str, seqlens: Tensor, table:
     if fault in ("a part dropped", "a part twice"):
 
         def faulty(*args: Any, kernel: Callable = decode_launch.launch, **kwargs: Any) -> None:
-            if args[2] is decode_launch._sum_kernel:
-                (parts,) = args[4]
+            if args[3] is decode_launch._sum_kernel:
+                (parts,) = args[5]
                 parts[1] = parts[0] if fault == "a part twice" else 0.0
             kernel(*args, **kwargs)
 

@@ -61,14 +61,14 @@ def attend(
         return None, (*strides, *sides, *plan.sizes, *plan.numbers), plan.constants
 
     with on_device(q):
-        launch(plan.launches, others, _decode_kernel, plan.programs, (q, k, v), tensors, describe)
+        launch(triton, plan.launches, others, _decode_kernel, plan.programs, (q, k, v), tensors, describe)
         if plan.reduction == "whole" or (plan.reduction == "atomic" and out_dtype == torch.float32):
             return parts
         out = q.new_empty(shape, dtype=out_dtype)
         key = ("sum", out_dtype, seqlens.dtype, seqlens.data_ptr() % 16)
         rows = out.numel() // problem.head_dim_v
         launch(
-            plan.launches, key, _sum_kernel, rows, (parts,), (out, seqlens),
+            triton, plan.launches, key, _sum_kernel, rows, (parts,), (out, seqlens),
             lambda: (None, plan.sum_sizes, plan.sum_constants),
         )  # fmt: skip
     return out
@@ -116,7 +116,7 @@ def append(
         return None, (*strides, *tables, *sizes), constants
 
     with on_device(k):
-        launch(_appends, key, _append_kernel, batch * seqlen_new * blocks, loaded, tensors, describe)
+        launch(triton, _appends, key, _append_kernel, batch * seqlen_new * blocks, loaded, tensors, describe)
     return result
 
 
