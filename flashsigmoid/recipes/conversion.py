@@ -92,13 +92,15 @@ class ConversionRun(LanguageRun):
     model: Pretrained  # pyright: ignore[reportIncompatibleVariableOverride]
     data: DataConfig = field(default_factory=DataConfig)  # text files; its tokenizer stays at the default
     sample_tokens: int = 0  # no sample is drawn
+    attention_snapshots: int = 0  # the weights of transformers' layers are not seen
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data.tokenizer != "bytes":
             raise ValueError(f"data.tokenizer has no effect: the checkpoint has one, got {self.data.tokenizer!r}")
-        if self.sample_tokens:
-            raise ValueError(f"sample_tokens must be 0 in a conversion, got {self.sample_tokens}")
+        for name in ("sample_tokens", "attention_snapshots"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be 0 in a conversion, got {getattr(self, name)}")
 
     def train(self, out_dir: Path, **options: Any) -> dict[str, float]:
         """`train_arm`."""

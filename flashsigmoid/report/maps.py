@@ -17,7 +17,7 @@ from .figures import Drawing, Panel
 from .words import join
 
 RECORD = "attention_maps"
-_COLOURS, _IMAGE = "inferno", 0.35  # of a map, and how much of the image shows through
+COLOURS, _IMAGE = "inferno", 0.35  # of a map, and how much of the image shows through
 _PIXELS = 112  # a side of a tile at most: twice what a page shows
 _GAP, _LINE = 0.12, 0.3  # between tiles of side 1, and a line of text
 
@@ -101,13 +101,13 @@ def _draw(axes: Axes, maps: Maps) -> None:
             axes.text(left(block, head) + 0.5, height - 1.5 * _LINE, f"head {maps.heads[head]}", **text)
     for i in range(n):
         bottom = height - 2 * _LINE - i * (1 + _LINE + _GAP) - 1
-        _tile(axes, _pixels(maps.images[i]), 0, bottom)
+        _tile(axes, pixels(maps.images[i]), 0, bottom)
         name = str(maps.classes[i])
         axes.text(0.5, bottom - _LINE / 2, name if len(name) <= 12 else f"{name[:11]}…", **text)
         for block in range(blocks):
             for head in range(heads):
                 x, weights = left(block, head), maps.maps[i, block, head]
-                _tile(axes, _over(_pixels(maps.images[i]), weights), x, bottom)
+                _tile(axes, _over(pixels(maps.images[i]), weights), x, bottom)
                 axes.text(x + 0.5, bottom - _LINE / 2, f"{maps.sums[i, block, head]:.2f}", **text)
     axes.set_xlim(0, width)
     axes.set_ylim(0, height)
@@ -124,11 +124,11 @@ def _tile(axes: Axes, rgb: np.ndarray, x: float, y: float) -> None:
 def _over(rgb: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """An image (height, width, 3) under the colours of a map (rows, columns), each over its patch."""
     rows, columns = (np.arange(rgb.shape[axis]) * weights.shape[axis] // rgb.shape[axis] for axis in (0, 1))
-    colours = matplotlib.colormaps[_COLOURS](weights / max(float(weights.max()), 1e-30))[rows][:, columns, :3]
+    colours = matplotlib.colormaps[COLOURS](weights / max(float(weights.max()), 1e-30))[rows][:, columns, :3]
     return (255 * (1 - _IMAGE) * colours + _IMAGE * rgb).astype(np.uint8)
 
 
-def _pixels(image: np.ndarray) -> np.ndarray:
+def pixels(image: np.ndarray) -> np.ndarray:
     """(height, width, 3) of (channels, height, width), every so many pixels of a large one."""
     stride = -(-max(image.shape[1:]) // _PIXELS)
     rgb = np.moveaxis(image, 0, -1)[::stride, ::stride]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from ..models.vision import VisionAttention
@@ -17,6 +16,7 @@ from ..nn.attention import AttentionFn, sigmoid_attention, softmax_attention
 from ..record import RecordWriter
 from .augment import normalised
 from .images import ImageData
+from .snapshots import see, write_snapshot
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -48,34 +48,39 @@ def attention_rows(
     Returns:
         (batch, blocks, heads, seqlen) in float32.
     """
-    attentions = [module for module in model.modules() if isinstance(module, VisionAttention)]
-    functions = [attention.attention_fn for attention in attentions]
-    rows: list[Tensor] = []
+    attentions = vision_attentions(model)
+    weights = see(lambda: model(images), [attentions[i] for i in blocks], heads).weights
+    return weights.mean(-2) if query is None else weights[..., query, :]
 
-    def watched(attention: VisionAttention) -> AttentionFn:
-        own = sigmoid_attention if attention.kind == "sigmoid" else softmax_attention
-        attend = attention.attention_fn or own
 
-        def watch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            seqlen = v.shape[1]
-            identity = torch.eye(seqlen, dtype=v.dtype, device=v.device)[None, :, None]
-            # (batch, seqlen, nheads, seqlen)
-            weights = attend(q, k, identity.expand(*v.shape[:3], seqlen).contiguous(), **options).float()
-            row = weights.mean(1) if query is None else weights[:, query]
-            rows.append(row[:, list(heads)])
-            return attend(q, k, v, **options)
+def vision_attentions(model: nn.Module) -> list[tuple[VisionAttention, AttentionFn]]:
+    """Every attention layer of a Vision Transformer, with the function that it calls."""
+    own: dict[str, AttentionFn] = {"sigmoid": sigmoid_attention, "softmax": softmax_attention}
+    found = [module for module in model.modules() if isinstance(module, VisionAttention)]
+    return [(attention, attention.attention_fn or own[attention.kind]) for attention in found]
 
-        return watch
 
-    try:
-        for attention in (attentions[i] for i in blocks):
-            attention.attention_fn = watched(attention)
-        with torch.no_grad():
-            model(images)
-    finally:
-        for attention, function in zip(attentions, functions, strict=True):
-            attention.attention_fn = function
-    return torch.stack(rows, dim=1)
+def write_image_snapshot(writer: RecordWriter, model: nn.Module, data: ImageData, *, step: int) -> None:
+    """`write_snapshot` of the first of the validation images that `write_attention_maps` takes.
+
+    Args:
+        writer: of the run's records.
+        model: a Vision Transformer of timm in eval mode, with a `VisionAttention` in every block.
+        data: its images.
+        step: of the record.
+    """
+    vit: Any = model
+    images, _ = data.examples(1)
+    rows, columns = vit.patch_embed.grid_size
+    first = ["class token"] if vit.cls_token is not None else []
+    registers = [f"register {i}" for i in range(vit.num_prefix_tokens - len(first))]
+    patches = [f"row {row}, column {column}" for row in range(rows) for column in range(columns)]
+    x = normalised(images.to(next(model.parameters()).device), data.mean, data.std)
+    write_snapshot(
+        writer, lambda: model(x), vision_attentions(model),
+        nheads=vit.blocks[0].attn.num_heads, tokens=[*first, *registers, *patches], step=step, image=images[0],
+        grid=(rows, columns),
+    )  # fmt: skip
 
 
 def write_attention_maps(writer: RecordWriter, model: nn.Module, data: ImageData, *, step: int) -> None:

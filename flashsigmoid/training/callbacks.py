@@ -130,6 +130,7 @@ class Recorder(pl.Callback):
                 self.writer.write(name, value, unit=unit, step=0)
         for name, value in module.probed():
             self._write(trainer, name, value, "", step, now_s)
+        module.snapshot(self.writer, step)
         if step == module.run.steps:
             module.finish(self.writer)
         self._tell(trainer, module, validated=True)

@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader
 
 from ..models.vision import VisionAttention, ViTConfig, build_vit, initial_bias, layer_groups
 from ..record import RecordWriter
-from .attention_maps import write_attention_maps
+from .attention_maps import write_attention_maps, write_image_snapshot
 from .augment import Augment, AugmentConfig, normalised
 from .data import shuffled
 from .images import ImageConfig, ImageData, collate, load_images
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .optim import adamw
-from .run import Run
+from .run import Run, check_snapshots
+from .snapshots import is_due
 from .transfer import Initial, load_encoder
 
 
@@ -44,6 +45,7 @@ class ImageRun(Run):
     label_smoothing: float = 0.0  # share of the target that all classes have alike, in [0, 1)
     ema: float = 0.0  # decay of an average of the weights, which is what is validated; 0: none
     workers: int = 0  # processes that read images; 0: this one
+    attention_snapshots: int = 6  # of the weights for a validation image, spread over the validations; 0: none
     init: str | None = None  # a run, or a checkpoint, whose encoder it begins with; None: random weights
     train_only: Literal["all", "head"] = "all"  # "head": a linear probe, the encoder stays as it is
     head_norm: bool = False  # BatchNorm without parameters before the head, as MAE's linear probe has
@@ -63,6 +65,7 @@ class ImageRun(Run):
         for name in ("label_smoothing", "ema"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        check_snapshots(self.attention_snapshots)
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
 
@@ -91,7 +94,7 @@ class ImageModule(RunModule):
     """What is trained on images, with the position of its data; a subclass has the loss.
 
     Args:
-        run: the description; it has the field `workers`.
+        run: the description; it has the fields `workers` and `attention_snapshots`.
         data: what is read.
         model: what is trained: a Vision Transformer, or what has one as `encoder`.
 
@@ -164,6 +167,11 @@ class ImageModule(RunModule):
     def shown(self) -> nn.Module:
         """The Vision Transformer whose attention is drawn at the end."""
         return self.encoder
+
+    def snapshot(self, writer: RecordWriter, step: int) -> None:
+        """Attention weights on a validation image."""
+        if is_due(self.run, self.run.attention_snapshots, step):
+            write_image_snapshot(writer, self.shown, self.data, step=step)
 
     def finish(self, writer: RecordWriter) -> None:
         """How many files were left out, and where the model looks in a few validation images."""

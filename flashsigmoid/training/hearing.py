@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..models.ctc_decode import align, greedy
 from ..models.speech import SpeechEncoder
-from ..nn.attention import AttentionFn
 from ..record import RecordWriter
 from .audio import Utterances
+from .snapshots import see
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,38 +30,25 @@ _LOOKED_AT = 16  # utterances
 def hear(
     model: SpeechEncoder, features: Float[Tensor, "frames mels"], *, blocks: Sequence[int], heads: Sequence[int]
 ) -> tuple[Float[Tensor, "positions vocab_size"], Float[Tensor, "blocks heads positions positions"]]:
-    """Log-probabilities of one utterance, and attention weights A = attention(q, k, I), in float32.
-
-    What an attention gives for the identity as its values is its weights, whatever attention it is.
+    """Log-probabilities of one utterance, and attention weights, in float32.
 
     Args:
         model: an encoder, which is not touched.
         features: (frames, mels), on any device.
         blocks, heads: whose weights, by number.
     """
-    seen: list[Tensor] = []
     twin = SpeechEncoder(replace(model.config, packing=False))
     twin.load_state_dict(model.state_dict())
     twin.to(next(model.parameters()).device).eval()
-
-    def watched(attend: AttentionFn) -> AttentionFn:
-        def watch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            seqlen = v.shape[1]
-            identity = torch.eye(seqlen, dtype=v.dtype, device=v.device)[None, :, None]
-            weights = attend(q, k, identity.expand(*v.shape[:3], seqlen).contiguous(), **options)
-            # (heads, positions, positions)
-            seen.append(weights[0].transpose(0, 1)[list(heads)])
-            return attend(q, k, v, **options)
-
-        return watch
-
-    for block in (twin.blocks[i] for i in blocks):
-        attention: Any = block.attention
-        attention.attention_fn = watched(attention.attention_fn)
     features = features.to(next(model.parameters()).device)
-    with torch.no_grad():
-        logits, _ = twin(features[None], torch.tensor([len(features)], device=features.device))
-    return logits[0].log_softmax(-1), torch.stack(seen)
+    logits: list[Tensor] = []
+
+    def forward() -> None:
+        logits.append(twin(features[None], torch.tensor([len(features)], device=features.device))[0])
+
+    attentions = [cast(Any, twin.blocks[i]).attention for i in blocks]
+    seen = see(forward, [(attention, attention.attention_fn) for attention in attentions], heads)
+    return logits[0][0].log_softmax(-1), seen.weights[0]
 
 
 def write_hearing(writer: RecordWriter, model: SpeechEncoder, data: Utterances, *, step: int) -> None:

@@ -14,6 +14,7 @@ from ..diagnostics.probes import probe_attention
 from ..functional import explain
 from ..models.generation import generate
 from ..models.gpt import GPT
+from ..nn.attention import SigmoidAttention, softmax_attention
 from ..nn.flex import block_mask, fused_softmax_attention, softmax_kernel
 from ..nn.position import alibi_slopes
 from ..record import RecordWriter
@@ -23,6 +24,7 @@ from .checkpoint import TOKENIZER
 from .data import Batch, LanguageData, load_text
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .run import LanguageRun as LanguageRun
+from .snapshots import TOKENS, is_due, write_snapshot
 from .tokenizer import Tokenizer, load_tokenizer
 
 FINAL = (
@@ -153,6 +155,23 @@ class LanguageModule(RunModule):
             yield f"attn_norm/layer_{i}", probe.attention_norm
             yield f"row_mass/layer_{i}", probe.row_mass
             yield f"sink/layer_{i}", probe.sink_mass
+
+    def snapshot(self, writer: RecordWriter, step: int) -> None:
+        """Attention weights on the first tokens of the first validation window."""
+        if not is_due(self.run, self.run.attention_snapshots, step):
+            return
+        tokens = self.data.val_windows[:1, : min(TOKENS, self.run.model.seqlen)].to(self.device)
+        attentions = [module for module in self.model.modules() if isinstance(module, SigmoidAttention)]
+        # FlexAttention would be compiled for this one length, and its weights are those of softmax
+        plain = {fused_softmax_attention: softmax_attention}
+        write_snapshot(
+            writer,
+            lambda: self.model(tokens),
+            [(attention, plain.get(attention.attention_fn, attention.attention_fn)) for attention in attentions],
+            nheads=self.run.model.nheads,
+            tokens=[self.data.tokenizer.decode([token]) for token in tokens[0].tolist()],
+            step=step,
+        )
 
     def finish(self, writer: RecordWriter) -> None:
         """Bits per byte of whole splits; the first validation tokens and what the model makes of them: sample.txt."""

@@ -95,6 +95,9 @@ class RunModule(pl.LightningModule):
         """What computes the attention, by name, for the records; None: not said."""
         return None
 
+    def snapshot(self, writer: RecordWriter, step: int) -> None:
+        """After a validation: what attention does with one text or image, where a snapshot is due."""
+
     def finish(self, writer: RecordWriter) -> None:
         """After the last step: samples, pictures."""
 

@@ -22,7 +22,7 @@ from .augment import normalised
 from .classification import ImageBatch, ImageModule
 from .images import ImageConfig, ImageData, load_images
 from .module import Feed, Metric, Options, Prepared, train_run
-from .run import Run
+from .run import Run, check_snapshots
 from .transfer import ENCODER
 
 _CHUNK = 256  # features whose neighbours are sought at once
@@ -40,6 +40,7 @@ class PretrainingRun(Run):
     model: ViTConfig  # with num_classes=0: an encoder has no head
     data: ImageConfig = field(default_factory=ImageConfig)
     workers: int = 0  # processes that read images; 0: this one
+    attention_snapshots: int = 6  # of the weights for a validation image, spread over the validations; 0: none
     knn_k: int = 20  # nearest neighbours of a validation image
     knn_images: int = 8192  # training images, at most, among which they are sought
 
@@ -47,6 +48,7 @@ class PretrainingRun(Run):
         super().__post_init__()
         if self.model.num_classes != 0:
             raise ValueError(f"model.num_classes must be 0 in a pretraining, got {self.model.num_classes}")
+        check_snapshots(self.attention_snapshots)
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
         for name in ("knn_images", "knn_k"):

@@ -13,6 +13,7 @@ from .optim import OptimConfig
 
 # these touch neither a parameter nor the tokens; whether the tokens are the same is told by their fingerprint
 FREE = {
+    "run.attention_snapshots",
     "run.eval_stride",
     "run.name",
     "run.keep_last",
@@ -111,11 +112,13 @@ class LanguageRun(Run):
     model: GPTConfig
     data: DataConfig = field(default_factory=DataConfig)
     sample_tokens: int = 300  # of the text drawn at the end; 0: none
+    attention_snapshots: int = 6  # of the weights for a validation text, spread over the validations; 0: none
     compile: bool = False  # torch.compile what trains and validates: some minutes at most, then faster steps
     eval_stride: int | None = None  # of the windows in which whole splits are evaluated at the end; None: seqlen / 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_snapshots(self.attention_snapshots)
         if self.sample_tokens < 0:
             raise ValueError(f"sample_tokens must not be negative, got {self.sample_tokens}")
         if not 1 <= self.stride <= self.model.seqlen:
@@ -135,6 +138,12 @@ class LanguageRun(Run):
     def settings(self) -> dict[str, Any]:
         """The description in one flat dict for the records; sigmoid_bias is the number that is used."""
         return {**super().settings(), "sigmoid_bias": self.model.bias}
+
+
+def check_snapshots(count: int) -> None:
+    """Raises ValueError for a field attention_snapshots that is no number of snapshots."""
+    if type(count) is not int or count < 0:
+        raise ValueError(f"attention_snapshots must be a non-negative integer, got {count!r}")
 
 
 def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:
