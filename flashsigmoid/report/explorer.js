@@ -153,11 +153,11 @@
       });
       const seen = arm.steps.map((step) => [step, picked(arm, step)]).filter(([, found]) => found);
       traces.push({
-        x: seen.map((p) => p[0]), y: seen.map((p) => statistics[statistic](p[1])), mode: "markers",
+        x: seen.map((p) => p[0]), y: seen.map((p) => statistics[statistic](p[1])), mode: "markers", cliponaxis: false,
         marker: { color: line.color, size: 8 }, name: `${arm.label}, head and token`, hovertemplate,
       });
     }
-    const share = statistic === "sink" ? { tickformat: ".0%" } : {};
+    const share = statistic === "sink" ? { tickformat: "~%" } : {};
     await Plotly.react(element(statistic), traces, layout({
       xaxis: { fixedrange: true, title: { text: "step" } }, yaxis: { fixedrange: true, rangemode: "tozero", ...share },
       shapes: [{ type: "line", x0: state.step, x1: state.step, yref: "paper", y0: 0, y1: 1,
