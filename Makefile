@@ -35,13 +35,14 @@ gpu:
 	$(GPU) -m pytest tests/gpu/test_hopper.py --gpu-record gpu-tests-hopper.jsonl $(WORKERS)
 	$(BENCH) 'lm-*-d64' 'lm-*-d64-causal' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/lm-d64-bfloat16.jsonl
 	$(BENCH) 'lm-*-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/lm-d128-bfloat16.jsonl
-	$(BENCH) 'lm-*-d256*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/lm-d256-bfloat16.jsonl
+	$(BENCH) 'lm-*-d256*' $(FAST) $(KERNELS) --out $(RESULTS)/lm-d256-bfloat16.jsonl
 	$(BENCH) lm-4k-d64 lm-4k-d64-causal 'lm-16k-d64*' 'lm-4k-d128*' 'lm-16k-d128*' 'lm-4k-d256*' 'lm-16k-d256*' $(EXACT) \
 	  $(KERNELS) --out $(RESULTS)/exact-bfloat16.jsonl
 	$(BENCH) 'b0-*' 'wide-*' $(FAST) $(KERNELS) --out $(RESULTS)/scores-bfloat16.jsonl
 	$(BENCH) gqa window varlen cross long $(FAST) $(KERNELS) --out $(RESULTS)/others-bfloat16.jsonl
 	$(BENCH) 'vit-*' $(FAST) --peer triton-sigmoid --out $(RESULTS)/vit-bfloat16.jsonl
 	$(BENCH) 'vit-*' $(FAST) --no-graphs --work both --out $(RESULTS)/vit-eager-bfloat16.jsonl
+	$(BENCH) lm-4k-d64-alibi-causal --peer hopper --peer triton $(KERNELS) --out $(RESULTS)/alibi-bfloat16.jsonl
 	$(BENCH) 'lm-1k-d128*' 'lm-4k-d128*' 'lm-16k-d128*' --peer triton --peer hopper --peer 'triton fp8' --work forward \
 	  --out $(RESULTS)/fp8.jsonl
 	$(BENCH) lm-4k-d64 lm-4k-d128-causal lm-4k-d64-alibi-causal $(KERNELS) --out $(RESULTS)/everybody-bfloat16.jsonl

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 import typer
 from rich.console import Console
@@ -26,6 +26,7 @@ from . import __version__
 if TYPE_CHECKING:
     from .record import Record
     from .training.callbacks import Progress, Show
+    from .training.module import Options
     from .training.run import Run
 
 app = typer.Typer(
@@ -145,7 +146,9 @@ def train(
     sigmoid_bias: Annotated[str | None, typer.Option(help="b of every attention; none: -log(context length).")] = None,
     steps: Annotated[str | None, typer.Option(help="Optimizer steps.")] = None,
     seed: Annotated[str | None, typer.Option(help="Of parameters, order of data and dropout.")] = None,
-    data: Annotated[str | None, typer.Option(help="A text file, a folder of .txt, or hf:NAME[:CONFIG].")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A text file, a folder of .txt, hf:NAME[:CONFIG] or enwik8:FILE.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="bytes, or bpe: trained on the text.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
     batch_size: Annotated[str | None, typer.Option(help="Sequences in a micro-batch.")] = None,
@@ -153,6 +156,10 @@ def train(
     assignments: Fields = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run.", show_default="runs/RECIPE/ATTENTION")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(help="Then save and leave with exit code 75; --resume goes on.", show_default="no limit"),
+    ] = None,
     device: Device = "auto",
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
 ) -> None:
@@ -185,7 +192,7 @@ def train(
         bias = run.model.sigmoid_bias
         raise ValueError(f"sigmoid_bias has no effect with attention={run.model.attention}, got {bias}")
     folder = out or Path("runs") / recipe / run.model.attention
-    results = _train(run, folder, resume=resume, device=device)
+    results = _train(run, folder, resume=resume, device=device, max_minutes=max_minutes)
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     after = _next(run, folder)
     print(f"run: {folder}" + (after and f"   next: {after}"))
@@ -214,9 +221,9 @@ def _next(run: Run, folder: Path) -> str:
     return commands.get(type(run).__name__, "")
 
 
-def _train(run: Run, folder: Path, *, resume: bool, device: Literal["auto", "cpu", "cuda", "mps"]) -> dict[str, float]:
+def _train(run: Run, folder: Path, **options: Unpack[Options]) -> dict[str, float]:
     with _progress() as show:
-        return run.train(folder, resume=resume, device=device, show=show)
+        return run.train(folder, **{**options, "show": show})
 
 
 @contextmanager
@@ -351,6 +358,53 @@ def export(
     print(f"exported: {write(model, tokenizer.to_library_json(), out_dir).absolute()}")
 
 
+@app.command(
+    epilog="Examples: flashsigmoid convert a-llama --seqlen 2048 --data my.txt --steps 1000; "
+    "flashsigmoid convert a-llama --set optim.lr=3e-4 --out runs/converted"
+)
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Of transformers, in Llama's layout, trained with softmax.", show_default=False)
+    ],
+    seqlen: Annotated[int, typer.Option(help="Tokens of a window, and n of b = -log(n).")] = 128,
+    sigmoid_bias: Annotated[str | None, typer.Option(help="b; none: -log(seqlen).")] = None,
+    steps: Annotated[str | None, typer.Option(help="Optimizer steps of the recovery.")] = None,
+    seed: Annotated[str | None, typer.Option(help="Of the order of data.")] = None,
+    data: Annotated[str | None, typer.Option(help="A text file, or a folder of .txt.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Windows in a micro-batch.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Peak learning rate.")] = None,
+    assignments: Fields = None,
+    out: Annotated[Path, typer.Option(help="Folder of both arms.")] = Path("runs/converted"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoints in the folder.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Give a softmax model sigmoid attention, train it a little, and the softmax original in the same way as control.
+
+    All weights are kept; the loss is told before and after.
+    """
+    from .recipes.conversion import MODEL, llama_recovery
+    from .recipes.conversion import convert as train_both
+    from .recipes.fields import override
+    from .report.conversion import NOTE, conversion_rows
+
+    flags = {
+        "model.sigmoid_bias": sigmoid_bias,
+        "steps": steps,
+        "seed": seed,
+        "data.source": data,
+        "precision": precision,
+        "batch": batch_size,
+        "optim.lr": lr,
+    }
+    given = {name: text for name, text in flags.items() if text is not None}
+    run = override(llama_recovery(checkpoint, seqlen), given, _assignments(assignments))
+    with _progress() as show:
+        folders = train_both(run, out, resume=resume, device=device, show=show)
+    _print_table(conversion_rows(out))
+    print(f"{NOTE}\nmodel: {folders['sigmoid'] / MODEL}")
+
+
 @app.command(epilog="Example: flashsigmoid transcribe runs/an4_sample/sigmoid one.wav two.flac --beam 16")
 def transcribe(
     checkpoint: Annotated[
@@ -381,6 +435,28 @@ def transcribe(
         print(f"{file}\t{text}" if len(files) > 1 else text, flush=True)
     if left_out:
         print(f"{left_out} of {len(files)} files left out", file=sys.stderr)
+
+
+@app.command(epilog="Example: flashsigmoid long-audio runs/an4/sigmoid runs/an4/softmax; flashsigmoid report runs/an4")
+def long_audio(
+    runs: Annotated[list[Path], typer.Argument(help="Runs on speech, finished or not.", show_default=False)],
+    factors: Annotated[str, typer.Option(help="Utterances joined at a time, with commas.")] = "1,2,4,8",
+    root: Annotated[
+        str | None, typer.Option(help="The manifest, or the folder, of the data.", show_default="where they were")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
+) -> None:
+    """Join validation utterances of one speaker and count errors: does a recogniser work on longer audio?
+
+    Records go to long-audio.jsonl of each run, where the report finds them.
+    """
+    from .recipes.fields import parse
+    from .training.long_audio import long_audio as measure
+
+    chosen = parse("factors", factors, tuple[int, ...])
+    for run in runs:
+        print(run)
+        measure(run, factors=chosen, device=device, root=root)
 
 
 @app.command(epilog="Example: flashsigmoid report runs/demo runs/demo-seed-1 --out report.html")
@@ -627,14 +703,16 @@ def bench(
     """Time sigmoid attention beside everybody else's, with its error beside its speed. It must be right to be timed."""
     import torch
 
+    from .bench import decode
     from .bench.peers import candidates, load_library
     from .bench.problems import PROBLEMS, WORKS
     from .bench.run import run
     from .record import read_records
 
     if list_problems:
-        _print_table([shape.row() for shape in PROBLEMS.values()])
+        _print_table([shape.row() for shape in (*PROBLEMS.values(), *decode.PROBLEMS.values())])
         print(f"peers: {', '.join(candidates())}")
+        print(f"peers of decode problems: {', '.join(decode.PEERS)}")
         return
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise ValueError(f"--plot must end in .png or .svg, got {plot}")
@@ -645,6 +723,11 @@ def bench(
         from .bench.tune import tune as measure_tiles
 
         measure_tiles(problems or (), dtype=numbers, rounds=rounds, show=print)
+        return
+    if steps := decode.choose(problems or ()):
+        if len(steps) < len(problems or ()) or work or plot or not graphs:
+            raise ValueError(f"decode problems are run by themselves, without --work and --plot, got {problems}")
+        decode.run(steps, dtype=numbers, rounds=rounds, names=peer or (), out=out, show=print)
         return
     records = run(
         problems or (),

@@ -7,11 +7,13 @@ import os
 import random
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+from flashsigmoid import backends
 
 ALLOCATORS = (
     (torch, "empty"),
@@ -70,3 +72,10 @@ def nan_poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty and its kin, called from a module of the package, return poison, not whatever was there."""
     for owner, name in ALLOCATORS:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    """What a test changes of the backends decides its own calls, and no later ones."""
+    yield
+    backends._remembered.cache_clear()

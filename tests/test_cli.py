@@ -25,6 +25,7 @@ COMMANDS = (
     "train",
     "generate",
     "export",
+    "convert",
     "transcribe",
     "report",
     "study",

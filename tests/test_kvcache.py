@@ -319,7 +319,6 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(changed, rule):
     assert all(torch.equal(x, old) for x, old in zip(tensors, before, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["triton", "hopper"])
-def test_a_named_backend_without_a_decode_kernel_says_so(backend):
-    with pytest.raises(BackendUnsupported, match=f"{backend}: no decode kernel yet"):
-        call(backend=backend)
+def test_a_named_backend_without_a_decode_kernel_says_so():
+    with pytest.raises(BackendUnsupported, match="hopper: no decode kernel"):
+        call(backend="hopper")

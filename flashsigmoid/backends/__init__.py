@@ -79,14 +79,23 @@ def select(problem: Problem, backend: str, direction: str = "forward", tensors: 
     Raises:
         BackendUnsupported: an explicitly named backend cannot, with its reason.
     """
-    reasons = {}
-    for name in AUTO if backend == "auto" else (backend,):
-        module = load(name)
-        reason = _against(module, problem, backend, direction, tensors)
-        if reason is None:
+    # sizes that a compiler traces are no keys
+    able = _able if torch.compiler.is_compiling() else _remembered
+    for module in able(problem, backend, direction, torch.are_deterministic_algorithms_enabled()):
+        if not module.ALIGNED or are_aligned(*tensors):
             return module
-        reasons[name] = reason
-    raise BackendUnsupported("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    modules = [load(name) for name in (AUTO if backend == "auto" else (backend,))]
+    reasons = [f"{module.NAME}: {_against(module, problem, backend, direction, tensors)}" for module in modules]
+    raise BackendUnsupported("; ".join(reasons))
+
+
+def _able(problem: Problem, backend: str, direction: str, is_deterministic: bool) -> tuple[Backend, ...]:
+    """Who `select` may take, fastest first: the tensors decide between them."""
+    modules = map(load, AUTO if backend == "auto" else (backend,))
+    return tuple(module for module in modules if _against(module, problem, backend, direction) is None)
+
+
+_remembered = functools.lru_cache(maxsize=4096)(_able)
 
 
 def _against(

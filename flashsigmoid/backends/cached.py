@@ -1,7 +1,7 @@
 """Calls against a cache of keys and values, contiguous or in pages: its rules, appending, its keys as dense tensors.
 
-There is no decode kernel here: the dense kernels compute a call, sequence by sequence where the host has the lengths,
-else all at once with every sequence moved to the end of the cache, where one q_offset fits all.
+What the decode kernel does not take (decode.py) is computed here by the dense backends, sequence by sequence where the
+host has the lengths, else all at once with every sequence moved to the end of the cache, where one q_offset fits all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def unsupported(backend: str) -> str | None:
     """None if the backend computes a call against a cache when asked by name, else why not."""
-    return "no decode kernel yet" if backend in ("hopper", "triton") else None
+    return "no decode kernel" if backend == "hopper" else None
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Cache:
     """A cache and how many keys of it each sequence has.
 
     k is (batch, capacity, nheads_k, head_dim), or with a page_table (batch, pages of a sequence), int, its pages
-    (npages, page_size, nheads_k, head_dim); v likewise. seqlens is int64 (batch,).
+    (npages, page_size, nheads_k, head_dim); v likewise. seqlens is int32 or int64 (batch,).
     """
 
     k: Tensor
@@ -46,11 +46,21 @@ class Cache:
         self.v.index_put_(where, v)
         return Cache(self.k, self.v, self.seqlens + k.shape[1], self.page_table)
 
+    def behind(self, k: Tensor, v: Tensor) -> Cache:
+        """A contiguous copy in which k, v (seqlen, nheads_k, head_dim) stand in front of every sequence."""
+        own, n = (self.k, self.v), k.shape[0]
+        if self.page_table is not None:
+            pages = self.page_table.long().clamp(min=0)
+            own = tuple(x[pages].flatten(1, 2) for x in own)
+        batch = self.seqlens.shape[0]
+        k, v = (torch.cat((x.expand(batch, *x.shape), y), dim=1) for x, y in zip((k, v), own, strict=True))
+        return Cache(k, v, self.seqlens + n)
+
     def of(self, index: int, seqlen: int) -> tuple[Tensor, Tensor]:
         """The keys and values of one sequence, (1, seqlen, nheads_k, head_dim): a view, or of pages a copy."""
         if self.page_table is None:
             return self.k[index : index + 1, :seqlen], self.v[index : index + 1, :seqlen]
-        pages = self.page_table[index, : -(-seqlen // self.k.shape[1])]
+        pages = self.page_table[index, : -(-seqlen // self.k.shape[1])].long()
         return self.k[pages].flatten(0, 1)[None, :seqlen], self.v[pages].flatten(0, 1)[None, :seqlen]
 
     def at_the_end(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +84,7 @@ class Cache:
             return batch, position
         page_size = self.k.shape[1]
         # a sequence without keys may have no page
-        pages = self.page_table[batch, position // page_size].clamp(min=0)
+        pages = self.page_table[batch, position // page_size].long().clamp(min=0)
         return pages, position % page_size
 
 
@@ -141,7 +151,7 @@ def checked(
         cache_seqlens = torch.full((batch,), cache_seqlens, device=q.device)
     _check_indices("cache_seqlens", cache_seqlens, q, (batch,))
     assert isinstance(cache_seqlens, Tensor)
-    cache = Cache(k_cache, v_cache, cache_seqlens.long(), None if page_table is None else page_table.long())
+    cache = Cache(k_cache, v_cache, cache_seqlens, page_table)
     if on_host(q):
         _check_lengths(cache, new)
     return cache
@@ -176,6 +186,23 @@ def check_rotary(
                 f"both alike, got {tuple(x.shape)}"
             )
     return cos, sin
+
+
+def check_prefix(k_prefix: Tensor, v_prefix: Tensor, cache: Cache, q: Tensor) -> None:
+    """Keys that stand in front of every sequence.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit the cache.
+    """
+    for name, x, own in (("k_prefix", k_prefix, cache.k), ("v_prefix", v_prefix, cache.v)):
+        if not isinstance(x, Tensor) or x.dtype != q.dtype or x.device != q.device:
+            got = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor of {q.dtype} on {q.device}, got {got}")
+        if x.dim() != 3 or x.shape[1:] != own.shape[2:] or x.shape[0] != k_prefix.shape[0]:
+            want = f"({k_prefix.shape[0]}, {own.shape[2]}, {own.shape[3]})"
+            raise ValueError(f"{name} must be (seqlen_prefix, nheads_k, head_dim), {want}, got {tuple(x.shape)}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must not require a gradient, a cache is forward only, got one that does")
 
 
 def on_host(x: Tensor) -> bool:

@@ -157,7 +157,7 @@ def choose_formula(problem: Problem, kernel: str) -> str:
     if problem.sigmoid == "exact":
         return "fine" if b is not None and b <= -7.2 else "pair"
     if b is not None and b > -4.6:
-        return "pair"  # "high" for bfloat16 once a GPU has run it
+        return "high" if problem.dtype == torch.bfloat16 else "pair"
     narrow = (-6.2 if kernel == "fwd" else -7.2) - (0.0 if problem.dtype == torch.bfloat16 else 1.4)
     return "wide" if b is None or b > narrow else "narrow"
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from ..functional import sigmoid_attention, sigmoid_attention_with_kvcache
 from ..models.gpt import GPT, GPTConfig, parameter_count
@@ -171,9 +172,17 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """Of tokens."""
         return self.model.embedding
 
+    def set_input_embeddings(self, value: torch.nn.Embedding) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Replace it."""
+        self.model.embedding = value
+
     def get_output_embeddings(self) -> torch.nn.Module:
         """The head."""
         return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: torch.nn.Linear) -> None:
+        """Replace it."""
+        self.model.head = new_embeddings
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         if isinstance(module, GPT):
@@ -186,6 +195,7 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
         """Which of the new tokens are padding, for caches of a fixed size: the earlier ones were told before."""
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
 
+    @can_return_tuple  # return_dict=False
     def forward(
         self,
         input_ids: Int[Tensor, "batch seqlen"],
@@ -248,13 +258,17 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As any model, and a modelling file, so that a process that has not called `register` can load it.
 
-        That needs trust_remote_code=True; the file imports flashsigmoid and nothing else.
+        That needs trust_remote_code=True; the file imports flashsigmoid and nothing else. So can `transformers serve`,
+        which looks up the architecture of a config among the names of transformers itself.
         """
         self.config.auto_map = {
             "AutoConfig": "modeling_sigmoid_gpt.SigmoidGPTConfig",
             "AutoModelForCausalLM": "modeling_sigmoid_gpt.SigmoidGPTForCausalLM",
         }
         super().save_pretrained(save_directory, **options)
+        # not this class, which transformers has no name for; the auto class finds it by auto_map
+        self.config.architectures = ["AutoModelForCausalLM"]
+        self.config.save_pretrained(save_directory)
         (Path(save_directory) / "modeling_sigmoid_gpt.py").write_text(_MODELING, "utf-8")
 
 

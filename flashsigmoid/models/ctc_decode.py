@@ -1,4 +1,4 @@
-"""From the log-probabilities of a CTC model to tokens: the best path, and a beam of prefixes. No language model."""
+"""Log-probabilities of a CTC model to tokens: the best path, a beam of prefixes, an alignment. No language model."""
 
 from __future__ import annotations
 
@@ -31,6 +31,60 @@ def greedy(
         joined = torch.unique_consecutive(path[:length])
         found.append(joined[joined != blank].tolist())
     return found
+
+
+def align(
+    log_probs: Float[Tensor, "positions vocab_size"], tokens: Int[Tensor, " length"], *, blank: int = 0
+) -> Int[Tensor, " positions"]:
+    """The most likely path of a text: which of its tokens each position says, -1 for a blank.
+
+        argmax over paths that say the text of sum_t log y_t(path_t)
+
+    by dynamic programming over the states blank, s_1, blank, s_2, ..., blank; a state follows itself, the one before
+    it, and the one before that where it is another token and no blank.
+
+    Args:
+        log_probs: (positions, vocab_size).
+        tokens: (length,), without blanks.
+        blank: token of the blank. Default: 0.
+
+    Returns:
+        (positions,) int64 indices into tokens, or -1.
+
+    Raises:
+        ValueError: there are too few positions for the text.
+
+    Source: Graves et al., Connectionist temporal classification, ICML 2006, section 4.1, with max in place of sums.
+    """
+    tokens = tokens.cpu()
+    repeats = int((tokens[1:] == tokens[:-1]).sum())
+    if len(log_probs) < len(tokens) + repeats:
+        raise ValueError(f"positions must be at least {len(tokens) + repeats} for this text, got {len(log_probs)}")
+    states = torch.full((2 * len(tokens) + 1,), blank)
+    states[1::2] = tokens
+    # (positions, states)
+    scores = log_probs.double().cpu()[:, states]
+    skips = torch.zeros(len(states), dtype=torch.bool)
+    skips[3::2] = tokens[1:] != tokens[:-1]
+    best = torch.full((len(states),), -math.inf, dtype=torch.float64)
+    best[:2] = scores[0, :2]
+    came = []
+    for row in scores[1:]:
+        before = torch.stack([
+            best,
+            torch.nn.functional.pad(best, (1, 0), value=-math.inf)[:-1],
+            torch.nn.functional.pad(best, (2, 0), value=-math.inf)[:-2].masked_fill(~skips, -math.inf),
+        ])  # fmt: skip
+        values, back = before.max(0)
+        came.append(back)
+        best = values + row
+    state = len(states) - 1 - int(best[-2:].flip(0).argmax()) if len(tokens) else 0
+    path = [state]
+    for back in reversed(came):
+        state -= int(back[state])
+        path.append(state)
+    found = torch.tensor(path[::-1])
+    return torch.where(found % 2 == 1, found // 2, -1)
 
 
 def prefix_beam(

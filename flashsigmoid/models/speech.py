@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import CAPE, MLP, Block, RMSNorm, SigmoidAttention, SoftmaxAttention, sincos_positions
-from ..nn.attention import AttentionFn
+from ..nn.attention import AttentionFn, Packing
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -42,6 +42,7 @@ class SpeechConfig:
     qk_norm: bool = True  # RMSNorm of queries and keys per head
     layer_scale: float | None = 0.1  # initial factor per channel on each branch; None: no LayerScale
     dropout_p: float = 0.0  # of attention weights and of what enters the blocks, in training, in [0, 1)
+    packing: bool = False  # the blocks see utterances in a row, without padding, instead of padded ones
     attention: Literal["sigmoid", "softmax"] = "sigmoid"  # the one field in which a pair differs
     sigmoid_bias: float | None = None  # b; None: -log(seqlen) of this config, whatever the input's length
 
@@ -93,7 +94,9 @@ class SpeechEncoder(nn.Module):
 
     A padded batch gives every utterance what it gets alone: frames beyond its end are zero before each convolution, as
     the convolution's own padding is, and the attention leaves them out by its key mask (sigmoid: their values are
-    zero). What stands beyond the end of the result means nothing.
+    zero). What stands beyond the end of the result means nothing. With config.packing the blocks get no padding at all:
+    the positions of all utterances in a row, and the attention of each by the variable-length path (softmax: torch's
+    SDPA, for which they are padded again). Results are the same up to rounding; dropout and CAPE draw otherwise.
 
     Start: as `GPT`: matrices N(0, 1 / fan_in), those that end a branch divided by sqrt(2 nlayers), the head
     N(0, 1 / (4 dim)); convolutions as torch draws them.
@@ -188,10 +191,19 @@ class SpeechEncoder(nn.Module):
             x = self.cape(x, lengths)
         elif self.config.position == "sincos":
             x = x + sincos_positions(x.shape[1], self.config.dim, device=x.device, dtype=x.dtype)
-        x = self.dropout(x)
+        if not self.config.packing:
+            x = self.dropout(x)
+            for block in self.blocks:
+                x = block(x, keep)
+            return self.head(self.norm(x)), lengths
+        ends = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        packing = Packing(ends, x.shape[1])
+        # (1, total, dim)
+        packed = self.dropout(x[keep][None])
         for block in self.blocks:
-            x = block(x, keep)
-        return self.head(self.norm(x)), lengths
+            packed = block(packed, packing=packing)
+        logits = self.head(self.norm(packed))[0]
+        return logits.new_zeros(*keep.shape, logits.shape[-1]).masked_scatter(keep[..., None], logits), lengths
 
 
 def _keep(x: Tensor, lengths: Tensor) -> Tensor:

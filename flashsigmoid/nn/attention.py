@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ..backends.cached import Cache
 from ..backends.problem import make_problem
 from ..backends.reference import visible
-from ..functional import sigmoid_attention, sigmoid_attention_with_kvcache
+from ..functional import sigmoid_attention, sigmoid_attention_varlen, sigmoid_attention_with_kvcache
 from .norm import RMSNorm
 from .position import RotaryEmbedding, alibi_slopes
 
@@ -31,6 +31,14 @@ class KVCache:
     k: Float[Tensor, "batch capacity nheads_k head_dim"]
     v: Float[Tensor, "batch capacity nheads_k head_dim"]
     seqlens: Int[Tensor, " batch"]  # keys that each sequence has; who calls a module adds what it has passed
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Sequences one after the other without padding, as one row of a batch: where each of them is."""
+
+    cu_seqlens: Int[Tensor, " batch+1"]  # int32: 0, then where each sequence ends
+    max_seqlen: int  # of the longest, or more
 
 
 def kept_keys_bias(key_mask: Bool[Tensor, "batch seqlen_k"], dtype: torch.dtype, extra: int = 0) -> Tensor:
@@ -153,6 +161,7 @@ class SigmoidAttention(nn.Module):
         x: Float[Tensor, "batch seqlen dim"],
         key_mask: Bool[Tensor, "batch seqlen"] | None = None,
         cache: KVCache | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "batch seqlen dim"]:
         """Attention of x to itself, and to what a cache has before it. With a cache, eval mode and without gradients.
 
@@ -160,10 +169,18 @@ class SigmoidAttention(nn.Module):
             x: (batch, seqlen, dim).
             key_mask: (batch, seqlen) bool, True for a token that may be attended to. Default: all.
             cache: keys and values of earlier tokens; those of x are written behind them, in place. Default: none.
+            packing: of the sequences in x, (1, total, dim), of which none sees another. Default: a sequence a row.
 
         Raises:
-            ValueError: key_mask is of another shape or dtype; a cache in training or where `takes_cache` is False.
+            ValueError: key_mask is of another shape or dtype; a cache in training or where `takes_cache` is False;
+                packing with a key_mask or a cache, without sigmoid_bias, or with another attention_fn than the
+                module's own.
         """
+        if packing is not None:
+            if key_mask is not None or cache is not None:
+                raise ValueError("packing must be alone, got a key_mask or a cache beside it")
+            if self.attention_fn not in (sigmoid_attention, softmax_attention):
+                raise ValueError(f"packing needs the module's own attention_fn, got {self.attention_fn}")
         if cache is not None and (not self.takes_cache or self.training):
             raise ValueError(
                 "cache needs a causal module in eval mode with its own attention_fn, got "
@@ -183,9 +200,13 @@ class SigmoidAttention(nn.Module):
         q = self.rope(self.q_norm(q), *start).to(v.dtype)
         k = self.rope(self.k_norm(k), *start).to(v.dtype)
         # (batch, seqlen, nheads * head_dim)
-        out = (
-            self._attend(q, k, v, key_mask) if cache is None else self._attend_cache(q, k, v, key_mask, cache)
-        ).flatten(2)
+        if packing is not None:
+            out = self._attend_packed(q[0], k[0], v[0], packing)[None]
+        elif cache is not None:
+            out = self._attend_cache(q, k, v, key_mask, cache)
+        else:
+            out = self._attend(q, k, v, key_mask)
+        out = out.flatten(2)
         if self.gate_proj is not None:
             out = out * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(out)
@@ -198,6 +219,16 @@ class SigmoidAttention(nn.Module):
             if bias is None:
                 bias = kept_keys_bias(key_mask, q.dtype).expand(-1, self.nheads)
         return self.attention_fn(q, k, v, sigmoid_bias=bias, **self._options(q.device))
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """By the variable-length path. RoPE's angles go on from sequence to sequence, but differences count only."""
+        bias: Any = self.sigmoid_bias
+        cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
+        return sigmoid_attention_varlen(
+            q, k, v,
+            cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest, max_seqlen_k=longest,
+            sigmoid_bias=bias, **self._options(q.device),
+        )  # fmt: skip
 
     def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cache: KVCache) -> Tensor:
         """A value that is zero when it is written masks its key for good."""
@@ -251,6 +282,19 @@ class SoftmaxAttention(SigmoidAttention):
             raise ValueError("key_mask must be None with a cache, which has no place for softmax's, got one")
         keys, values, real = Cache(cache.k, cache.v, cache.seqlens).append(k, v).at_the_end()
         return softmax_attention(q, keys, values, key_mask=real, **self._options(q.device))
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """SDPA takes ALiBi in padded batches only, so that they are padded for it, and the padding goes again."""
+        lengths = packing.cu_seqlens.diff()
+        keep = torch.arange(packing.max_seqlen, device=q.device) < lengths[:, None]
+        place = keep.flatten().nonzero()[:, 0]
+
+        def padded(x: Tensor) -> Tensor:
+            rows = x.new_zeros(keep.numel(), *x.shape[1:]).index_copy(0, place, x)
+            return rows.unflatten(0, keep.shape)
+
+        out = softmax_attention(*map(padded, (q, k, v)), key_mask=keep, **self._options(q.device))
+        return out.flatten(0, 1)[place]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         mask = {} if key_mask is None else {"key_mask": key_mask}

@@ -11,7 +11,7 @@ from .norm import LayerScale, RMSNorm
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-    from .attention import KVCache
+    from .attention import KVCache, Packing
 
 
 class Block(nn.Module):
@@ -72,9 +72,11 @@ class Block(nn.Module):
         x: Float[Tensor, "batch seqlen dim"],
         key_mask: Bool[Tensor, "batch seqlen"] | None = None,
         cache: KVCache | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "batch seqlen dim"]:
-        """x through both branches; key_mask (True = keep), and a cache if there is one, go to the attention."""
-        given = () if cache is None else (cache,)  # an attention without caches is called without
-        attended = self.attention(self.attention_norm(x), key_mask, *given)
+        """x through both branches; key_mask (True = keep), and a cache or packing if given, go to the attention."""
+        given = {"cache": cache, "packing": packing}  # an attention without these is called without
+        given = {name: value for name, value in given.items() if value is not None}
+        attended = self.attention(self.attention_norm(x), key_mask, **given)
         x = x + self.attention_scale(self.attention_out_norm(attended))
         return x + self.mlp_scale(self.mlp_out_norm(self.mlp(self.mlp_norm(x))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..models.gpt import GPTConfig, gpt_1b, gpt_7b, gpt_40m, gpt_85m, gpt_demo
+from ..models.gpt import GPTConfig, gpt_1b, gpt_7b, gpt_40m, gpt_85m, gpt_demo, gpt_enwik8
 from ..training.data import DataConfig
 from ..training.optim import OptimConfig
 from ..training.run import LanguageRun
@@ -51,6 +51,43 @@ def shakespeare() -> LanguageRun:
         val_every=100,
         save_every=100,
     )
+
+
+def enwik8() -> LanguageRun:
+    """39M parameters on the bytes of enwik8 at n = 1024, 98 M of them: bits per byte of both arms in minutes.
+
+    ALiBi or RoPE by --set model.position=rope, hybrid-norm or not by --set model.norm=pre. Softmax with ALiBi runs on
+    FlexAttention, with RoPE on torch's scaled_dot_product_attention; the record attention_kernel names it.
+
+    Paper: arXiv:2409.04431, its practices for language. Command: flashsigmoid train enwik8 --data enwik8:FILE, the file
+    enwik8 or its zip. Hardware: 1 GPU of 40 GB. Wall time: not yet measured (estimate: 2 to 3 minutes on an H100).
+    Expected: not yet measured.
+    """
+    return LanguageRun(
+        name="enwik8",
+        model=gpt_enwik8(),
+        data=DataConfig(source="enwik8:enwik8", val_windows=256),
+        optim=OptimConfig(lr=1.5e-3, warmup=200),
+        steps=3000,
+        batch=32,
+        precision="bf16",
+        compile=True,
+        val_every=500,
+        save_every=500,
+        log_every=20,
+    )
+
+
+def enwik8_4k() -> LanguageRun:
+    """`enwik8` at n = 4096, with as many bytes in a step.
+
+    Paper: arXiv:2409.04431, where hybrid-norm is needed at this length. Command: flashsigmoid train enwik8_4k --data
+    enwik8:FILE. Hardware: 1 GPU of 40 GB. Wall time: not yet measured (estimate: 3 to 4 minutes on an H100).
+    Expected: not yet measured.
+    """
+    run = enwik8()
+    data = replace(run.data, val_windows=64)
+    return replace(run, name="enwik8_4k", model=replace(run.model, seqlen=4096), data=data, batch=8)
 
 
 def language_40m() -> LanguageRun:
@@ -122,5 +159,6 @@ def paper_7b() -> LanguageRun:
 
 
 RECIPES: dict[str, Callable[[], LanguageRun]] = {
-    recipe.__name__: recipe for recipe in (demo, shakespeare, language_40m, paper_85m, paper_1b, paper_7b)
+    recipe.__name__: recipe
+    for recipe in (demo, shakespeare, enwik8, enwik8_4k, language_40m, paper_85m, paper_1b, paper_7b)
 }

@@ -6,6 +6,8 @@ Each is a sigmoid arm; run.with_attention("softmax") its twin.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
 
 from ..models.speech import SpeechConfig, speech_255m, speech_small
 from ..training.audio import AudioConfig, SpecAugmentConfig
@@ -40,7 +42,8 @@ def an4_sample() -> SpeechRun:
 def an4() -> SpeechRun:
     """CMU AN4 whole: 948 utterances to train on, 130 of other speakers to validate on; 15 M parameters, 100 epochs.
 
-    Its manifest names the official test part; choose settings on --set data.hold_out=10, every tenth training speaker.
+    With ALiBi; an4_cape, an4_rope and an4_sincos are the same with other positions. Its manifest names the official
+    test part; choose settings on --set data.hold_out=10, every tenth training speaker.
 
     Paper: arXiv:2409.04431, its practices for speech. Command: flashsigmoid train an4 --set data.root=manifest.tsv, a
     file with the columns split (train, test), path, text and speaker. Hardware: 1 GPU. Wall time: not yet measured
@@ -48,7 +51,7 @@ def an4() -> SpeechRun:
     """
     return SpeechRun(
         name="an4",
-        model=speech_small(),
+        model=replace(speech_small(), position="alibi"),
         data=AudioConfig(source="manifest", root="manifest.tsv", val="test"),
         augment=SpecAugmentConfig(time_width=50),
         optim=OptimConfig(lr=1e-3, warmup=300, final_lr=0.01),
@@ -59,6 +62,38 @@ def an4() -> SpeechRun:
         save_every=250,
         log_every=50,
     )
+
+
+def an4_cape() -> SpeechRun:
+    """`an4` with CAPE, sin-cos positions that are shifted, jittered and stretched while training.
+
+    Paper: arXiv:2409.04431. Command: flashsigmoid train an4_cape --set data.root=manifest.tsv. Hardware, wall time: as
+    an4. Expected: not yet measured.
+    """
+    return _an4_with("cape")
+
+
+def an4_rope() -> SpeechRun:
+    """`an4` with RoPE.
+
+    Paper: arXiv:2409.04431, where sigmoid with RoPE is weak on long audio. Command: flashsigmoid train an4_rope --set
+    data.root=manifest.tsv. Hardware, wall time: as an4. Expected: not yet measured.
+    """
+    return _an4_with("rope")
+
+
+def an4_sincos() -> SpeechRun:
+    """`an4` with fixed sin-cos positions.
+
+    Paper: arXiv:2409.04431. Command: flashsigmoid train an4_sincos --set data.root=manifest.tsv. Hardware, wall time:
+    as an4. Expected: not yet measured.
+    """
+    return _an4_with("sincos")
+
+
+def _an4_with(position: Literal["cape", "rope", "sincos"]) -> SpeechRun:
+    run = an4()
+    return replace(run, name=f"an4_{position}", model=replace(run.model, position=position))
 
 
 def paper_speech_255m() -> SpeechRun:
@@ -90,5 +125,5 @@ def paper_speech_255m() -> SpeechRun:
 
 
 RECIPES: dict[str, Callable[[], SpeechRun]] = {
-    recipe.__name__: recipe for recipe in (an4_sample, an4, paper_speech_255m)
+    recipe.__name__: recipe for recipe in (an4_sample, an4, an4_cape, an4_rope, an4_sincos, paper_speech_255m)
 }

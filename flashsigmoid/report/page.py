@@ -12,6 +12,8 @@ from . import classifiers, recognisers
 from .arms import BIGRAM, FLOOR, SEED, Arm, Run, differing, group_arms, load_runs, show, value_of
 from .classifiers import are_classifiers, are_of_images
 from .figures import DARK, LIGHT, Drawing, accuracy_drawing, colour_variable, layer_drawing, loss_drawings
+from .hearing import hearing_drawing
+from .long_audio import long_drawing
 from .maps import maps_drawing
 from .recognisers import are_of_speech, are_of_text
 from .summary import (
@@ -72,7 +74,8 @@ def write_report(runs: Iterable[str | Path], out: str | Path) -> Path:
     if page.suffix.lower() not in (".html", ".htm"):
         page = page / "report.html"
     statistics = [layer_drawing(arms, *statistic) for statistic in _STATISTICS]
-    drawings = [accuracy_drawing(arms), *loss_drawings(arms), *statistics, maps_drawing(arms)]
+    pictures = [maps_drawing(arms), hearing_drawing(arms), long_drawing(arms)]
+    drawings = [accuracy_drawing(arms), *loss_drawings(arms), *statistics, *pictures]
     folder = page.with_name(f"{page.stem}-figures")
     folder.mkdir(parents=True, exist_ok=True)
     for drawing in drawings:
@@ -93,10 +96,10 @@ def _write(path: Path, content: bytes) -> None:
 
 def _page(arms: Sequence[Arm], drawings: dict[str, Drawing]) -> str:
     heading, (lead, *facts) = escape(title(arms)), map(escape, statement(arms))
-    curves, attention = _figure_names(arms)
+    curves, attention = _figure_names(arms, drawings)
     curves, attention = ("".join(_figure(drawings[name]) for name in names) for names in (curves, attention))
     # nothing may be loaded, and no script may run; the pixels of attention maps are within the page
-    pixels = " img-src data:;" if drawings["attention-maps"].panels else ""
+    pixels = " img-src data:;" if any(drawings[name].panels for name in ("attention-maps", "hearing")) else ""
     policy = f"default-src 'none';{pixels} style-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en">
@@ -124,10 +127,11 @@ def _page(arms: Sequence[Arm], drawings: dict[str, Drawing]) -> str:
 """
 
 
-def _figure_names(arms: Sequence[Arm]) -> tuple[Sequence[str], Sequence[str]]:
+def _figure_names(arms: Sequence[Arm], drawings: dict[str, Drawing]) -> tuple[Sequence[str], Sequence[str]]:
     """The curves and the figures of attention that are shown; what only language models record is no gap elsewhere."""
     if are_of_speech(arms):
-        return ("loss-step", "loss-time"), ("attn-norm",)
+        joined, heard = ([name] if drawings[name].panels else [] for name in ("long-audio", "hearing"))
+        return ("loss-step", "loss-time", *joined), ("attn-norm", *heard)
     if are_of_text(arms):
         return ("loss-step", "loss-time"), ("attn-norm", "row-mass", "sink")
     recorded = [name for name in ("row_mass", "sink") if any(arm.layers(name) for arm in arms)]
@@ -351,7 +355,7 @@ figure{margin:0 0 1rem}
 .cards,.samples{grid-template-columns:repeat(auto-fit,minmax(min(100%,15.5rem),1fr))}
 .pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 .panels{grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:.5rem}
-.attention-maps{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
+.attention-maps,.hearing{grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr))}
 .cards{margin-top:1.75rem}
 .cards article{border-top:5px solid;max-width:38rem}
 .value{font-size:2.3rem;font-weight:650;line-height:1.1;margin:.2rem 0 0;font-variant-numeric:tabular-nums}

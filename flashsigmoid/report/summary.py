@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from . import classifiers, recognisers
+from . import classifiers, recognisers, texts
 from .arms import BIGRAM, FLOOR, Arm, Spread, differing, group_arms, load_runs, paired_differences, show
 from .classifiers import are_classifiers, are_of_images
 from .recognisers import are_of_speech, are_of_text
@@ -41,9 +41,12 @@ def arm_rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
         if are_of_text(arms):
             row["below bigram"] = below_text(arm, BIGRAM)
             row["below any bigram"] = below_text(arm, FLOOR)
+            row |= texts.rows(arm, arms)
         row["first |A V|"] = norm_text(arm)
         if are_of_images(arms):
             row |= classifiers.speed_rows(arm)
+        else:
+            row |= texts.speed_rows(arm, arms)
         row["time"] = time_text(arm.time_s)
         rows.append(row)
     return rows

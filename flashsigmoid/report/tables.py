@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ..record import Record, read_records
 from .ablation import NOTE, ablation_rows
+from .conversion import NOTE as CONVERSION_NOTE
+from .conversion import conversion_rows
 from .speed import Speed, ceilings_text, speeds
 from .studies import study_note, study_rows
 from .summary import summary_rows
@@ -43,6 +45,12 @@ def theory(path: str | Path) -> str:
     """A file of `flashsigmoid theory`."""
     rows = theory_rows(path)
     return _table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def conversion(path: str | Path) -> str:
+    """The folder of `flashsigmoid convert`: a row per arm."""
+    rows = conversion_rows(path)
+    return _table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n{CONVERSION_NOTE}\n"
 
 
 def study(path: str | Path) -> str:
@@ -112,6 +120,7 @@ def faults(path: str | Path) -> str:
 KINDS: dict[str, Callable[[str | Path], str]] = {
     "arms": arms,
     "ablation": ablation,
+    "conversion": conversion,
     "speed": speed,
     "faults": faults,
     "gpu-speed": gpu_speed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 
 from ..record import RecordWriter
 from .checkpoint import checkpoint_path, keep_last
@@ -22,6 +24,8 @@ from .optim import lr_at
 
 if TYPE_CHECKING:
     from .module import RunModule
+
+OUT_OF_TIME = 75  # an exit code: EX_TEMPFAIL of sysexits.h
 
 
 class Stopwatch:
@@ -106,8 +110,12 @@ class Recorder(pl.Callback):
         self._tell(trainer, module, validated=False)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Validation is not training time."""
-        _ours(pl_module).clock.stop()
+        """Validation is not training time, nor is its memory training's."""
+        module = _ours(pl_module)
+        module.clock.stop()
+        if module.device.type == "cuda" and not trainer.sanity_checking:
+            peak_mib = torch.cuda.max_memory_allocated(module.device) / 2**20
+            self.writer.write("peak_memory", peak_mib, unit="MiB", step=trainer.global_step)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the validation, also the one before the first step."""
@@ -116,6 +124,8 @@ class Recorder(pl.Callback):
         for name, value, unit in module.validated():
             self._write(trainer, name, value, unit, step, now_s, shown=True)
         if step == 0:
+            if (kernel := module.kernel()) is not None:
+                self.writer.write("attention_kernel", step=0, kernel=kernel)
             for name, value, unit in module.baselines():
                 self.writer.write(name, value, unit=unit, step=0)
         for name, value in module.probed():
@@ -126,7 +136,10 @@ class Recorder(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Training goes on."""
-        _ours(pl_module).clock.start()
+        module = _ours(pl_module)
+        module.clock.start()
+        if module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(module.device)
 
     def _write(
         self, trainer: pl.Trainer, name: str, value: float, unit: str, step: int, time_s: float, shown: bool = False
@@ -143,26 +156,31 @@ class Recorder(pl.Callback):
 
 
 class Interrupted(SystemExit):
-    """A signal ended the training after a checkpoint; as an exit its code is 128 + the signal's number: 130, 143."""
+    """A signal, or the time given, ended the training after a checkpoint.
 
-    def __init__(self, signum: int, step: int, checkpoint: Path) -> None:
-        super().__init__(128 + signum)
+    As an exit its code is 128 + the signal's number, 130 or 143, and 75, "try again", where the time was over.
+    """
+
+    def __init__(self, signum: int | None, step: int, checkpoint: Path) -> None:
+        super().__init__(OUT_OF_TIME if signum is None else 128 + signum)
         self.step, self.checkpoint = step, checkpoint
-        self.signal_name = signal.Signals(signum).name
+        self.reason = "max_minutes" if signum is None else signal.Signals(signum).name
 
 
 class Saver(pl.Callback):
-    """Saves a checkpoint when one is due, and when SIGINT or SIGTERM asks to stop; then raises `Interrupted`.
+    """Saves a checkpoint when one is due, and when SIGINT, SIGTERM or the time asks to stop; then raises `Interrupted`.
 
     A step is finished when its validation is, so a checkpoint never stands between the two. A second signal
     ends the process at once, with the same exit code and without a checkpoint.
 
     Args:
         run_dir: of the run.
+        max_minutes: from now on; None: no limit.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, max_minutes: float | None = None) -> None:
         self.run_dir = run_dir
+        self._deadline_s = math.inf if max_minutes is None else time.monotonic() + 60.0 * max_minutes
         self._received: int | None = None
         self._before: dict[int, Any] = {}
 
@@ -203,10 +221,11 @@ class Saver(pl.Callback):
     def _step_end(self, trainer: pl.Trainer, module: RunModule) -> None:
         step = trainer.global_step
         path = checkpoint_path(self.run_dir, step)
-        if step % module.run.save_every == 0 or step == module.run.steps or self._received is not None:
+        must_stop = self._received is not None or time.monotonic() >= self._deadline_s
+        if step % module.run.save_every == 0 or step == module.run.steps or must_stop:
             trainer.save_checkpoint(path, weights_only=False)
             keep_last(self.run_dir, module.run.keep_last)
-        if self._received is not None and step < module.run.steps:
+        if must_stop and step < module.run.steps:
             raise Interrupted(self._received, step, path)
 
 

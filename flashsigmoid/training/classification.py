@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from ..models.vision import VisionAttention, ViTConfig, build_vit, initial_bias, layer_groups
-from ..record import RECORDS_NAME, RecordWriter, read_records
+from ..record import RecordWriter
 from .attention_maps import write_attention_maps
 from .augment import Augment, AugmentConfig, normalised
-from .callbacks import Show, show_line
 from .data import shuffled
 from .images import ImageConfig, ImageData, collate, load_images
-from .module import Feed, Metric, RunModule, fit, resumed_from
+from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .optim import adamw
 from .run import Run
 from .transfer import Initial, load_encoder
@@ -49,6 +48,7 @@ class ImageRun(Run):
     train_only: Literal["all", "head"] = "all"  # "head": a linear probe, the encoder stays as it is
     head_norm: bool = False  # BatchNorm without parameters before the head, as MAE's linear probe has
     layer_decay: float = 1.0  # of the learning rate from a block to the one before it, in (0, 1]
+    compile: bool = False  # torch.compile what trains: a minute at most, then faster steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,6 +213,8 @@ class ClassificationModule(ImageModule):
         super().__init__(run, data, model)
         self.augment = Augment(run.augment, data.mean, data.std, len(data.classes))
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema else None
+        # a model that is compiled in place would be validated compiled, at another batch, and so be compiled again
+        self._logits = torch.compile(model.__call__, dynamic=False) if run.compile else model.__call__
         self._val = (0.0, 0, 0)  # nats, right answers, images
 
     def train(self, mode: bool = True) -> Self:
@@ -234,7 +236,7 @@ class ClassificationModule(ImageModule):
     def batch_loss(self, batch: ImageBatch) -> Tensor:
         """Mean loss of a batch after its augmentation."""
         x, targets = self.augment(batch.images, batch.labels)
-        return F.cross_entropy(self.model(x).float(), targets, label_smoothing=self.run.label_smoothing)
+        return F.cross_entropy(self._logits(x).float(), targets, label_smoothing=self.run.label_smoothing)
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Lightning's hook: the average of the weights follows each step."""
@@ -291,15 +293,7 @@ class _Order:
             s += 1
 
 
-def train_classifier(
-    run: ImageRun,
-    out_dir: str | Path,
-    *,
-    resume: bool = False,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    show: Show = show_line,
-    command: str | None = None,
-) -> dict[str, float]:
+def train_classifier(run: ImageRun, out_dir: str | Path, **options: Unpack[Options]) -> dict[str, float]:
     """Train an image classifier; everything it leaves is in `out_dir`: records.jsonl, checkpoints/, tb/.
 
     On the CPU a run that was killed and resumed, however often, ends with the same bits as one that was not. Ctrl-C or
@@ -308,7 +302,7 @@ def train_classifier(
 
     Args:
         run: what to train.
-        out_dir, resume, device, show, command: as `language.train`.
+        out_dir, options: as `language.train`.
 
     Returns:
         The last validation and the baseline: "val/accuracy", "val/accuracy_se", "val/loss", "baseline/majority".
@@ -317,25 +311,14 @@ def train_classifier(
         FileNotFoundError: there is no data where it should be.
         ValueError: bad data; a model that does not fit it, or the encoder at run.init; a run in `out_dir` already;
             resuming with another description or other data.
-        Interrupted: a signal ended it.
+        Interrupted: a signal, or max_minutes, ended it.
     """
-    out_dir = Path(out_dir)
-    start = resumed_from(out_dir, resume)
-    data = load_images(run.data)
-    # a checkpoint holds the weights: what the run began with may be gone by then
-    initial = load_encoder(run.init, run.model) if run.init is not None and start is None else None
-    fit(
-        run,
-        lambda: ClassificationModule(run, data, initial),
-        out_dir,
-        start,
-        fingerprint=data.fingerprint,
-        initial=initial,
-        device=device,
-        show=show,
-        command=command,
-    )
+
+    def prepare(start: Path | None) -> Prepared:
+        data = load_images(run.data)
+        # a checkpoint holds the weights: what the run began with may be gone by then
+        initial = load_encoder(run.init, run.model) if run.init is not None and start is None else None
+        return Prepared(lambda: ClassificationModule(run, data, initial), data.fingerprint, initial=initial)
+
     final = ("val/accuracy", "val/accuracy_se", "val/loss", "baseline/majority")
-    return {
-        r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in final and r.value is not None
-    }
+    return train_run(run, out_dir, prepare, final, **options)

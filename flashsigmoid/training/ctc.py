@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from torchmetrics.functional.text import char_error_rate, word_error_rate
 
 from ..models.ctc_decode import greedy, prefix_beam
 from ..models.speech import SpeechConfig, SpeechEncoder
-from ..record import RECORDS_NAME, RecordWriter, read_records
+from ..record import RecordWriter
 from .audio import (
     AudioBatch,
     AudioConfig,
@@ -34,10 +34,10 @@ from .audio import (
     spec_augment,
 )
 from .baseline import best_constant
-from .callbacks import Show, show_line
 from .checkpoint import WEIGHTS, find_checkpoint, load_config
 from .data import shuffled
-from .module import Feed, Metric, RunModule, fit, resumed_from
+from .hearing import write_hearing
+from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .run import Run
 
 FINAL = ("val/cer", "val/cer_se", "val/wer", "val/wer_se", "val/loss", "baseline/constant_cer")
@@ -184,7 +184,8 @@ class SpeechModule(RunModule):
             longest = inputs[0].shape[1]
             lengths = torch.tensor([self.run.model.positions(n) for n in audio.lengths.tolist()], device=self.device)
             within = torch.arange(longest, device=self.device) < lengths[:, None]
-            norms.append(float(inputs[0].float().norm(dim=-1)[within].mean()))
+            of_positions = inputs[0].float().norm(dim=-1)
+            norms.append(float((of_positions if self.run.model.packing else of_positions[within]).mean()))
 
         hooks = [block.attention.out_proj.register_forward_pre_hook(watch) for block in model.blocks]
         try:
@@ -196,8 +197,10 @@ class SpeechModule(RunModule):
         yield from ((f"attn_norm/layer_{i}", norm) for i, norm in enumerate(norms))
 
     def finish(self, writer: RecordWriter) -> None:
-        """How many utterances were left out."""
+        """How many utterances were left out, and pictures of a validation utterance."""
         writer.write("data/skipped", sum(map(len, self.data.skipped)), unit="utterances", step=self.run.steps)
+        model: Any = self.model
+        write_hearing(writer, model, self.data.val, step=self.run.steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add which utterances were left out."""
@@ -248,15 +251,7 @@ def error_rates(heard: Sequence[str], said: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def train_speech(
-    run: SpeechRun,
-    out_dir: str | Path,
-    *,
-    resume: bool = False,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    show: Show = show_line,
-    command: str | None = None,
-) -> dict[str, float]:
+def train_speech(run: SpeechRun, out_dir: str | Path, **options: Unpack[Options]) -> dict[str, float]:
     """Train a speech recogniser; everything it leaves is in `out_dir`: records.jsonl, checkpoints/, tb/.
 
     On the CPU a run that was killed and resumed, however often, ends with the same bits as one that was not. Ctrl-C or
@@ -265,7 +260,7 @@ def train_speech(
 
     Args:
         run: what to train.
-        out_dir, resume, device, show, command: as `language.train`.
+        out_dir, options: as `language.train`.
 
     Returns:
         The last validation and the baseline: `FINAL`.
@@ -273,24 +268,14 @@ def train_speech(
     Raises:
         FileNotFoundError: there is no data where it should be.
         ValueError: bad data; a run in `out_dir` already; resuming with another description or other data.
-        Interrupted: a signal ended it.
+        Interrupted: a signal, or max_minutes, ended it.
     """
-    out_dir = Path(out_dir)
-    start = resumed_from(out_dir, resume)
-    data = load_audio(run.data, run.model.positions)
-    fit(
-        run,
-        lambda: SpeechModule(run, data),
-        out_dir,
-        start,
-        fingerprint=data.fingerprint,
-        device=device,
-        show=show,
-        command=command,
-    )
-    return {
-        r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in FINAL and r.value is not None
-    }
+
+    def prepare(start: Path | None) -> Prepared:
+        data = load_audio(run.data, run.model.positions)
+        return Prepared(lambda: SpeechModule(run, data), data.fingerprint)
+
+    return train_run(run, out_dir, prepare, FINAL, **options)
 
 
 def load_recogniser(path: str | Path, device: str | torch.device = "cpu") -> tuple[SpeechEncoder, AudioConfig]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,7 +25,8 @@ class DataConfig:
         ValueError: a field breaks the rule beside it.
     """
 
-    source: str | None = None  # a text file, a folder of .txt, or hf:NAME[:CONFIG]; None: the embedded Shakespeare
+    # a text file, a folder of .txt, hf:NAME[:CONFIG], or enwik8:FILE; None: the embedded Shakespeare
+    source: str | None = None
     tokenizer: Literal["bytes", "bpe"] = "bytes"  # bpe: trained on the training text, of the model's vocab_size
     val_fraction: float = 0.1  # the last part of the text, in bytes, never trained on, in (0, 1)
     val_windows: int | None = None  # validate on this many windows, evenly spread; None: on all
@@ -64,13 +65,14 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class LanguageData:
-    """Everything a training reads: made by `load_text` or `load_stream`."""
+    """Everything a training reads: made by `load_text`, `load_stream` or `load_enwik8`."""
 
     tokenizer: Tokenizer
     train: Source
     val_windows: Tensor  # (windows, seqlen + 1) int64
     fingerprint: str  # changes when the tokens do
     bigram: Bigram | None  # baseline on the same windows; None for a stream
+    splits: dict[str, np.ndarray] = field(default_factory=dict)  # tokens of whole splits to evaluate on at the end
 
 
 class PackedText:

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..diagnostics.probes import probe_attention
+from ..functional import explain
 from ..models.generation import generate
 from ..models.gpt import GPT
-from ..record import RECORDS_NAME, RecordWriter, read_records
-from .callbacks import Show, show_line
+from ..nn.flex import block_mask, fused_softmax_attention, softmax_kernel
+from ..nn.position import alibi_slopes
+from ..record import RecordWriter
+from . import enwik8, stream
+from .bits import bits_per_byte
 from .checkpoint import TOKENIZER
 from .data import Batch, LanguageData, load_text
-from .module import Feed, Metric, RunModule, fit, resumed_from
+from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .run import LanguageRun as LanguageRun
-from .stream import PREFIX, load_stream
 from .tokenizer import Tokenizer, load_tokenizer
+
+FINAL = (
+    "val/loss", "val/loss_bytes", "baseline/bigram", "baseline/bigram_floor", "bits_per_byte/val", "bits_per_byte/test",
+)  # fmt: skip
+
+
+def nats_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """-log p of every target of windows (batch, seqlen + 1): (batch, seqlen), float32."""
+    # (batch, seqlen, vocab_size)
+    logits = model(tokens[:, :-1]).float()
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(len(tokens), -1)
 
 
 class LanguageModule(RunModule):
@@ -31,22 +45,30 @@ class LanguageModule(RunModule):
     Args:
         run: the description.
         data: what is read.
+        model: another model that gives logits of tokens. Default: a fresh GPT.
     """
 
     loss_unit = "nats_per_token"
 
-    def __init__(self, run: LanguageRun, data: LanguageData) -> None:
-        super().__init__(run, GPT(run.model))
+    def __init__(self, run: LanguageRun, data: LanguageData, model: nn.Module | None = None) -> None:
+        softmax = {"attention_fn": fused_softmax_attention} if run.model.attention == "softmax" else {}
+        super().__init__(run, GPT(run.model, **softmax) if model is None else model)
         self.data = data
+        # only what trains and validates is compiled: prompts of any length would each be compiled anew
+        self._nats = torch.compile(nats_of, dynamic=False) if run.compile else nats_of
         self.read_per_sample = ("tokens_per_s", run.model.seqlen)
         self._val = (0.0, 0, 0)  # nats, tokens, bytes
         self._byte_lengths = torch.from_numpy(data.tokenizer.byte_lengths())
 
+    def nats(self, tokens: Tensor) -> Tensor:
+        """Loss of every target of windows (batch, seqlen + 1): (batch, seqlen), float32."""
+        # the last batch of a text may have a size of its own
+        whole = tokens.shape == (self.run.batch, self.run.model.seqlen + 1)
+        return (self._nats if whole else nats_of)(self.model, tokens)
+
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean loss of windows (batch, seqlen + 1): a scalar, float32."""
-        # (batch, seqlen, vocab_size)
-        logits = self.model(tokens[:, :-1]).float()
-        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        return self.nats(tokens).mean()
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """Mean loss of a batch of windows."""
@@ -61,8 +83,36 @@ class LanguageModule(RunModule):
         return Feed(lambda: (Batch(part, {}) for part in self.data.val_windows.split(self.run.batch)))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Lightning's hook: only the tokens move."""
-        return Batch(batch.tokens.to(device, non_blocking=True), batch.position)
+        """Lightning's hook: only the tokens move, to a GPU while it computes."""
+        tokens = batch.tokens.pin_memory() if device.type == "cuda" else batch.tokens
+        return Batch(tokens.to(device, non_blocking=True), batch.position)
+
+    def on_fit_start(self) -> None:
+        """FlexAttention's mask, before anything that asks for it is compiled."""
+        model = self.run.model
+        if self.kernel() == "flex":
+            block_mask(model.seqlen, True, model.window_size, self.device)
+
+    def kernel(self) -> str:
+        """What computes the attention: "flex" or "sdpa" of torch, or our backend and, if another, its backward's."""
+        model = self.run.model
+        alibi = model.position == "alibi"
+        if model.attention == "softmax":
+            options = {"alibi": alibi, "window_size": model.window_size, "dropout_p": model.dropout_p}
+            return softmax_kernel(self.device, square=True, **options)
+        dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
+        head_dim, like = model.dim // model.nheads, {"dtype": dtype, "device": self.device}
+        q = torch.empty(self.run.batch, model.seqlen, model.nheads, head_dim, **like)
+        said = explain(
+            q,
+            *(q[:, :, : model.kv_heads] for _ in "kv"),
+            sigmoid_bias=model.bias,
+            causal=True,
+            window_size=model.window_size,
+            alibi_slopes=alibi_slopes(model.nheads, self.device) if alibi else None,
+            dropout_p=model.dropout_p,
+        )
+        return said.backend if said.backward in ("", said.backend) else f"{said.backend}, {said.backward}"
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""
@@ -71,7 +121,7 @@ class LanguageModule(RunModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch of windows to the sums."""
         targets, (nats, tokens, size) = batch.tokens[:, 1:], self._val
-        nats += float(self.loss(batch.tokens)) * targets.numel()
+        nats += float(self.nats(batch.tokens).double().sum())
         size += int(self._byte_lengths[targets.cpu()].sum())
         self._val = nats, tokens + targets.numel(), size
 
@@ -105,79 +155,75 @@ class LanguageModule(RunModule):
             yield f"sink/layer_{i}", probe.sink_mass
 
     def finish(self, writer: RecordWriter) -> None:
-        """The first validation tokens and what the model makes of them, in sample.txt."""
+        """Bits per byte of whole splits; the first validation tokens and what the model makes of them: sample.txt."""
         run = self.run
+        sizes = {"seqlen": run.model.seqlen, "stride": run.stride, "batch": run.batch, "device": self.device}
+        for split, tokens in self.data.splits.items():
+            with self.trainer.precision_plugin.val_step_context():
+                bits = bits_per_byte(self.nats, tokens, self.data.tokenizer.byte_lengths(), **sizes)
+            writer.write(f"bits_per_byte/{split}", bits, unit="bits_per_byte", step=run.steps, stride=run.stride)
         if not run.sample_tokens:
             return
+        model = GPT(run.model).to(self.device)  # with the attention that takes a cache
+        model.load_state_dict(self.model.state_dict())
         prompt = self.data.val_windows[:1, : min(32, run.model.seqlen)].to(self.device)
-        tokens = generate(self.model, prompt, run.sample_tokens, temperature=0.8, seed=run.seed)  # pyright: ignore[reportArgumentType]
+        tokens = generate(model, prompt, run.sample_tokens, temperature=0.8, seed=run.seed)
         text = self.data.tokenizer.decode(tokens[0].tolist())
         (writer.path.parent / "sample.txt").write_text(text, "utf-8")
         writer.write("sample", step=run.steps, artifact="sample.txt", temperature=0.8)
 
 
-def train(
-    run: LanguageRun,
-    out_dir: str | Path,
-    *,
-    resume: bool = False,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    show: Show = show_line,
-    command: str | None = None,
-) -> dict[str, float]:
+def train(run: LanguageRun, out_dir: str | Path, **options: Unpack[Options]) -> dict[str, float]:
     """Train a language model; everything it leaves is in `out_dir`: records.jsonl, checkpoints/, sample.txt, tb/.
 
     On the CPU a run that was killed and resumed, however often, ends with the same bits as one that was not. Ctrl-C or
-    SIGTERM finishes the step, saves a checkpoint, prints one line and raises `Interrupted` (exit code 130, 143).
-    The random states of python, numpy and torch are set.
+    SIGTERM, or the end of `max_minutes`, finishes the step, saves a checkpoint, prints one line and raises
+    `Interrupted` (exit code 130, 143, 75). What follows the last step, whole splits and a sample, is not cut short. The
+    random states of python, numpy and torch are set.
 
     Args:
         run: what to train.
         out_dir: folder of this one run.
-        resume: go on from the newest checkpoint in `out_dir`, from the beginning if there is none. Default: False,
-            begin anew, in a folder without a run.
-        device: "auto" is the accelerator of the machine, else the CPU.
-        show: told where the training stands. Default: one line on stderr.
-        command: how the run was started, for the records. Default: this process's command line.
+        options: resume: go on from the newest checkpoint in `out_dir`, from the beginning if there is none. Default:
+            False, begin anew, in a folder without a run.
+            device: "auto" is the accelerator of the machine, else the CPU.
+            show: told where the training stands. Default: one line on stderr.
+            command: how the run was started, for the records. Default: this process's command line.
+            max_minutes: save and stop after so many, counted from the call. Default: None, no limit.
 
     Returns:
-        The last validation and, of text files, the baselines: "val/loss", "val/loss_bytes", "baseline/bigram",
-        "baseline/bigram_floor".
+        The last validation and, where there are any, the baselines and what whole splits gave: `FINAL`.
 
     Raises:
         FileNotFoundError: there is no data at the path.
         ValueError: bad data; a run in `out_dir` already; resuming with another description or other data.
-        Interrupted: a signal ended it.
+        Interrupted: a signal, or max_minutes, ended it.
     """
-    out_dir = Path(out_dir)
-    start = resumed_from(out_dir, resume)
-    data = load_data(run, None if start is None else load_tokenizer(start / TOKENIZER))
-    fit(
-        run,
-        lambda: LanguageModule(run, data),
-        out_dir,
-        start,
-        fingerprint=data.fingerprint,
-        files={TOKENIZER: data.tokenizer.to_json()},
-        device=device,
-        show=show,
-        command=command,
-    )
-    final = ("val/loss", "val/loss_bytes", "baseline/bigram", "baseline/bigram_floor")
-    return {
-        r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in final and r.value is not None
-    }
+
+    def prepare(start: Path | None) -> Prepared:
+        data = load_data(run, None if start is None else load_tokenizer(start / TOKENIZER))
+        return Prepared(
+            lambda: LanguageModule(run, data), data.fingerprint, files={TOKENIZER: data.tokenizer.to_json()}
+        )
+
+    return train_run(run, out_dir, prepare, FINAL, **options)
 
 
 def load_data(run: LanguageRun, tokenizer: Tokenizer | None = None) -> LanguageData:
     """The data of a run; `tokenizer` instead of training one.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_text` and `load_stream`; the tokenizer has more tokens than the model.
+        FileNotFoundError, ValueError: as `load_text`, `load_stream` and `load_enwik8`; the tokenizer has more tokens
+            than the model.
     """
     sizes = {"vocab_size": run.model.vocab_size, "seqlen": run.model.seqlen, "tokenizer": tokenizer}
-    streamed = (run.data.source or "").startswith(PREFIX)
-    data = load_stream(run.data, **sizes) if streamed else load_text(run.data, seed=run.seed, **sizes)
+    source = run.data.source or ""
+    if source.startswith(enwik8.PREFIX):
+        data = enwik8.load_enwik8(run.data, seqlen=run.model.seqlen, seed=run.seed)
+    elif source.startswith(stream.PREFIX):
+        data = stream.load_stream(run.data, **sizes)
+    else:
+        data = load_text(run.data, seed=run.seed, **sizes)
     if data.tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(
             f"model.vocab_size must be at least the tokenizer's {data.tokenizer.vocab_size}, got {run.model.vocab_size}"

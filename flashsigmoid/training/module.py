@@ -1,4 +1,4 @@
-"""What Lightning drives, whatever is trained: steps, optimizer, learning rate, resume; and `fit`, from start to end.
+"""What Lightning drives, whatever is trained: steps, optimizer, learning rate, resume; and `train_run`, to the end.
 
 The loss, the batches and what is recorded of a validation are a subclass's: language.py.
 """
@@ -9,9 +9,10 @@ import importlib.util
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 import numpy as np
 import pytorch_lightning as pl
@@ -20,8 +21,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
-from ..record import RECORDS_NAME, RecordWriter
-from .callbacks import Interrupted, Recorder, Saver, Show, Stopwatch, quiet_lightning
+from ..record import RECORDS_NAME, RecordWriter, read_records
+from .callbacks import Interrupted, Recorder, Saver, Show, Stopwatch, quiet_lightning, show_line
 from .checkpoint import FOLDER, DirectoryCheckpoint, checkpoints, clean, load_config, rng_state, set_rng_state
 from .optim import adamw, lr_at
 from .run import Run, check_unchanged
@@ -90,6 +91,10 @@ class RunModule(pl.LightningModule):
         """What is seen inside of the model at a validation."""
         return ()
 
+    def kernel(self) -> str | None:
+        """What computes the attention, by name, for the records; None: not said."""
+        return None
+
     def finish(self, writer: RecordWriter) -> None:
         """After the last step: samples, pictures."""
 
@@ -133,49 +138,63 @@ class RunModule(pl.LightningModule):
         self.clock.start(0.0 if self._resumed is None else self._resumed["time_s"])
 
 
-def resumed_from(out_dir: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, None to begin anew; what a crash left half written goes.
+@dataclass(frozen=True)
+class Prepared:
+    """What a training needs besides its description, once its data are found."""
 
-    Raises:
-        ValueError: a run in `out_dir` already, and not `resume`.
-    """
-    found = checkpoints(out_dir)
-    if not resume and (found or (out_dir / RECORDS_NAME).exists()):
-        raise ValueError(f"out_dir must not hold a run unless it is resumed, got {out_dir}")
-    clean(out_dir)
-    return found[-1] if found else None
+    module: Callable[[], RunModule]  # made once the seeds are set
+    fingerprint: str  # of the data
+    files: dict[str, str] = field(default_factory=dict)  # what a checkpoint has beside weights and states, by name
+    initial: Initial | None = None  # the weights that the module begins with, for the records
 
 
-def fit(
+class Options(TypedDict, total=False):
+    """How a training is run, whatever is trained: the keywords of `language.train` and of its like."""
+
+    resume: bool  # go on from the newest checkpoint, from the beginning if there is none; default: begin anew
+    device: Literal["auto", "cpu", "cuda", "mps"]  # "auto", the default: the accelerator of the machine, else the CPU
+    show: Show  # told where the training stands; default: one line on stderr
+    command: str | None  # how the run was started, for the records; default: this process's command line
+    max_minutes: float | None  # then save and stop after a step, as a signal does; default: no limit
+
+
+def train_run(
     run: Run,
-    make: Callable[[], RunModule],
-    out_dir: Path,
-    start: Path | None,
-    *,
-    fingerprint: str,
-    files: dict[str, str] | None = None,
-    initial: Initial | None = None,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    show: Show,
-    command: str | None = None,
-) -> None:
-    """Train from the checkpoint `start`, or the beginning, to the end; nothing if it is there.
+    out_dir: str | Path,
+    prepare: Callable[[Path | None], Prepared],
+    results: Sequence[str],
+    **options: Unpack[Options],
+) -> dict[str, float]:
+    """Train to the end, from the newest checkpoint or the beginning; the end of every `train`.
 
     Args:
         run: the description.
-        make: the module, made once the seeds are set.
         out_dir: folder of this one run.
-        start: a checkpoint of it, or None.
-        fingerprint: of the data.
-        files: what a checkpoint has beside weights and states, by name.
-        initial: the weights that the module begins with, for the records; None: none, or it goes on from `start`.
-        device, show, command: as `language.train`.
+        prepare: given the checkpoint to go on from, or None, finds the data.
+        results: names of the records whose last values are returned.
+        options: `Options`.
 
     Raises:
-        ValueError: resuming with another description or other data.
-        Interrupted: a signal ended it.
+        ValueError: a run in `out_dir` already, and not `resume`; resuming with another description or other data.
+        Interrupted: a signal, or max_minutes, ended it.
     """
-    config = {**run.sections(), "fingerprint": fingerprint}
+    out_dir, limit = Path(out_dir), options.get("max_minutes")
+    if limit is not None and not limit > 0.0:
+        raise ValueError(f"max_minutes must be positive or None, got {limit}")
+    saver = Saver(out_dir, limit)
+    found = checkpoints(out_dir)
+    if not options.get("resume", False) and (found or (out_dir / RECORDS_NAME).exists()):
+        raise ValueError(f"out_dir must not hold a run unless it is resumed, got {out_dir}")
+    clean(out_dir)  # what a crash left half written
+    start = found[-1] if found else None
+    _fit(run, prepare(start), out_dir, start, saver, options)
+    records = read_records(out_dir / RECORDS_NAME).records
+    return {r.name: r.value for r in records if r.name in results and r.value is not None}
+
+
+def _fit(run: Run, prepared: Prepared, out_dir: Path, start: Path | None, saver: Saver, options: Options) -> None:
+    """Train from the checkpoint `start`, or the beginning, to the end; nothing if it is there."""
+    config, initial = {**run.sections(), "fingerprint": prepared.fingerprint}, prepared.initial
     if start is not None:
         check_unchanged(load_config(start), config)
     step = 0 if start is None else int(start.name.removeprefix("step-"))
@@ -188,9 +207,10 @@ def fit(
     torch.manual_seed(run.seed)
     random.seed(run.seed)
     np.random.seed(run.seed)
-    module = make()  # before the records: what does not fit leaves nothing behind
+    module = prepared.module()  # before the records: what does not fit leaves nothing behind
     settings = run.settings() | ({} if initial is None else {"init": initial.origin})
-    saver = Saver(out_dir)
+    command = options.get("command")
+    device = options.get("device", "auto")
     with (
         RecordWriter(out_dir / RECORDS_NAME, settings, command, None if start is None else step) as writer,
         quiet_lightning(),
@@ -203,7 +223,7 @@ def fit(
             devices=1,
             precision="bf16-mixed" if run.precision == "bf16" else "32-true",
             logger=_tensorboard(out_dir, step),
-            callbacks=[Recorder(writer, show), saver],
+            callbacks=[Recorder(writer, options.get("show", show_line)), saver],
             max_epochs=-1,
             max_steps=run.steps,
             accumulate_grad_batches=run.accumulate,
@@ -215,14 +235,14 @@ def fit(
             enable_progress_bar=False,
             enable_model_summary=False,
             # one process, wherever it runs: a cluster's variables are not read
-            plugins=[DirectoryCheckpoint(config, files), LightningEnvironment()],
+            plugins=[DirectoryCheckpoint(config, prepared.files), LightningEnvironment()],
         )
         saver.listen()
         try:
             trainer.fit(module, ckpt_path=start, weights_only=True)
         except Interrupted as stop:
             print(
-                f"\nstopped by {stop.signal_name} after step {stop.step}, saved {stop.checkpoint}: "
+                f"\nstopped by {stop.reason} after step {stop.step}, saved {stop.checkpoint}: "
                 "the same command with --resume goes on",
                 file=sys.stderr,
             )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
 from lightly.utils.benchmarking.knn import knn_predict
@@ -18,12 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..models.vision import ViTConfig, initial_bias
-from ..record import RECORDS_NAME, read_records
 from .augment import normalised
-from .callbacks import Show, show_line
 from .classification import ImageBatch, ImageModule
 from .images import ImageConfig, ImageData, load_images
-from .module import Feed, Metric, fit, resumed_from
+from .module import Feed, Metric, Options, Prepared, train_run
 from .run import Run
 from .transfer import ENCODER
 
@@ -143,15 +141,7 @@ class PretrainingModule(ImageModule):
         yield "baseline/majority", self.data.majority, ""
 
 
-def pretrain(
-    run: PretrainingRun,
-    out_dir: str | Path,
-    *,
-    resume: bool = False,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    show: Show = show_line,
-    command: str | None = None,
-) -> dict[str, float]:
+def pretrain(run: PretrainingRun, out_dir: str | Path, **options: Unpack[Options]) -> dict[str, float]:
     """Pretrain an encoder; everything it leaves is in `out_dir`: records.jsonl, checkpoints/, tb/.
 
     The weights of the encoder are those of model.safetensors whose names begin with "encoder."; `ImageRun.init` takes
@@ -159,7 +149,7 @@ def pretrain(
 
     Args:
         run: what to train.
-        out_dir, resume, device, show, command: as `language.train`.
+        out_dir, options: as `language.train`.
 
     Returns:
         The last validation and the baseline: "val/knn_accuracy", "val/knn_accuracy_se", "val/loss",
@@ -169,25 +159,15 @@ def pretrain(
         FileNotFoundError: there is no data where it should be.
         ValueError: bad data; a model that does not fit it; a run in `out_dir` already; resuming with another
             description or other data.
-        Interrupted: a signal ended it.
+        Interrupted: a signal, or max_minutes, ended it.
     """
-    out_dir = Path(out_dir)
-    start = resumed_from(out_dir, resume)
-    data = load_images(run.data)
-    fit(
-        run,
-        lambda: run.module(data),
-        out_dir,
-        start,
-        fingerprint=data.fingerprint,
-        device=device,
-        show=show,
-        command=command,
-    )
+
+    def prepare(start: Path | None) -> Prepared:
+        data = load_images(run.data)
+        return Prepared(lambda: run.module(data), data.fingerprint)
+
     final = ("val/knn_accuracy", "val/knn_accuracy_se", "val/loss", "val/feature_spread", "baseline/majority")
-    return {
-        r.name: r.value for r in read_records(out_dir / RECORDS_NAME).records if r.name in final and r.value is not None
-    }
+    return train_run(run, out_dir, prepare, final, **options)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from .optim import OptimConfig
 
 # these touch neither a parameter nor the tokens; whether the tokens are the same is told by their fingerprint
 FREE = {
+    "run.eval_stride",
     "run.name",
     "run.keep_last",
     "run.log_every",
@@ -110,11 +111,20 @@ class LanguageRun(Run):
     model: GPTConfig
     data: DataConfig = field(default_factory=DataConfig)
     sample_tokens: int = 300  # of the text drawn at the end; 0: none
+    compile: bool = False  # torch.compile what trains and validates: some minutes at most, then faster steps
+    eval_stride: int | None = None  # of the windows in which whole splits are evaluated at the end; None: seqlen / 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sample_tokens < 0:
             raise ValueError(f"sample_tokens must not be negative, got {self.sample_tokens}")
+        if not 1 <= self.stride <= self.model.seqlen:
+            raise ValueError(f"eval_stride must be from 1 to model.seqlen={self.model.seqlen}, got {self.eval_stride}")
+
+    @property
+    def stride(self) -> int:
+        """`eval_stride`, or half a context."""
+        return max(1, self.model.seqlen // 2) if self.eval_stride is None else self.eval_stride
 
     def train(self, out_dir: Path, **options: Any) -> dict[str, float]:
         """`language.train`."""

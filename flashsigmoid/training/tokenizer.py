@@ -53,7 +53,8 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the tokens; bytes that are not UTF-8 become U+FFFD, ends of text disappear."""
-        return bytes(token for token in tokens if token != self.eot).decode("utf-8", errors="replace")
+        # a model may have more rows than there are tokens
+        return bytes(token for token in tokens if token < self.eot).decode("utf-8", errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
         """1 for every byte, 0 for the end of text: (257,) int64."""

@@ -26,9 +26,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import flashsigmoid.backends.hopper as hopper_backend
+from flashsigmoid.backends.decode import problem_of
 from flashsigmoid.backends.hopper import launch as hopper
 from flashsigmoid.backends.problem import make_problem
-from flashsigmoid.backends.triton import launch
+from flashsigmoid.backends.triton import decode_launch, launch
 from flashsigmoid.backends.triton.tiles import Tile, choose_tile
 
 TARGETS = {
@@ -46,7 +47,11 @@ NAMES = {
     "_hopper_fwd_kernel": hopper,
     "_hopper_bwd_kernel": hopper,
     "_bwd_rows_kernel": hopper,
+    "_decode_kernel": decode_launch,
+    "_sum_kernel": decode_launch,
+    "_append_kernel": decode_launch,
 }
+CACHED = {"_decode_kernel": "decode", "_sum_kernel": "sum", "_append_kernel": "append"}
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
@@ -74,7 +79,13 @@ class Call:
     dropout_p: float = 0.0
     origin: tuple[int, ...] = (0, 0, 0, 0)
     sigmoid: str = "auto"
-    backend: str = "triton"  # or "hopper"
+    backend: str = "triton"  # or "hopper", or "decode": against a cache with room for `seqlen` keys
+    seqlen_q: int = 1  # of "decode", as what follows
+    page_size: int = 0
+    num_splits: int = 0
+    is_shared: bool = False  # all sequences read the same keys
+    reduction: str = "parts"
+    rotary_dim: int = 0
     kernel: str | None = None  # "fwd", "dkdv", "dq" or "all", hopper's "bwd"; None: what is launched
     tile: tuple[int, ...] | None = None  # a Tile's fields; None: the backend's own
 
@@ -141,7 +152,7 @@ class Compiler:
 
     def compile(self, name: str, *args: Any, grid: tuple[int, ...], **kwargs: Any) -> None:
         # dV of the widest heads is the forward's kernel
-        part = kwargs.get("PART", "bwd" if "bwd" in name or kwargs.get("OF_KEYS") else "fwd")
+        part = CACHED.get(name) or kwargs.get("PART", "bwd" if "bwd" in name or kwargs.get("OF_KEYS") else "fwd")
         if self.call.kernel not in (None, part):
             return
         log = io.StringIO()
@@ -163,6 +174,8 @@ class Compiler:
         """The kernels of one call, in the order of their launches."""
         self.call, self.launched = call, []
         launch._plan.cache_clear()  # it remembers tiles
+        if call.backend == "decode":
+            return self._run_decode(call)
         dtype = getattr(torch, call.dtype)
         torch.set_float32_matmul_precision(call.matmul_precision)
         dim_v = call.head_dim if call.head_dim_v is None else call.head_dim_v
@@ -205,6 +218,42 @@ class Compiler:
             return self.launched
         launch.forward(problem, q, k, v, bias, slopes, seed, cu_seqlens)
         launch.backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)
+        return self.launched
+
+    def _run_decode(self, call: Call) -> list[Compiled]:
+        dtype = getattr(torch, call.dtype)
+        torch.set_float32_matmul_precision(call.matmul_precision)
+        dim_v = call.head_dim if call.head_dim_v is None else call.head_dim_v
+        batch, capacity = (1 if call.is_shared else call.batch), call.seqlen
+        lead, pages = (batch, capacity), None
+        if call.page_size:
+            lead = (batch * capacity // call.page_size, call.page_size)
+            pages = torch.empty(batch, capacity // call.page_size, dtype=torch.int32)
+        q = _empty((call.batch, call.seqlen_q, call.nheads, call.head_dim), dtype, call.layout, 0)
+        k, v = (_empty((*lead, call.nheads_k, dim), dtype, call.layout, 0) for dim in (call.head_dim, dim_v))
+        seqlens = torch.empty(call.batch, dtype=torch.int32)
+        bias = slopes = None
+        if call.bias == "head":
+            bias = torch.empty(call.nheads, dtype=torch.float32)
+        elif call.bias == "row":
+            bias = torch.empty((call.batch, call.nheads, call.seqlen_q), dtype=torch.float32)
+        if call.has_slopes:
+            slopes = torch.empty(call.nheads, dtype=torch.float32)
+        problem = problem_of(
+            q, k, v, pages, bias, slopes, call.sigmoid_bias or -8.0, None, call.causal, call.window_left,
+            call.window_right,
+        )  # fmt: skip
+        problem = replace(problem, arch=self.arch, device="cuda", sigmoid_bias=None if bias is not None else -8.0)
+        decode_launch._plan.cache_clear()
+        decode_launch.REDUCTION = call.reduction
+        decode_launch._units = lambda device: 132
+        if call.rotary_dim:
+            angles = torch.empty(capacity, call.rotary_dim // 2)
+            new = (torch.empty(call.batch, call.seqlen_q, *x.shape[2:], dtype=dtype) for x in (k, v))
+            decode_launch.append(*new, k, v, seqlens, pages, q, angles, angles, False, 0)
+        decode_launch.attend(
+            problem, q, k, v, seqlens, pages, bias, slopes, call.seqlen_q, call.num_splits, call.is_shared, dtype
+        )
         return self.launched
 
 

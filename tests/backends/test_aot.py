@@ -118,6 +118,33 @@ def test_the_hopper_kernels(call) -> None:
         assert not one["notes"], one["notes"]
 
 
+CACHES: dict[str, dict[str, Any]] = {
+    "decode": {"nheads": 32, "nheads_k": 8, "head_dim": 128, "causal": True, "rotary_dim": 128},
+    "pages": {"nheads": 32, "nheads_k": 8, "head_dim": 128, "causal": True, "page_size": 16, "seqlen_q": 2},
+    "shared": {"nheads": 32, "nheads_k": 8, "head_dim": 64, "causal": True, "batch": 64, "is_shared": True},
+    "options": {
+        "nheads": 8, "nheads_k": 1, "head_dim": 40, "head_dim_v": 96, "bias": "row", "has_slopes": True,
+        "window_left": 100, "causal": True, "seqlen_q": 3, "reduction": "atomic", "dtype": "float16",
+    },
+    "float32": {"head_dim": 64, "dtype": "float32"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_the_kernels_of_a_cache(arch) -> None:
+    calls = (json.dumps({"backend": "decode", "seqlen": 65536, **call}) for call in CACHES.values())
+    kernels = compiled(arch, *calls)
+    assert [one["kernel"] for one in kernels] == ["append", *["decode", "sum"] * len(CACHES)]
+    for one in kernels:
+        products = one["products"] if one["kernel"] == "decode" else 1
+        check(arch, {**one, "products": products})
+    if arch != "gfx942":
+        # several programs at once on a multiprocessor, each with two more blocks of keys and values on their way
+        assert kernels[1]["registers"] <= 128
+        for one in kernels[1], kernels[3]:
+            assert 64 * 1024 < one["shared_bytes"] <= SHARED[arch] // 2 * 1024
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
 def test_other_architectures(arch) -> None:
     for one in compiled(arch, json.dumps({"head_dim": 64, "causal": True})):

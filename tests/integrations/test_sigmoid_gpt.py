@@ -129,6 +129,19 @@ def test_a_process_that_knows_nothing_loads_it(tmp_path):
     assert done.stdout == "SigmoidGPTForCausalLM 257\n", done.stderr
 
 
+def test_outputs_as_a_tuple_and_other_embeddings():
+    model = SigmoidGPTForCausalLM.from_gpt(gpt())
+    tokens = torch.randint(257, (2, 5))
+    logits, _ = model(tokens, return_dict=False)
+    assert torch.equal(logits, model(tokens).logits)
+    embedding, head = torch.nn.Embedding(257, 32), torch.nn.Linear(32, 257, bias=False)
+    model.set_input_embeddings(embedding)
+    model.set_output_embeddings(head)
+    assert model.get_input_embeddings() is model.model.embedding is embedding
+    assert model.get_output_embeddings() is model.model.head is head
+    assert not torch.allclose(model(tokens).logits, logits)
+
+
 def test_a_fresh_model_starts_as_ours():
     model = transformers.AutoModelForCausalLM.from_config(SigmoidGPTConfig(dim=64, nlayers=2))
     assert abs(model.model.head.weight.std() - 0.5 * 64**-0.5) < 0.005

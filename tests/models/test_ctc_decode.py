@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from flashsigmoid.models.ctc_decode import greedy, prefix_beam
+from flashsigmoid.models.ctc_decode import align, greedy, prefix_beam
 
 
 def joined(path: tuple[int, ...]) -> tuple[int, ...]:
@@ -82,3 +82,28 @@ def test_errors() -> None:
         prefix_beam(torch.zeros(2, 3), beam=0)
     with pytest.raises(ValueError, match=r"log_probs must be \(positions, vocab_size\), got \(1, 2, 3\)"):
         prefix_beam(torch.zeros(1, 2, 3))
+
+
+@pytest.mark.parametrize("text", [(), (1,), (1, 2), (2, 2), (1, 2, 1), (2, 2, 1), (1, 1, 1)])
+@pytest.mark.parametrize("positions", [1, 3, 5, 6])
+def test_an_alignment_is_the_most_likely_path(text, positions) -> None:
+    """Against all paths."""
+    log_probs = torch.randn(positions, 3, dtype=torch.float64).log_softmax(-1)
+    needed = len(text) + sum(a == b for a, b in itertools.pairwise(text))
+    tokens = torch.tensor(text, dtype=torch.int64)
+    if positions < needed:
+        with pytest.raises(ValueError, match=f"positions must be at least {needed} for this text, got {positions}"):
+            align(log_probs, tokens)
+        return
+
+    def says(path: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(token for token, _ in itertools.groupby(path) if token)
+
+    def score(path: tuple[int, ...]) -> float:
+        return sum(float(log_probs[t, token]) for t, token in enumerate(path))
+
+    best = max((p for p in itertools.product(range(3), repeat=positions) if says(p) == text), key=score)
+    found = align(log_probs, tokens).tolist()
+    assert tuple(text[i] if i >= 0 else 0 for i in found) == best
+    assert sorted({i for i in found if i >= 0}) == list(range(len(text)))
+    assert [i for i in found if i >= 0] == sorted(i for i in found if i >= 0)

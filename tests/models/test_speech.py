@@ -11,8 +11,15 @@ from torch.testing import assert_close
 
 from flashsigmoid.models.speech import SpeechConfig, SpeechEncoder, parameter_count, speech_255m, speech_small
 from flashsigmoid.nn import SigmoidAttention, SoftmaxAttention
+from flashsigmoid.testing import assert_within_budget
 
 TINY = SpeechConfig(vocab_size=5, seqlen=8, nlayers=2, dim=16, nheads=2, mels=6, layer_scale=1.0)
+
+
+def config_positions(lengths: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([TINY.positions(n) for n in lengths.tolist()])
+
+
 positions = pytest.mark.parametrize("position", ["cape", "sincos", "rope", "alibi"])
 attentions = pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
 
@@ -31,6 +38,53 @@ def test_an_utterance_gets_in_a_padded_batch_what_it_gets_alone(position, attent
         alone, (length,) = model(features[i : i + 1, :n], lengths[i : i + 1])
         assert length == m == alone.shape[1]
         assert_close(logits[i, :m], alone[0])
+
+
+@positions
+@attentions
+@pytest.mark.parametrize("fault", [None, "longer"])
+def test_packed_utterances_get_what_padded_ones_get(position, attention, fault) -> None:
+    """Logits and gradients, against float64, with the error of the padded batch as the witness."""
+    lengths = torch.tensor([37, 18, 1, 20])
+    features, weight = torch.randn(4, 37, 6), torch.randn(4, 10, 5)
+    config = replace(TINY, position=position, attention=attention)
+    model = SpeechEncoder(config).eval()
+    found = []
+    for dtype, packing in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        twin = SpeechEncoder(replace(config, packing=packing)).eval()
+        twin.load_state_dict(model.state_dict())
+        of = lengths + 1 if fault and packing else lengths
+        logits, _ = twin.to(dtype)(features.to(dtype), of.clamp(max=37))
+        within = (torch.arange(10) < config_positions(lengths)[:, None])[..., None]
+        logits = logits.masked_fill(~within, 0.0)
+        (logits * weight).sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None])
+        found.append((logits.detach(), grads))
+    oracle, witness, actual = found
+    for name, o, w, a in zip(("logits", "gradients"), oracle, witness, actual, strict=True):
+        if fault is None:
+            assert_within_budget(name, a, o, w)
+        else:
+            with pytest.raises(AssertionError):
+                assert_within_budget(name, a, o, w)
+
+
+@positions
+def test_packing_trains(position) -> None:
+    """With dropout and CAPE drawing: every parameter gets a gradient, as without packing."""
+    config = replace(TINY, position=position, packing=True, dropout_p=0.1)
+    model = SpeechEncoder(config).train()
+    logits, lengths = model(torch.randn(3, 30, 6), torch.tensor([30, 7, 12]))
+    assert lengths.tolist() == [8, 2, 3]
+    logits.logsumexp(-1).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+    assert not logits[1, 2:].any()
+
+
+def test_packing_with_an_injected_attention_is_one_clear_error() -> None:
+    model = SpeechEncoder(replace(TINY, packing=True), attention_fn=lambda q, k, v, **options: v)
+    with pytest.raises(ValueError, match="packing needs the module's own attention_fn"):
+        model(torch.randn(2, 12, 6), torch.tensor([12, 5]))
 
 
 @attentions

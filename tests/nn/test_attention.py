@@ -412,3 +412,15 @@ def test_a_row_that_sees_nothing_is_zero_whatever_torchs_kernel_leaves_there(mon
     out = softmax_attention(q, kv, kv, causal=True)
     assert (out[:, :3] == 0).all()
     assert (out[:, 3:] == 1).all()
+
+
+@pytest.mark.parametrize("attention_class", [SigmoidAttention, SoftmaxAttention])
+def test_packing_beside_a_mask_is_one_clear_error(attention_class):
+    from flashsigmoid.nn.attention import Packing
+
+    attention = attention_class(16, 2, sigmoid_bias=-2.0)
+    packing = Packing(torch.tensor([0, 3, 7], dtype=torch.int32), 4)
+    x, key_mask = torch.randn(1, 7, 16), torch.ones(1, 7, dtype=torch.bool)
+    with pytest.raises(ValueError, match="packing must be alone, got a key_mask or a cache beside it"):
+        attention(x, key_mask, packing=packing)
+    assert attention(x, packing=packing).shape == x.shape

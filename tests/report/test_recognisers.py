@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from flashsigmoid.record import RecordWriter
 from flashsigmoid.report import accuracy_statement, summary_rows, write_report
 from flashsigmoid.report.arms import group_arms, load_runs
+from flashsigmoid.report.hearing import spans
+from flashsigmoid.report.long_audio import long_drawing
 from flashsigmoid.report.summary import warnings
 
 
@@ -61,6 +65,64 @@ def test_a_run_that_learned_nothing_is_named(tmp_path) -> None:
     said = accuracy_statement(folders)
     assert said[1] == "Fewer than 3 standard errors below the constant are no sign of learning: sigmoid."
     assert "no sign" not in " ".join(accuracy_statement(folders[1:]))
+
+
+def hearing(folder: Path, said: str = "GO ON", **changes: Any) -> Path:
+    """What training leaves beside the records, and the record of it."""
+    random = np.random.default_rng(0)
+    path = np.array([-1, 0, 0, 1, -1, 2, 3, 4, 4, -1])
+    arrays = {
+        "features": random.normal(size=(40, 8)), "path": path, "said": np.array(said), "heard": np.array("GO <N>"),
+        "maps": random.random((3, 2, 10, 10)), "blocks": np.array([0, 4, 7]), "heads": np.array([0, 1]), **changes,
+    }  # fmt: skip
+    np.savez(folder / "hearing.npz", **arrays)
+    with RecordWriter(folder / "records.jsonl", {}, None, 100) as writer:
+        writer.write("hearing", step=100, artifact="hearing.npz")
+    return folder
+
+
+def test_pictures_of_what_is_heard(tmp_path) -> None:
+    folders = [hearing(make(tmp_path / "a", 0.2)), hearing(make(tmp_path / "b", 0.25, attention="softmax"))]
+    page = write_report(folders, tmp_path / "page.html").read_text("utf-8")
+    assert "<h3>What is heard</h3>" in page
+    assert page.count("layer 7, head 1") == 2
+    assert "sigmoid hears “GO &lt;N&gt;”" in page
+    assert "img-src data:" in page
+    assert (tmp_path / "page-figures/hearing.png").is_file()
+    assert spans(np.array([-1, 0, 0, 1, -1, 1, 2])) == [(0, 1, 2), (1, 3, 3), (1, 5, 5), (2, 6, 6)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"maps": np.zeros((3, 2, 10, 9))}, {"path": np.full(10, 7)}, {"features": np.zeros(3)}]
+)
+def test_a_damaged_picture_is_one_clear_error(tmp_path, changes) -> None:
+    folder = hearing(make(tmp_path / "a", 0.2), **changes)
+    with pytest.raises(ValueError, match=r"a picture of hearing must be whole arrays that fit, got .*hearing\.npz: "):
+        write_report([folder], tmp_path / "page.html")
+
+
+def test_errors_on_longer_audio(tmp_path) -> None:
+    folders = [
+        make(tmp_path / "a", 0.2),
+        make(tmp_path / "b", 0.25, attention="softmax"),
+        make(tmp_path / "c", 0.3, seed=1),
+    ]
+    assert long_drawing(group_arms(load_runs(folders))).panels == ()
+    assert "longer audio" not in write_report(folders, tmp_path / "page.html").read_text("utf-8")
+    for folder, cer in zip(folders, (0.2, 0.25, 0.3), strict=True):
+        with RecordWriter(folder / "long-audio.jsonl", {}) as writer:
+            for factor in (1, 2, 4):
+                for name in ("cer", "cer_se", "wer", "wer_se", "seconds"):
+                    writer.write(f"long/{name}", factor if name == "seconds" else cer * factor, factor=factor)
+    arms = group_arms(load_runs(folders))
+    drawing = long_drawing(arms)
+    assert [panel.title for panel in drawing.panels] == ["character errors", "word errors"]
+    assert "Means over seeds" in drawing.caption
+    axes = Figure().subplots()
+    drawing.panels[0].draw(axes)
+    lines = {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
+    assert lines == {"sigmoid": pytest.approx([0.25, 0.5, 1.0]), "softmax": pytest.approx([0.25, 0.5, 1.0])}
+    assert "<h3>Errors on longer audio</h3>" in write_report(folders, tmp_path / "page.html").read_text("utf-8")
 
 
 def test_the_page_is_of_speech_and_names_what_was_left_out(tmp_path) -> None:

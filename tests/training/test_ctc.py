@@ -8,6 +8,7 @@ import os
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import soundfile
 import torch
@@ -100,8 +101,29 @@ def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, attention
     assert [step for step, _ in numbers(tmp_path / "whole", "val/cer")] == [0, 4, 8]
     assert len(numbers(tmp_path / "whole", "baseline/constant_cer")) == 1
     assert numbers(tmp_path / "whole", "data/skipped") == [(8, 0.0)]
+    (record,) = [r for r in read_records(tmp_path / "whole/records.jsonl").records if r.name == "hearing"]
+    with np.load(tmp_path / "whole" / (record.artifact or "")) as seen:
+        positions, said = len(seen["path"]), str(seen["said"])
+        assert positions == run.model.positions(len(seen["features"]))
+        assert [said[i] for i in dict.fromkeys(seen["path"].tolist()) if i >= 0] == list(said)
+        assert seen["maps"].shape == (2, 2, positions, positions)
+        masses = seen["maps"].astype("f4").sum(-1)
+        assert (abs(masses - 1.0).max() < 0.01) == (attention == "softmax")  # float16
     with pytest.raises(ValueError, match=r"run\.seed must stay as the run began to resume it, 0, got 1"):
         train_speech(replace(run, seed=1), tmp_path / "whole", resume=True, device="cpu", show=quiet)
+
+
+def test_packed_training_goes_on_to_the_same_bits(tmp_path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 3 and not progress.validated:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = replace(RUN, model=replace(RUN.model, packing=True, position="alibi"))
+    whole = train_speech(run, tmp_path / "whole", device="cpu", show=quiet)
+    with pytest.raises(Interrupted):
+        train_speech(run, tmp_path / "halves", device="cpu", show=stop)
+    assert train_speech(run, tmp_path / "halves", resume=True, device="cpu", show=quiet) == whole
+    assert differences(remains(tmp_path / "whole"), remains(tmp_path / "halves")) == []
 
 
 def test_workers_read_the_same(tmp_path) -> None:

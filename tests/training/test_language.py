@@ -56,6 +56,7 @@ def test_every_record_is_there(tmp_path, text):
             "val/loss_bytes",
             "baseline/bigram",
             "baseline/bigram_floor",
+            "attention_kernel",
             "sample",
         ),
     }
@@ -63,7 +64,8 @@ def test_every_record_is_there(tmp_path, text):
     assert all(steps[name] == validated for name in ("val/loss", "val/loss_bytes"))
     for kind in ("attn_norm", "row_mass", "sink"):
         assert all(steps[f"{kind}/layer_{i}"] == validated for i in (0, 1))
-    assert (steps["baseline/bigram"], steps["sample"]) == ([0], [12])
+    assert (steps["baseline/bigram"], steps["attention_kernel"], steps["sample"]) == ([0], [0], [12])
+    assert [r.tags["kernel"] for r in file.records if r.name == "attention_kernel"] == ["blocked"]
     units = {r.name: r.unit for r in file.records}
     assert (units["val/loss"], units["val/loss_bytes"], units["baseline/bigram"]) == (
         "nats_per_token",
@@ -119,6 +121,22 @@ def test_accumulation_is_a_larger_batch(tmp_path, text):
         records = read_records(tmp_path / f"{batch}/records.jsonl").records
         losses.append(torch.tensor([r.value for r in records if r.name in ("train/loss", "grad_norm")]))
     assert (losses[0] / losses[1] - 1.0).abs().max() < 1e-4
+
+
+@pytest.mark.long  # compilers take minutes
+def test_compiled_it_is_the_same_training(tmp_path, text):
+    """Twelve steps with two attentions: losses as in eager mode, up to rounding; nothing is left in the checkpoint."""
+    for attention in ("sigmoid", "softmax"):
+        run = tiny_run(text, model=tiny_model(dropout_p=0.0)).with_attention(attention)
+        losses = []
+        for compiled in (False, True):
+            folder = tmp_path / f"{attention}-{compiled}"
+            final = train(replace(run, compile=compiled), folder, device="cpu", show=quiet)
+            records = read_records(folder / "records.jsonl").records
+            losses.append(torch.tensor([r.value for r in records if r.name in ("train/loss", "val/loss")]))
+            assert load_model(folder)[0].config == run.model
+            assert final["val/loss"] > 0.0
+        assert (losses[0] / losses[1] - 1.0).abs().max() < 1e-4
 
 
 def test_bf16(tmp_path, text):

@@ -64,6 +64,25 @@ def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, capsys, s
     assert numbers("halves") == numbers("whole")
 
 
+def test_the_time_over_saves_and_resuming_ends_with_the_same_bits(tmp_path, capsys):
+    run = tiny_run(write_text(tmp_path / "text.txt"), steps=6)
+    whole = train(run, tmp_path / "whole", show=quiet, max_minutes=60.0)
+    parts = []
+    while True:
+        try:
+            halves = train(run, tmp_path / "halves", resume=True, show=quiet, max_minutes=1e-9)
+            break
+        except Interrupted as stop:
+            parts.append((stop.code, stop.step))
+    assert parts == [(75, step) for step in range(1, 6)]  # a step at least in every part
+    assert "stopped by max_minutes after step 1, saved" in capsys.readouterr().err
+    assert halves == whole
+    assert differences(remains(run, tmp_path / "whole"), remains(run, tmp_path / "halves")) == []
+    with pytest.raises(ValueError, match="max_minutes must be positive or None, got 0"):
+        train(run, tmp_path / "none", max_minutes=0)
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_second_signal_ends_at_once(tmp_path):
     run = tiny_run(write_text(tmp_path / "text.txt"))
     with pytest.raises(SystemExit) as stop:

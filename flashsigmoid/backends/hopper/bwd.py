@@ -56,11 +56,10 @@ def _row_blocks(n, sizes, band, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, H
 @gluon.jit
 def _produce(
     dout, q, k, v, counter, memory, tickets, sizes, band,
-    STAGES: gl.constexpr, PLACES: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr,
     HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """One warp: K and V once a turn, into two places during the turn before, or into one after it; then Q and dO of
-    every block of rows, each behind its own barrier."""
+    """One warp: K and V once a turn, then Q and dO of every block of rows, each behind its own barrier."""
     qs, ks, vs, douts, _, _, kv_full, kv_empty, q_full, dout_full, empty, _, _, _, _, _ = memory
     group = sizes[3]
     at = gl.program_id(0)
@@ -71,11 +70,10 @@ def _produce(
         n = rank * 128
         at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
         lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
-        place = turn % PLACES
-        mbarrier.wait(kv_empty.index(place), ((turn // PLACES) & 1) ^ 1)
-        mbarrier.expect(kv_full.index(place), 2 * k.block_type.nbytes)
-        load(k, [batch, head_k, n, 0], kv_full.index(place), ks.index(place))
-        load(v, [batch, head_k, n, 0], kv_full.index(place), vs.index(place))
+        mbarrier.wait(kv_empty, (turn & 1) ^ 1)
+        mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
+        load(k, [batch, head_k, n, 0], kv_full, ks)
+        load(v, [batch, head_k, n, 0], kv_full, vs)
         for head in range(head_k * group, head_k * group + group):
             for block in range(lo, hi):
                 stage = it & (STAGES - 1)
@@ -217,7 +215,7 @@ def _step(
 @gluon.jit
 def _turn(
     at, turn, start, dk, dv, sides, memory, sizes, band, c, b, scale,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
     FORMULA: gl.constexpr, HAS_TURNS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
@@ -239,14 +237,13 @@ def _turn(
     first = n + 64 * WARPGROUP
     lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
     end = start + group * (hi - lo)
-    place = turn % PLACES
-    keys = ks.index(place).reshape([128, DIM])
-    values = vs.index(place).reshape([128, DIM])
+    keys = ks.reshape([128, DIM])
+    values = vs.reshape([128, DIM])
     zero = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
     zero_part = gl.zeros([64, 64], gl.float32, PART)
     dk_acc = gl.zeros([64, DIM], gl.float32, SUMS)
     dv_acc = gl.zeros([64, DIM], gl.float32, SUMS)
-    mbarrier.wait(kv_full.index(place), (turn // PLACES) & 1)
+    mbarrier.wait(kv_full, turn & 1)
     if start < end:
         mbarrier.wait(q_full.index(start & (STAGES - 1)), (start // STAGES) & 1)
         first_q = qs.index(start & (STAGES - 1)).reshape([BLOCK_M, DIM]).permute((1, 0))
@@ -304,7 +301,7 @@ def _turn(
         mbarrier.arrive(dq_full, count=1)
     elif HAS_TURNS and turn > 0:
         _settle(turn, out_read, DIM)
-    mbarrier.arrive(kv_empty.index(place), count=1)
+    mbarrier.arrive(kv_empty, count=1)
     # dK and dV wait for their way to memory where dQ, or where it has no room dS, waits in a turn
     if DIM == 64:
         outs = _view(dqs, qs.dtype, [4, 1, 1, 64, 64], dk.layout)
@@ -325,7 +322,7 @@ def _turn(
 @gluon.jit
 def _consume(
     dk, dv, sides, memory, tickets, sizes, band, c, b, scale,
-    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
+    WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
     HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
@@ -337,14 +334,14 @@ def _consume(
         while at < sizes[6]:
             after = take(at, turn, tickets, 4, IS_DYNAMIC)
             start = _turn(
-                at, turn, start, dk, dv, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, PLACES, DIM,
+                at, turn, start, dk, dv, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, DIM,
                 BLOCK_M, FORMULA, True, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             at = after
             turn += 1
     else:
         _turn(
-            at, 0, 0, dk, dv, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, PLACES, DIM, BLOCK_M, FORMULA,
+            at, 0, 0, dk, dv, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA,
             False, HAS_BIAS, HAS_SLOPES,
             HAS_LEFT, HAS_RIGHT,
         )  # fmt: skip
@@ -354,7 +351,7 @@ def _consume(
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kernel(
     dout, q, k, v, dq, dk, dv, bias, slopes, counter, bias_strides, slopes_strides, sizes, band, c, b, scale,
-    STAGES: gl.constexpr, PLACES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, REGISTERS: gl.constexpr,
     REST: gl.constexpr, HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
@@ -367,12 +364,12 @@ def _bwd_kernel(
     DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     qs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, DIM], q.layout)
     douts = gl.allocate_shared_memory(dout.dtype, [STAGES, 1, 1, BLOCK_M, DIM], dout.layout)
-    ks = gl.allocate_shared_memory(k.dtype, [PLACES, 1, 1, 128, DIM], k.layout)
-    vs = gl.allocate_shared_memory(v.dtype, [PLACES, 1, 1, 128, DIM], v.layout)
+    ks = gl.allocate_shared_memory(k.dtype, [1, 1, 128, DIM], k.layout)
+    vs = gl.allocate_shared_memory(v.dtype, [1, 1, 128, DIM], v.layout)
     dss = gl.allocate_shared_memory(q.dtype, [2, 128, BLOCK_M], DS)
     dqs = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq.layout)
-    kv_full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    kv_empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     out_read = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     dout_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -384,9 +381,8 @@ def _bwd_kernel(
     for i in gl.static_range(2):
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=2)
-    for i in gl.static_range(PLACES):
-        mbarrier.init(kv_full.index(i), count=1)
-        mbarrier.init(kv_empty.index(i), count=2)
+    mbarrier.init(kv_full, count=1)
+    mbarrier.init(kv_empty, count=2)
     mbarrier.init(out_read, count=2)
     mbarrier.init(dq_full, count=2)
     mbarrier.init(dq_empty, count=1)
@@ -403,15 +399,15 @@ def _bwd_kernel(
     )  # fmt: skip
     gl.warp_specialize([
         (_consume, (
-            dk, dv, sides, memory, tickets, sizes, band, c, b, scale, 0, STAGES, PLACES, DIM, BLOCK_M, HAS_TURNS,
+            dk, dv, sides, memory, tickets, sizes, band, c, b, scale, 0, STAGES, DIM, BLOCK_M, HAS_TURNS,
             IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
         )),
         (_consume, (
-            dk, dv, sides, memory, tickets, sizes, band, c, b, scale, 1, STAGES, PLACES, DIM, BLOCK_M, HAS_TURNS,
+            dk, dv, sides, memory, tickets, sizes, band, c, b, scale, 1, STAGES, DIM, BLOCK_M, HAS_TURNS,
             IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
         )),
         (_produce, (
-            dout, q, k, v, counter, memory, tickets, sizes, band, STAGES, PLACES, BLOCK_M, IS_DYNAMIC, HAS_LEFT,
+            dout, q, k, v, counter, memory, tickets, sizes, band, STAGES, BLOCK_M, IS_DYNAMIC, HAS_LEFT,
             HAS_RIGHT,
         )),
         (_reduce, (dq, memory, tickets, sizes, band, DIM, BLOCK_M, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT)),

@@ -128,7 +128,7 @@ class _Plan:
             return descriptors, rest, self.constants
 
         with on_device(loaded[0]):
-            launch(self.launches, others, kernel, self.programs, loaded, tensors, describe)
+            launch(triton, self.launches, others, kernel, self.programs, loaded, tensors, describe)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -169,7 +169,7 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
         "enable_fp_fusion": True,  # Triton's default is about to change
     }
     if part == "all":
-        constants |= {"BLOCK_M": tile.block, "REST": 24, "HAS_TURNS": tile.is_persistent, "PLACES": tile.places}
+        constants |= {"BLOCK_M": tile.block, "REST": 24, "HAS_TURNS": tile.is_persistent}
     else:
         constants |= {"WARPGROUPS": tile.warpgroups, "BLOCK_N": tile.block, "OF_KEYS": of_keys}
     if is_like_forward:

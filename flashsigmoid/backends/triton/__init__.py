@@ -111,6 +111,48 @@ def forward_fp8(
     return forward(problem, q, k, v, scales, bias, slopes, out_dtype)
 
 
+def attend_to_cache(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqlens: Tensor,
+    pages: Tensor | None,
+    bias: Tensor | None,
+    slopes: Tensor | None,
+    new: int,
+    num_splits: int,
+    is_shared: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """O of the seqlens + new keys that each sequence has in a cache, or of the keys that all sequences share.
+
+    problem.seqlen_k is the capacity. Whatever `unsupported` lets pass is computed.
+    """
+    from .decode_launch import attend
+
+    return attend(problem, q, k, v, seqlens, pages, bias, slopes, new, num_splits, is_shared, out_dtype)
+
+
+def append_to_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqlens: Tensor,
+    pages: Tensor | None,
+    q: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    behind: int,
+) -> Tensor:
+    """Writes k and v at seqlens onwards, k turned by the tables' rows from seqlens + behind; returns q turned."""
+    from .decode_launch import append
+
+    return append(k, v, k_cache, v_cache, seqlens, pages, q, cos, sin, interleaved, behind)
+
+
 def is_interpreted() -> bool:
     """Triton's interpreter runs the kernels on the CPU: slow, for tests and debugging."""
     return os.environ.get("TRITON_INTERPRET") == "1"

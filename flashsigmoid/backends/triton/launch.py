@@ -158,7 +158,7 @@ class _Plan:
             return descriptors, rest, self.constants | {"DESCRIPTORS": descriptors is not None}
 
         with on_device(loaded[0]):
-            launch(self.launches, others, kernel, programs, loaded, tensors, describe)
+            launch(triton, self.launches, others, kernel, programs, loaded, tensors, describe)
 
     def descriptors(self, loaded: tuple[Tensor, ...]) -> tuple[TensorDescriptor, ...] | None:
         """Of ([dout,] q, k, v), in blocks; None if they are loaded by pointers."""

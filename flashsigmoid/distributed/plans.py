@@ -1,0 +1,231 @@
+"""Our language models on one DeviceMesh with the axes "dp", "cp" and "tp": heads and MLP split, sequence and weights
+sharded, layers recomputed. Attention over "cp" is context_parallel.py's business; there is no training here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from ..nn import Block, RotaryEmbedding, SigmoidAttention, SoftmaxAttention, SwiGLU
+from ..nn import alibi_slopes as alibi_slopes_of
+from .context_parallel import shard, sigmoid_attention
+from .layout import Order, chunks
+
+AXES = ("dp", "cp", "tp")
+
+
+class ShardedAttention:
+    """The `attention_fn` of a module whose heads are split over "tp" and whose sequence is sharded over "cp".
+
+    Called as `sigmoid_attention` is; the slopes of ALiBi are those of the module's heads among all heads, and dropout
+    counts sequences and heads in the whole batch.
+
+    Args:
+        mesh: with the axes "dp", "cp" and "tp".
+        nheads: query heads of the whole module.
+        order, scheme: of `context_parallel.sigmoid_attention`.
+        backend: of the op.
+    """
+
+    def __init__(self, mesh: DeviceMesh, nheads: int, *, order: Order, scheme: str, backend: str) -> None:
+        self.mesh, self.nheads = mesh, nheads
+        self.options: dict[str, Any] = {"mesh": mesh["cp"], "order": order, "scheme": scheme, "backend": backend}
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, sigmoid_bias, alibi_slopes, **options: Any) -> Tensor:
+        heads, batch = q.shape[2], q.shape[0]
+        head = self.mesh["tp"].get_local_rank() * heads
+        if alibi_slopes is not None:
+            alibi_slopes = alibi_slopes_of(self.nheads, q.device)[head : head + heads]
+        if isinstance(sigmoid_bias, DTensor):
+            # one for all heads: each rank has the gradient of its heads
+            shared = all(placement.is_replicate() for placement in sigmoid_bias.placements)
+            sigmoid_bias = sigmoid_bias.to_local(grad_placements=[Partial()] if shared else None)
+        if isinstance(sigmoid_bias, Tensor) and sigmoid_bias.numel() == 1:
+            sigmoid_bias = sigmoid_bias.reshape(())
+        origin = (self.mesh["dp"].get_local_rank() * batch, head)
+        return sigmoid_attention(
+            q, k, v, sigmoid_bias=sigmoid_bias, alibi_slopes=alibi_slopes, origin=origin, **self.options, **options
+        )
+
+
+class ShardedRotaryEmbedding(RotaryEmbedding):
+    """RoPE of tokens that lie in chunks: each is turned by its position in the whole sequence.
+
+    Args:
+        like: the embedding of the whole sequence.
+        mesh: the axis over which the sequence is sharded.
+        order: of the chunks.
+    """
+
+    def __init__(self, like: RotaryEmbedding, mesh: DeviceMesh, order: Order) -> None:
+        super().__init__(like.head_dim, like.base)
+        self.mesh = mesh
+        self.order: Order = order
+
+    def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
+        """x (batch, local, nheads, head_dim) turned, in the dtype of x."""
+        size = self.mesh.size()
+        spans = chunks(x.shape[1] * size, size, self.mesh.get_local_rank(), self.order)
+        parts = x.split([stop - start for start, stop in spans], dim=1)
+        turned = [
+            super(ShardedRotaryEmbedding, self).forward(part, start)
+            for part, (start, _) in zip(parts, spans, strict=True)
+        ]
+        return turned[0] if len(turned) == 1 else torch.cat(turned, dim=1)
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    order: Order = "zigzag",
+    scheme: str = "auto",
+    backend: str = "auto",
+    mp_policy: MixedPrecisionPolicy | None = None,
+    recompute: bool = False,
+) -> nn.Module:
+    """A `models.gpt.GPT` over a mesh, in place: first tensor parallel, then recomputed blocks, then FSDP2.
+
+        tp: q, k, v, gate by heads, gate and up projections by hidden channels, the vocabulary; what ends a branch by
+            its inputs. Between, tokens are sharded over tp: norms and LayerScales see 1 / tp of them.
+        cp: the sequence, by `context_parallel.sigmoid_attention`; RoPE by positions in the whole.
+        dp, cp: every weight, gradient and optimizer state, block by block.
+
+    One bias of all heads becomes a tensor of one element, as FSDP2 takes no scalars.
+
+    Each process then calls it with `shard_batch` of tokens and takes the mean loss of its own; gradients are means over
+    dp and cp. Logits must not be changed in place: with tp and FSDP torch warns of it. With dropout every process
+    must start from the same torch seed, and draws other masks of tokens than one process alone would.
+
+    Args:
+        model: with .embedding, .blocks, .norm and .head.
+        mesh: with the axes "dp", "cp" and "tp", each of any size.
+        order, scheme, backend: of `context_parallel.sigmoid_attention`.
+        mp_policy: dtypes of FSDP's all-gathers and reduce-scatters. Default: those of the weights.
+        recompute: keep only a block's input and compute it again in the backward, what it receives included.
+            Default: False.
+
+    Raises:
+        ValueError: other axes; heads, hidden channels or vocabulary that tp does not divide; a bias that depends on the
+            length at hand; softmax attention with cp or tp above 1.
+
+    Source: arXiv:1909.08053 (heads and MLP), arXiv:2205.05198 (tokens between), arXiv:2304.11277 (FSDP).
+    """
+    if mesh.mesh_dim_names != AXES:
+        raise ValueError(f"mesh must have the axes {AXES}, got {mesh.mesh_dim_names}")
+    tree = cast(Any, model)
+    tp, cp = mesh["tp"], mesh["cp"]
+    for block in tree.blocks:
+        _check_block(block, tp.size(), cp.size())
+    if tree.head.out_features % tp.size():
+        raise ValueError(f"vocab_size must be a multiple of tp={tp.size()}, got {tree.head.out_features}")
+    for block in tree.blocks:
+        if isinstance(block.attention, SoftmaxAttention):
+            continue
+        nheads = block.attention.nheads
+        block.attention.attention_fn = ShardedAttention(mesh, nheads, order=order, scheme=scheme, backend=backend)
+        if isinstance(block.attention.rope, RotaryEmbedding) and cp.size() > 1:
+            block.attention.rope = ShardedRotaryEmbedding(block.attention.rope, cp, order)
+        if isinstance(block.attention.sigmoid_bias, nn.Parameter):
+            # FSDP2 takes no scalars
+            block.attention.sigmoid_bias = nn.Parameter(block.attention.sigmoid_bias.detach().reshape(-1))
+    if tp.size() > 1:
+        for block in tree.blocks:
+            _split_block(block, tp)
+        parallelize_module(
+            model,
+            tp,
+            {
+                "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+                "norm": SequenceParallel(),
+                "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+            },
+        )
+    if recompute:
+        tree.blocks = nn.ModuleList(checkpoint_wrapper(block) for block in tree.blocks)
+    sharded = mesh["dp", "cp"]._flatten("dp_cp")
+    if sharded.size() > 1 or mp_policy is not None:
+        policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
+        for block in tree.blocks:
+            fully_shard(block, mesh=sharded, mp_policy=policy)
+        fully_shard(model, mesh=sharded, mp_policy=policy)
+    return model
+
+
+def shard_batch(x: Tensor, mesh: DeviceMesh, *, order: Order = "zigzag") -> Tensor:
+    """This process's part of a whole batch of tokens or targets: sequences by dp, tokens of each by cp.
+
+    Args:
+        x: (batch, seqlen, ...), the same on every process.
+        mesh: with the axes "dp" and "cp".
+        order: as in `parallelize`.
+
+    Raises:
+        ValueError: a batch that dp does not divide; as `context_parallel.shard`.
+    """
+    dp = mesh["dp"]
+    if x.shape[0] % dp.size():
+        raise ValueError(f"batch must be a multiple of dp={dp.size()}, got {x.shape[0]}")
+    return shard(x.chunk(dp.size())[dp.get_local_rank()], mesh["cp"], order=order)
+
+
+def _check_block(block: Block, tp: int, cp: int) -> None:
+    attention, mlp = cast(SigmoidAttention, block.attention), cast(Any, block.mlp)
+    if isinstance(attention, SoftmaxAttention):
+        if tp > 1 or cp > 1:
+            raise ValueError(f"softmax attention must have tp=1 and cp=1, got tp={tp}, cp={cp}")
+        return
+    if attention.sigmoid_bias is None:
+        raise ValueError("sigmoid_bias must be given, -log of the training context length, got None")
+    hidden = mlp.up_proj.out_features
+    for name, size in (("nheads", attention.nheads), ("nheads_k", attention.nheads_k), ("hidden channels", hidden)):
+        if size % tp:
+            raise ValueError(f"{name} must be a multiple of tp={tp}, got {size}")
+
+
+def _split_block(block: Block, tp: DeviceMesh) -> None:
+    """Heads and hidden channels over tp, tokens between."""
+    attention = cast(SigmoidAttention, block.attention)
+    plan: dict[str, Any] = {
+        "attention_norm": SequenceParallel(),
+        "mlp_norm": SequenceParallel(),
+        "attention": PrepareModuleInput(input_layouts=(Shard(1), None), desired_input_layouts=(Replicate(), None)),
+        "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        "attention.out_proj": RowwiseParallel(output_layouts=Shard(1)),
+        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    split = ["attention.q_proj", "attention.k_proj", "attention.v_proj", "mlp.up_proj"]
+    split += ["mlp.gate_proj"] if isinstance(block.mlp, SwiGLU) else []
+    split += ["attention.gate_proj"] if attention.gate_proj is not None else []
+    plan |= {name: ColwiseParallel() for name in split}
+    # a norm of each head sees its rank's heads; what ends a branch its tokens
+    for name, dim in (
+        ("attention.q_norm", 2),
+        ("attention.k_norm", 2),
+        ("attention_out_norm", 1),
+        ("attention_scale", 1),
+        ("mlp_out_norm", 1),
+        ("mlp_scale", 1),
+    ):
+        if not isinstance(block.get_submodule(name), nn.Identity):
+            plan[name] = SequenceParallel(sequence_dim=dim, use_local_output=True)
+    parallelize_module(block, tp, plan)
+    if isinstance(attention.sigmoid_bias, nn.Parameter):
+        placement = Shard(0) if attention.sigmoid_bias.numel() > 1 else Replicate()
+        attention.sigmoid_bias = nn.Parameter(distribute_tensor(attention.sigmoid_bias.detach(), tp, [placement]))
+    attention.nheads //= tp.size()
+    attention.nheads_k //= tp.size()

@@ -1,0 +1,97 @@
+"""Meshes of 2 processes train as one process does; those of 4, for 100 steps, in `make test-long`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import language
+from distributed.crew import Crew
+from distributed.language import MODELS, losses_alone
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from flashsigmoid.distributed.plans import AXES
+from flashsigmoid.record import RecordWriter
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+STEPS = 10
+
+
+def largest_difference(losses: list[float], alone: list[float]) -> float:
+    """Relative."""
+    return max(abs(x - y) / abs(y) for x, y in zip(losses, alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "layout"),
+    [
+        ("alibi", (2, 1, 1), {}),
+        ("alibi", (1, 2, 1), {"scheme": "ring"}),
+        ("rope", (1, 2, 1), {"scheme": "reduce_scatter", "recompute": True}),
+        ("rope", (1, 1, 2), {}),
+        ("gelu", (1, 1, 2), {"recompute": True}),
+        ("bias of heads", (1, 1, 2), {}),
+    ],
+)
+def test_two_processes_train_as_one(crew: Crew, name: str, sizes: tuple[int, int, int], layout: dict) -> None:
+    alone = losses_alone(name, STEPS, torch.float64)
+    assert alone[-1] < alone[0]
+    both = crew.run(language.losses_of, name, sizes, STEPS, torch.float64, **layout)
+    assert both[0] == both[1]
+    assert largest_difference(both[0], alone) <= 1e-9
+
+
+def test_a_mixed_precision_policy_rounds_and_trains(crew: Crew) -> None:
+    """bfloat16 weights in the blocks: 2^-9 of rounding in each, and no more than a few of them in the loss."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    alone = losses_alone("one bias", STEPS, torch.float32)
+    both = crew.run(language.losses_of, "one bias", (1, 2, 1), STEPS, torch.float32, mp_policy=policy)[0]
+    assert both[-1] < both[0]
+    assert 0.0 < largest_difference(both[:1], alone[:1]) <= 4 * 2**-9
+
+
+@pytest.mark.parametrize(("fault", "name", "sizes"), language.FAULTS)
+def test_a_planted_fault_changes_the_loss(crew: Crew, fault: str, name: str, sizes: tuple[int, int, int]) -> None:
+    alone = losses_alone(name, 2, torch.float64)
+    wrong = crew.run(language.losses_with_fault, fault, name, sizes, 2, torch.float64)
+    assert largest_difference(wrong[0], alone) > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "message"),
+    [
+        ("no bias", (1, 2, 1), "sigmoid_bias must be given, -log of the training context length, got None"),
+        ("softmax", (1, 2, 1), "softmax attention must have tp=1 and cp=1, got tp=1, cp=2"),
+        ("three heads", (1, 1, 2), "nheads must be a multiple of tp=2, got 3"),
+        ("odd vocabulary", (1, 1, 2), "vocab_size must be a multiple of tp=2, got 65"),
+    ],
+)
+def test_what_a_mesh_cannot_divide_is_one_clear_error(crew: Crew, name: str, sizes, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        crew.run(language.losses_of, name, sizes, 1, torch.float64)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_meshes_of_four_processes_train_as_one_for_a_hundred_steps() -> None:
+    """Leaves benchmarks/results/parallel-losses.jsonl: the largest relative difference from the single process."""
+    crew = Crew(4)
+    command = f"python -m pytest -m long {Path(__file__).relative_to(RESULTS.parents[1])}"
+    meshes = ((4, 1, 1), (1, 4, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2))
+    with RecordWriter(RESULTS / "parallel-losses.jsonl", {"steps": 100, "dtype": "float64"}, command) as writer:
+        for name in MODELS:
+            alone = losses_alone(name, 100, torch.float64)
+            for sizes in meshes if name == "alibi" else meshes[-3::2]:
+                losses = crew.run(language.losses_of, name, sizes, 100, torch.float64)[0]
+                difference = largest_difference(losses, alone)
+                tags = {"model": name, **dict(zip(AXES, sizes, strict=True))}
+                writer.write("largest_relative_difference", difference, step=100, **tags)
+                writer.write("loss", losses[-1], unit="nats_per_token", step=100, **tags)
+                assert difference <= 1e-9, (name, sizes)
+        first = crew.run(language.losses_of, "alibi", (1, 2, 2), 1, torch.float32)[0]
+        difference = largest_difference(first, losses_alone("alibi", 1, torch.float32))
+        writer.write("first_step_float32", difference, step=1, model="alibi", dp=1, cp=2, tp=2)
+        assert difference <= 1e-5
+    crew.run(language.release)
+    crew.close()
