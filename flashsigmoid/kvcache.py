@@ -130,8 +130,9 @@ def sigmoid_attention_with_prefix(
         v_prefix: their values.
         rotary_cos, rotary_sin: as many positions as the prefix and the cache together: new keys and queries are turned
             at their positions behind the prefix. The prefix is not turned.
-        q, k_cache, v_cache, k, v, cache_seqlens, sigmoid_bias, page_table, rotary_interleaved, causal, window_size,
-            alibi_slopes, scale, num_splits: as in `sigmoid_attention_with_kvcache`; lengths are those of the cache.
+        q, k_cache, v_cache, k, v, cache_seqlens, page_table: as in `sigmoid_attention_with_kvcache`; lengths are those
+            of the cache.
+        sigmoid_bias, rotary_interleaved, causal, window_size, alibi_slopes, scale, num_splits: as there.
         backend: "auto" shares the prefix on a GPU where there is a decode kernel for the call; elsewhere the prefix is
             copied in front of every sequence.
 
