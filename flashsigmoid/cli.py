@@ -484,8 +484,8 @@ def study(
         str,
         typer.Argument(
             help="diagnosis: the first attention norms, and the loss at longer lengths; retrieval: recall and needles; "
-            "neighbours: attentions of the literature; sinks: mass on the first keys; vision-ablation: what each "
-            "practice is worth.",
+            "neighbours: attentions of the literature; sinks: mass on the first keys; speculative: a sigmoid "
+            "draft of a softmax model; vision-ablation: what each practice is worth.",
             show_default=False,
         ),
     ],

@@ -326,6 +326,19 @@ def _by_seed(records: Sequence[Record], name: str, step: int, **tags: object) ->
     return [statistics.fmean(values) for values in found if values]
 
 
+def _speculative_rows(file: RecordFile) -> Rows:
+    records, rows = file.records, []
+    for draft in _tags(records, "overlap", "draft"):
+        row = {"draft": str(draft), "loss": _spread(_values(records, "val/loss", draft=draft), _loss)}
+        row["kept of text, %"] = _spread(_values(records, "overlap", draft=draft), _percent)
+        for ahead in _tags(records, "kept", "ahead"):
+            one = {"draft": draft, "ahead": ahead}
+            row[f"kept of {ahead} drafted, %"] = _spread(_values(records, "kept", **one), _percent)
+            row[f"tokens a call, {ahead}"] = _spread(_values(records, "tokens_per_call", **one), number_text)
+        rows.append(row)
+    return rows
+
+
 def _sinks_figure(file: RecordFile) -> Figure:
     records, end = file.records, file.settings["steps"]
     drawn, (left, middle, right) = _panels(3)
@@ -356,6 +369,7 @@ _ROWS: dict[str, Callable[[RecordFile], Rows]] = {
     "retrieval": _retrieval_rows,
     "neighbours": _neighbours_rows,
     "sinks": _sinks_rows,
+    "speculative": _speculative_rows,
 }
 _FIGURES: dict[str, Callable[[RecordFile], Figure]] = {
     "diagnosis": _diagnosis_figure,

@@ -6,7 +6,13 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-STUDIES = ("diagnosis", "retrieval", "neighbours", "sinks")  # each a module here with a function of its name
+STUDIES = (
+    "diagnosis",
+    "retrieval",
+    "neighbours",
+    "sinks",
+    "speculative",
+)  # each a module here with a function of its name
 
 
 def load(name: str) -> Callable[..., Path]:
