@@ -330,11 +330,10 @@ def _speculative_rows(file: RecordFile) -> Rows:
     records, rows = file.records, []
     for draft in _tags(records, "overlap", "draft"):
         row = {"draft": str(draft), "loss": _spread(_values(records, "val/loss", draft=draft), _loss)}
-        row["kept of text, %"] = _spread(_values(records, "overlap", draft=draft), _percent)
-        for ahead in _tags(records, "kept", "ahead"):
-            one = {"draft": draft, "ahead": ahead}
-            row[f"kept of {ahead} drafted, %"] = _spread(_values(records, "kept", **one), _percent)
-            row[f"tokens a call, {ahead}"] = _spread(_values(records, "tokens_per_call", **one), number_text)
+        row["kept, %"] = _spread(_values(records, "overlap", draft=draft), _percent)
+        for ahead in _tags(records, "tokens_per_call", "ahead"):
+            found = _values(records, "tokens_per_call", draft=draft, ahead=ahead)
+            row[f"tokens a call, {ahead} ahead"] = _spread(found, number_text)
         rows.append(row)
     return rows
 

@@ -79,10 +79,11 @@ def test_the_study_writes_what_its_table_reads(tmp_path, monkeypatch) -> None:
     path = speculative.speculative(tmp_path, **options)
     rows = study_rows(path)
     assert [row["draft"] for row in rows] == list(speculative.DRAFTS)
-    assert rows[0]["kept of text, %"] == "100"
-    assert rows[0]["kept of 4 drafted, %"] == "100"
+    assert rows[0]["kept, %"] == "100"
     assert not has_figure(path)
     assert "1 training," in study_note(path)
+    kept = {(r.tags["draft"], r.tags["ahead"]): r.value for r in read_records(path).records if r.name == "kept"}
+    assert all(kept["softmax", ahead] == 1.0 for ahead in speculative.AHEAD)
     overlaps = {r.tags["draft"]: r.value for r in read_records(path).records if r.name == "overlap"}
     # twins have the target's weights: an untrained model hardly minds its attention, counts know nothing of it
     assert all(overlaps[name] > overlaps["bigram"] for name in speculative.DRAFTS[1:4])
