@@ -57,6 +57,7 @@ def test_every_record_is_there(tmp_path, text):
             "baseline/bigram",
             "baseline/bigram_floor",
             "attention_kernel",
+            "attention_snapshot",
             "sample",
         ),
     }
