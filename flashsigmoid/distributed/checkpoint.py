@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future as SaveFuture
 from pathlib import Path
@@ -27,7 +28,6 @@ from torch.futures import Future
 from .processes import Processes
 
 MANIFEST = "manifest.json"
-_MODEL = "model."
 
 
 class _Writer(HuggingFaceStorageWriter):
@@ -135,15 +135,22 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: 
     )
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """The whole weights of a checkpoint by name, on the CPU, in one process."""
+def load_tensors(path: Path, prefix: str = "model.") -> dict[str, Tensor]:
+    """Whole tensors of a checkpoint, on the CPU, in one process.
+
+    Args:
+        path: of the checkpoint.
+        prefix: of their names, which is left out: "model.", the default, of the weights, "optim." of AdamW's moments.
+    """
     reader = HuggingFaceStorageReader(str(path))
     found: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    weights = {
-        name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in found.items() if name.startswith(_MODEL)
+    tensors = {
+        name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in found.items() if name.startswith(prefix)
     }
-    load_shards(weights, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(_MODEL): x for name, x in weights.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist says so, too
+        load_shards(tensors, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): x for name, x in tensors.items()}
 
 
 def draft_of(path: Path) -> Path:

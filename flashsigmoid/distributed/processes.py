@@ -109,11 +109,11 @@ class Processes:
         """Whether it is rank 0."""
         return self.rank == 0
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each flag, whether any rank has it."""
-        x = torch.tensor(flags, dtype=torch.int32)
+    def largest(self, *numbers: int) -> tuple[int, ...]:
+        """Of each number the largest that a rank has."""
+        x = torch.tensor(numbers)
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.agreeing)
-        return tuple(map(bool, x.tolist()))
+        return tuple(x.tolist())
 
     def mean(self, x: torch.Tensor) -> float:
         """The mean over ranks of a number, in float64."""

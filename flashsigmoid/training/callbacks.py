@@ -245,16 +245,17 @@ class Saver(pl.Callback):
     def _step_end(self, trainer: pl.Trainer, module: RunModule) -> None:
         step = trainer.global_step
         path = checkpoint_path(self.run_dir, step)
-        must_stop = self._received is not None or time.monotonic() >= self._deadline_s
+        signum, late = self._received or 0, time.monotonic() >= self._deadline_s
         if self.world is not None:
             self.world.step = step
-            (must_stop,) = self.world.any(must_stop)
+            signum, late = self.world.largest(signum, late)
+        must_stop = bool(signum or late)
         if step % module.run.save_every == 0 or step == module.run.steps or must_stop:
             trainer.save_checkpoint(path, weights_only=False)
             if self.world is None:
                 keep_last(self.run_dir, module.run.keep_last)
         if must_stop and step < module.run.steps:
-            raise Interrupted(self._received, step, path)
+            raise Interrupted(signum or None, step, path)
 
 
 def _ours(module: pl.LightningModule) -> RunModule:

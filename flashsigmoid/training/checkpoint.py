@@ -84,7 +84,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """The whole weights of a checkpoint, by name, on the CPU."""
-    return sharded.load_weights(path) if (path / MANIFEST).is_file() else load_file(path / WEIGHTS)
+    return sharded.load_tensors(path) if (path / MANIFEST).is_file() else load_file(path / WEIGHTS)
 
 
 def export_weights(path: str | Path, out: str | Path) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment  # pyright: ignore[reportPrivateImportUsage]
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -113,5 +114,6 @@ def trainer_options(world: Processes, strategy: MeshStrategy) -> dict[str, Any]:
         "devices": here,
         "num_nodes": world.size // here,
         "strategy": strategy,
+        "plugins": [TorchElasticEnvironment()],  # and no other, whatever variables a cluster sets besides
         "use_distributed_sampler": False,
     }
