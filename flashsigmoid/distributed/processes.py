@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ from .plans import AXES
 
 T = TypeVar("T")
 LOST = 76  # an exit code, EX_PROTOCOL of sysexits.h: other ranks are gone, and a restart may heal it
-ROLL_CALL_S = 5.0  # how long a rank that ends waits to hear of the others
+ROLL_CALL_S = 3.0  # how long a rank that ends waits to hear of the others
 # what gloo, NCCL and the store say when a rank is gone or late
 _CONTACT = re.compile(r"gloo|nccl|timed out|timeout|connection|broken pipe|recv|reset by peer", re.IGNORECASE)
 
@@ -158,7 +160,8 @@ class Processes:
             SystemExit: on the others, with code 1.
         """
         own = not (isinstance(error, RuntimeError) and _CONTACT.search(str(error)))
-        said = self._roll_call(own)
+        with _undisturbed():
+            said = self._roll_call(own)
         guilty = [rank for rank, is_own in said.items() if is_own]
         if guilty:
             if self.rank == guilty[0]:
@@ -187,6 +190,19 @@ class Processes:
                     said[rank] = json.loads(self._store.get(f"ending/{rank}"))
             time.sleep(0.05)
         return dict(sorted(said.items()))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A moment without SIGTERM, by which a launcher that lost one rank ends the others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

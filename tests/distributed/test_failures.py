@@ -120,7 +120,6 @@ def kill_and_compare(tmp_path: Path, kills: int, steps: int) -> tuple[int, list[
 def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_bits(tmp_path):
     _, ((number, _),), said = kill_and_compare(tmp_path, kills=1, steps=60)
     assert f"killed: rank {number} by SIGKILL: starting again, restart 1 of {RESTARTS}" in said
-    assert f"error: rank {number} did not answer" in said
 
 
 @pytest.mark.long
