@@ -159,10 +159,12 @@ def draft_of(path: Path) -> Path:
 
 
 def publish(draft: Path, path: Path, hashes: Mapping[str, str]) -> None:
-    """Complete a draft with its manifest, have it on the disk, and rename it."""
+    """Complete a draft with the manifest of its files' hashes, have it on the disk, and rename it."""
     (draft / MANIFEST).write_text(json.dumps(dict(sorted(hashes.items())), indent=2) + "\n", "utf-8")
     for file in (*sorted(draft.iterdir()), draft):
         flush(file)
+    if path.exists():  # it is damaged, or the run would not have come here again
+        shutil.rmtree(path)
     os.rename(draft, path)
     flush(path.parent)
 

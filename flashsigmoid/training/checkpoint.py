@@ -4,17 +4,16 @@
       model.safetensors   the model's parameters
       trainer.pt          Lightning's state and ours: plain containers and tensors, loaded with weights_only=True
       config.json         what was trained, and on what
+      manifest.json       the SHA-256 of every file
       tokenizer.json      of a language model: see tokenizer.py
 
-On a mesh the shards of all ranks take the place of model.safetensors, and manifest.json has the hash of every file:
-distributed/checkpoint.py. A checkpoint is written to a sibling that ends in .tmp, flushed to the disk and renamed: a
-crash leaves a .tmp, never half a checkpoint.
+On a mesh the shards of all ranks take the place of model.safetensors: distributed/checkpoint.py. A checkpoint is
+written to a sibling that ends in .tmp, flushed to the disk and renamed: a crash leaves a .tmp, never half a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle  # for the name of the error that torch.load raises
 import random
 import re
@@ -46,9 +45,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    folder = Path(run_dir) / FOLDER
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and _complete(path)]
+    return [path for path in _named(run_dir) if _complete(path)]
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -84,7 +81,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """The whole weights of a checkpoint, by name, on the CPU."""
-    return sharded.load_tensors(path) if (path / MANIFEST).is_file() else load_file(path / WEIGHTS)
+    return load_file(path / WEIGHTS) if (path / WEIGHTS).is_file() else sharded.load_tensors(path)
 
 
 def export_weights(path: str | Path, out: str | Path) -> Path:
@@ -114,12 +111,12 @@ def load_trainer(path: Path) -> dict[str, Any]:
 
 
 def newest_whole(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is as it was written, and a line on stderr for each that is not.
+    """The newest checkpoint that is as it was written, and a line on stderr for each newer one that is not.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
-    found = checkpoints(run_dir)
+    found = [path for path in _named(run_dir) if (path / MANIFEST).is_file() or _complete(path)]
     for path in reversed(found):
         if (reason := sharded.damage(path)) is None:
             return path
@@ -190,10 +187,7 @@ class DirectoryCheckpoint(CheckpointIO):
         (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for name, text in self.files.items():
             (draft / name).write_text(text, "utf-8")
-        for file in (*sorted(draft.iterdir()), draft):
-            _flush(file)
-        os.rename(draft, path)
-        _flush(path.parent)
+        sharded.publish(draft, path, {file.name: sharded.sha256_of(file) for file in draft.iterdir()})
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """What `save_checkpoint` was given, on the CPU.
@@ -202,7 +196,7 @@ class DirectoryCheckpoint(CheckpointIO):
             ValueError: a file is damaged.
         """
         path = Path(path)
-        if (path / MANIFEST).is_file():
+        if not (path / WEIGHTS).is_file():
             raise ValueError(f"a run on a mesh must be resumed on one, --mesh dp=1 at least, got {path}")
         state = load_trainer(path)
         try:
@@ -244,18 +238,17 @@ def _not_whole(path: Path, error: Exception) -> ValueError:
     return ValueError(f"a checkpoint must be whole and plain, got {path}: {reason}")
 
 
+def _named(run_dir: str | Path) -> list[Path]:
+    """Whatever is called as a checkpoint of a run, oldest first."""
+    folder = Path(run_dir) / FOLDER
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if re.fullmatch(r"step-\d{8,}", path.name)]
+
+
 def _complete(path: Path) -> bool:
-    if (path / MANIFEST).is_file():
-        return True
-    if not all((path / name).is_file() for name in (WEIGHTS, TRAINER, CONFIG)):
+    """Whether no file is missing."""
+    if not all((path / name).is_file() for name in (TRAINER, CONFIG)):
+        return False
+    if not (path / WEIGHTS).is_file() and not (path / MANIFEST).is_file():
         return False
     return all((path / name).is_file() for name in load_config(path).get("files", [TOKENIZER]))
-
-
-def _flush(path: Path) -> None:
-    """Have the file or directory on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

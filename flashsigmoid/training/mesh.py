@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ..distributed import checkpoint as sharded
 from ..distributed.plans import AXES
 from ..distributed.processes import MeshSizes, Processes, is_launched, parse_mesh, processes
-from .checkpoint import CONFIG, TRAINER, load_trainer
+from .checkpoint import CONFIG, TRAINER, WEIGHTS, load_trainer
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -76,7 +76,7 @@ class MeshStrategy(ModelParallelStrategy):
             ValueError: a file is damaged, or one process alone wrote it.
         """
         path = Path(checkpoint_path)
-        if not (path / sharded.MANIFEST).is_file():
+        if (path / WEIGHTS).is_file():
             raise ValueError(f"a run on a mesh must go on from a sharded checkpoint, got {path}")
         state = load_trainer(path)
         sharded.load(path, cast(Any, self.lightning_module).model, self.optimizers[0], self.world)

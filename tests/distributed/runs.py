@@ -52,7 +52,8 @@ def train(port: int, run: LanguageRun, out_dir: Path, fault: str = "", **options
     err, answer = io.StringIO(), {}
     with contextlib.redirect_stderr(err), planted(fault):
         try:
-            show = stopped_at(3) if fault == "SIGTERM" else lambda progress: None
+            word, _, step = fault.partition(" ")
+            show = stopped_at(int(step or 3)) if word == "SIGTERM" else lambda progress: None
             answer["results"] = language.train(run, out_dir, device="cpu", show=show, command="test", **options)
         except Interrupted as stop:
             answer["error"] = f"Interrupted {stop.code} {stop.step}"

@@ -124,11 +124,11 @@ def test_damage_is_found(tmp_path, whole, how):
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, text, ranks, whole):
-    on(ranks, text, tmp_path / "run", "dp=2", "SIGTERM")
+    on(ranks, text, tmp_path / "run", "dp=2", "SIGTERM 4")
     shard = next((checkpoints(tmp_path / "run")[-1]).glob("shard-*"))
     shard.write_bytes(shard.read_bytes()[:-100])
     answers = trained(ranks, text, tmp_path / "run", "dp=2", resume=True)
-    assert is_one_line(answers[0]["err"], "step-00000003 is damaged, .* the one before it is used"), answers
+    assert is_one_line(answers[0]["err"], "step-00000004 is damaged, .* the one before it is used"), answers
     assert answers[1]["err"] == ""
     assert differences(remains(whole), remains(tmp_path / "run")) == []
 
