@@ -57,11 +57,11 @@ def launch(
             return 128 + error.sigval
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
-            killed = {rank: -code for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM}
-            if not killed and LOST not in codes.values():
+            # SIGTERM is how the agent ends those who are left
+            lost = [str(rank) for rank, code in codes.items() if code < 0 and -code != signal.SIGTERM]
+            if not lost and LOST not in codes.values():
                 return max(codes.values())
-            who = ", ".join(f"rank {rank} by {signal.Signals(number).name}" for rank, number in killed.items())
-            what = f"killed: {who}" if killed else "a rank was lost"
+            what = f"lost rank {', '.join(lost)}" if lost else "lost a rank"
             if attempt == max_restarts:
                 print(f"error: {what}, and no restart is left of {max_restarts}", file=sys.stderr)
                 return LOST

@@ -105,7 +105,7 @@ def kill_and_compare(tmp_path: Path, kills: int, steps: int) -> tuple[int, list[
     for _ in range(kills):
         pids = [pid_of(killed, number, pids[number]) for number in (0, 1)]
         wait_for_step(killed, newest(killed) + 2, process)
-        time.sleep(draw.uniform(0.0, 0.3))
+        time.sleep(draw.uniform(0.0, 1.0))
         number = draw.randrange(2)
         os.kill(pids[number], signal.SIGKILL)
         moments.append((number, newest(killed)))
@@ -118,8 +118,8 @@ def kill_and_compare(tmp_path: Path, kills: int, steps: int) -> tuple[int, list[
 
 
 def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_bits(tmp_path):
-    _, ((number, _),), said = kill_and_compare(tmp_path, kills=1, steps=60)
-    assert f"killed: rank {number} by SIGKILL: starting again, restart 1 of {RESTARTS}" in said
+    _, ((number, _),), said = kill_and_compare(tmp_path, kills=1, steps=100)
+    assert f"lost rank {number}: starting again, restart 1 of {RESTARTS}" in said
 
 
 @pytest.mark.long
@@ -148,13 +148,13 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(tmp_path):
         (tmp_path / name).mkdir()
         said = end(start(text, tmp_path / name / "run", 12, fault))
     assert f"error: rank 1 did not answer within {TIMEOUT_S:g} s after step 4" in said
-    assert "a rank was lost: starting again, restart 1 of" in said
+    assert "lost rank 1: starting again, restart 1 of" in said
     assert differences(remains(tmp_path / "whole/run"), remains(tmp_path / "hung/run")) == []
 
 
 @pytest.mark.long
 def test_the_command_and_torchrun_on_other_numbers_of_ranks(tmp_path):
-    """Four ranks by --mesh to step 6, two by torchrun to the end: the losses of one process."""
+    """Four ranks by --mesh to step 3, each on another mesh, two by torchrun to the end: the losses of one process."""
     text = write_text(tmp_path / "text.txt", 4000)
     words = ["train", "demo", "--device", "cpu", "--data", str(text), "--set", "model.vocab_size=264"]
     for field in ("model.seqlen=32", "model.dim=32", "model.nlayers=2", "val_every=6", "save_every=2", "log_every=1"):
@@ -175,6 +175,8 @@ def test_the_command_and_torchrun_on_other_numbers_of_ranks(tmp_path):
     for mesh, most in (("dp=2,cp=2", "0.0001"), ("dp=1,cp=2,tp=2", "0.0001")):
         said = call([*ours, "--steps", "12", *out, "--mesh", mesh, "--max-minutes", most, "--resume"], 75)
     assert "stopped by max_minutes after step 3" in said
+    refused = call([*ours, "--steps", "12", *out, "--resume"], 1)
+    assert "a run on a mesh must be resumed on one" in refused
     said = call([*torchrun, "--steps", "12", *out, "--resume"])
     assert said.count("next: ") == 1
     there, alone = losses(tmp_path / "run"), losses(tmp_path / "alone")
@@ -182,8 +184,6 @@ def test_the_command_and_torchrun_on_other_numbers_of_ranks(tmp_path):
     assert max(abs(x - y) / y for x, y in zip(there, alone, strict=True)) <= 1e-4
     sample = call([sys.executable, "-m", "flashsigmoid", "generate", str(tmp_path / "run"), "--max-new-tokens", "4"])
     assert sample
-    refused = call([*ours, "--steps", "12", *out, "--resume"], 1)
-    assert "a run on a mesh must be resumed on one" in refused
 
 
 def test_no_restart_is_left_in_the_end():
