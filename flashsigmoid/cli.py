@@ -160,6 +160,14 @@ def train(
         float | None,
         typer.Option(help="Then save and leave with exit code 75; --resume goes on.", show_default="no limit"),
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="dp=N,cp=N,tp=N",
+            help="Processes along each axis, started here if not by torchrun.",
+            show_default="one",
+        ),
+    ] = None,
     device: Device = "auto",
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
 ) -> None:
@@ -192,10 +200,32 @@ def train(
         bias = run.model.sigmoid_bias
         raise ValueError(f"sigmoid_bias has no effect with attention={run.model.attention}, got {bias}")
     folder = out or Path("runs") / recipe / run.model.attention
-    results = _train(run, folder, resume=resume, device=device, max_minutes=max_minutes)
+    if mesh is not None and _launched(mesh, device):
+        return
+    results = _train(run, folder, resume=resume, device=device, max_minutes=max_minutes, mesh=mesh)
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     after = _next(run, folder)
     print(f"run: {folder}" + (after and f"   next: {after}"))
+
+
+def _launched(mesh: str, device: str) -> bool:
+    """Whether this command started itself once for each rank of the mesh; False: it is one of them, to be gone on with.
+
+    Raises:
+        typer.Exit: the ranks did not end well; with the exit code of one.
+    """
+    from .distributed.launch import check_devices, launch
+    from .distributed.processes import is_launched, parse_mesh
+
+    sizes = parse_mesh(mesh)
+    if is_launched():
+        return False
+    check_devices(sizes, device)
+    if code := launch(sizes, ["-m", "flashsigmoid", *sys.argv[1:]]):
+        raise typer.Exit(code)
+    return True
 
 
 def _recipes() -> tuple[dict[str, Callable[[], Run]], str]:
@@ -232,7 +262,7 @@ def _progress() -> Iterator[Show]:
     from .training.callbacks import show_line
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or os.environ.get("RANK", "0") != "0":
         yield show_line
         return
     columns = (

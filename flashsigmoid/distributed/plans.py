@@ -4,6 +4,7 @@ sharded, layers recomputed. Attention over "cp" is context_parallel.py's busines
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from ..nn import Block, RotaryEmbedding, SigmoidAttention, SoftmaxAttention, SwiGLU
 from ..nn import alibi_slopes as alibi_slopes_of
-from .context_parallel import shard, sigmoid_attention
+from .context_parallel import shard, sigmoid_attention, unshard
 from .layout import Order, chunks
 
 AXES = ("dp", "cp", "tp")
@@ -181,6 +182,45 @@ def shard_batch(x: Tensor, mesh: DeviceMesh, *, order: Order = "zigzag") -> Tens
     if x.shape[0] % dp.size():
         raise ValueError(f"batch must be a multiple of dp={dp.size()}, got {x.shape[0]}")
     return shard(x.chunk(dp.size())[dp.get_local_rank()], mesh["cp"], order=order)
+
+
+def unshard_batch(x: Tensor, mesh: DeviceMesh, *, order: Order = "zigzag") -> Tensor:
+    """The whole on every process, from the parts that `shard_batch` gives: its inverse. No gradient passes.
+
+    Args:
+        x: (local batch, local seqlen, ...).
+        mesh, order: as there.
+    """
+    whole = unshard(x, mesh["cp"], order=order)
+    return unshard(whole, mesh["dp"], dim=0, order="contiguous")
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Clip the L2 norm of the whole gradient of a model on a mesh, in place, as torch.nn.utils.clip_grad_norm_ does.
+
+        g <- g min(1, largest / (|g| + 1e-6))
+
+    Args:
+        parameters: sharded over any of the mesh's axes, or not at all.
+        largest: norm.
+
+    Returns:
+        |g| before, the same on every process.
+    """
+    groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault(parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None, []).append(
+                parameter
+            )
+    norms = []
+    for group in groups.values():
+        norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in group])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = torch.stack(norms).norm()
+    for group in groups.values():
+        nn.utils.clip_grads_with_norm_(group, largest, total)
+    return total
 
 
 def _check_block(block: Block, tp: int, cp: int) -> None:

@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import pytorch_lightning as pl
 import torch
 
-from ..record import RecordWriter
+from ..record import Record, RecordWriter
 from .checkpoint import checkpoint_path, keep_last
 from .optim import lr_at
 
 if TYPE_CHECKING:
+    from ..distributed.processes import Processes
     from .module import RunModule
 
 OUT_OF_TIME = 75  # an exit code: EX_TEMPFAIL of sysexits.h
@@ -74,16 +75,35 @@ def show_line(progress: Progress) -> None:
     print(f"\r\033[K{line}" if terminal else line, end="\n" if done else "", file=sys.stderr, flush=True)
 
 
+class Muted(RecordWriter):
+    """A writer of records that writes none: of a rank that is not the first.
+
+    Args:
+        path: where the first rank writes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, name: str, value: SupportsFloat | None = None, **others: Any) -> Record:
+        """Nothing."""
+        return Record(name=name)
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
 class Recorder(pl.Callback):
     """Writes losses, rates and what the module says of itself to the records, and the numbers to TensorBoard.
 
     Args:
         writer: of the run's records.jsonl.
         show: told about every record.
+        world: the ranks, all of which call it; only rank 0's writer writes.
     """
 
-    def __init__(self, writer: RecordWriter, show: Show) -> None:
-        self.writer, self.show = writer, show
+    def __init__(self, writer: RecordWriter, show: Show, world: Processes | None = None) -> None:
+        self.writer, self.show, self.world = writer, show, world
         self.latest: dict[str, float] = {}
         self._last = (0, 0.0)
 
@@ -103,9 +123,12 @@ class Recorder(pl.Callback):
         self._last = (step, now_s)
         rate, count = module.read_per_sample
         count *= (step - past_step) * run.accumulate * run.batch
-        self._write(trainer, "train/loss", float(module.step_loss), module.loss_unit, step, now_s, shown=True)
+        loss = float(module.step_loss) if self.world is None else self.world.mean(module.step_loss)
+        self._write(trainer, "train/loss", loss, module.loss_unit, step, now_s, shown=True)
         self._write(trainer, "grad_norm", float(module.grad_norm), "", step, now_s)
         self._write(trainer, "lr", lr_at(step - 1, run.steps, run.optim), "", step, now_s)
+        if module.skipped:
+            self._write(trainer, "skipped_steps", module.skipped, "", step, now_s)
         self._write(trainer, rate, count / max(1e-9, now_s - past_s), rate, step, now_s, shown=True)
         self._tell(trainer, module, validated=False)
 
@@ -177,10 +200,11 @@ class Saver(pl.Callback):
     Args:
         run_dir: of the run.
         max_minutes: from now on; None: no limit.
+        world: the ranks, which stop together where one is asked to.
     """
 
-    def __init__(self, run_dir: Path, max_minutes: float | None = None) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, max_minutes: float | None = None, world: Processes | None = None) -> None:
+        self.run_dir, self.world = run_dir, world
         self._deadline_s = math.inf if max_minutes is None else time.monotonic() + 60.0 * max_minutes
         self._received: int | None = None
         self._before: dict[int, Any] = {}
@@ -222,12 +246,17 @@ class Saver(pl.Callback):
     def _step_end(self, trainer: pl.Trainer, module: RunModule) -> None:
         step = trainer.global_step
         path = checkpoint_path(self.run_dir, step)
-        must_stop = self._received is not None or time.monotonic() >= self._deadline_s
+        signum, late = self._received or 0, time.monotonic() >= self._deadline_s
+        if self.world is not None:
+            self.world.step = step
+            signum, late = self.world.largest(signum, late)
+        must_stop = bool(signum or late)
         if step % module.run.save_every == 0 or step == module.run.steps or must_stop:
             trainer.save_checkpoint(path, weights_only=False)
-            keep_last(self.run_dir, module.run.keep_last)
+            if self.world is None:
+                keep_last(self.run_dir, module.run.keep_last)
         if must_stop and step < module.run.steps:
-            raise Interrupted(self._received, step, path)
+            raise Interrupted(signum or None, step, path)
 
 
 def _ours(module: pl.LightningModule) -> RunModule:

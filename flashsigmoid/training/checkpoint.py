@@ -4,20 +4,21 @@
       model.safetensors   the model's parameters
       trainer.pt          Lightning's state and ours: plain containers and tensors, loaded with weights_only=True
       config.json         what was trained, and on what
+      manifest.json       the SHA-256 of every file
       tokenizer.json      of a language model: see tokenizer.py
 
-A checkpoint is written to a sibling that ends in .tmp, flushed to the disk and renamed: a crash leaves a .tmp, never
-half a checkpoint.
+On a mesh the shards of all ranks take the place of model.safetensors: distributed/checkpoint.py. A checkpoint is
+written to a sibling that ends in .tmp, flushed to the disk and renamed: a crash leaves a .tmp, never half a checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle  # for the name of the error that torch.load raises
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from pytorch_lightning.plugins import CheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..distributed import checkpoint as sharded
+from ..distributed.checkpoint import MANIFEST
 from ..models.gpt import GPT, GPTConfig
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -42,9 +45,7 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    folder = Path(run_dir) / FOLDER
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in found if re.fullmatch(r"step-\d{8,}", path.name) and _complete(path)]
+    return [path for path in _named(run_dir) if _complete(path)]
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -71,11 +72,58 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     path = find_checkpoint(path)
     try:
         model = GPT(GPTConfig(**load_config(path)["model"]))
-        model.load_state_dict(load_file(path / WEIGHTS))
+        model.load_state_dict(load_weights(path))
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"a checkpoint must hold a GPT and its weights, got {path}: {reason}") from error
     return model.to(device).eval(), load_tokenizer(path / TOKENIZER)
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The whole weights of a checkpoint, by name, on the CPU."""
+    return load_file(path / WEIGHTS) if (path / WEIGHTS).is_file() else sharded.load_tensors(path)
+
+
+def export_weights(path: str | Path, out: str | Path) -> Path:
+    """Write the whole weights of a checkpoint, sharded or not, as one file in safetensors, by the names in the model.
+
+    Args:
+        path: a checkpoint, or a run: its newest checkpoint.
+        out: the file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    save_file(load_weights(find_checkpoint(path)), Path(out))
+    return Path(out)
+
+
+def load_trainer(path: Path) -> dict[str, Any]:
+    """trainer.pt of a checkpoint, on the CPU.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise _not_whole(path, error) from error
+
+
+def newest_whole(run_dir: Path) -> Path | None:
+    """The newest checkpoint that is as it was written, and a line on stderr for each newer one that is not.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    found = [path for path in _named(run_dir) if (path / MANIFEST).is_file() or _complete(path)]
+    for path in reversed(found):
+        if (reason := sharded.damage(path)) is None:
+            return path
+        print(f"{path} is damaged, {reason}: the one before it is used", file=sys.stderr)
+    if found:
+        raise ValueError(f"a run to resume must have a whole checkpoint, got only damaged ones in {run_dir}")
+    return None
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -139,10 +187,7 @@ class DirectoryCheckpoint(CheckpointIO):
         (draft / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for name, text in self.files.items():
             (draft / name).write_text(text, "utf-8")
-        for file in (*sorted(draft.iterdir()), draft):
-            _flush(file)
-        os.rename(draft, path)
-        _flush(path.parent)
+        sharded.publish(draft, path, {file.name: sharded.sha256_of(file) for file in draft.iterdir()})
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """What `save_checkpoint` was given, on the CPU.
@@ -151,12 +196,13 @@ class DirectoryCheckpoint(CheckpointIO):
             ValueError: a file is damaged.
         """
         path = Path(path)
+        if not (path / WEIGHTS).is_file():
+            raise ValueError(f"a run on a mesh must be resumed on one, --mesh dp=1 at least, got {path}")
+        state = load_trainer(path)
         try:
-            state = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
             weights = load_file(path / WEIGHTS)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-            reason = (str(error) or "it ends too early").partition("\n")[0]
-            raise ValueError(f"a checkpoint must be whole and plain, got {path}: {reason}") from error
+        except SafetensorError as error:
+            raise _not_whole(path, error) from error
         others = state.get("state_dict", {})  # an average of the weights
         return {**state, "state_dict": {**{_PREFIX + key: value for key, value in weights.items()}, **others}}
 
@@ -166,13 +212,13 @@ class DirectoryCheckpoint(CheckpointIO):
 
 
 def rng_state() -> dict[str, Any]:
-    """The random states of python, numpy, torch and every CUDA device, as plain containers and tensors."""
+    """The random states of python, numpy, torch and the current CUDA device, as plain containers and tensors."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (str(kind), torch.from_numpy(np.array(keys, np.int64)), int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
 
@@ -184,19 +230,25 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
+
+
+def _not_whole(path: Path, error: Exception) -> ValueError:
+    reason = (str(error) or "it ends too early").partition("\n")[0]
+    return ValueError(f"a checkpoint must be whole and plain, got {path}: {reason}")
+
+
+def _named(run_dir: str | Path) -> list[Path]:
+    """Whatever is called as a checkpoint of a run, oldest first."""
+    folder = Path(run_dir) / FOLDER
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if re.fullmatch(r"step-\d{8,}", path.name)]
 
 
 def _complete(path: Path) -> bool:
-    if not all((path / name).is_file() for name in (WEIGHTS, TRAINER, CONFIG)):
+    """Whether no file is missing."""
+    if not all((path / name).is_file() for name in (TRAINER, CONFIG)):
+        return False
+    if not (path / WEIGHTS).is_file() and not (path / MANIFEST).is_file():
         return False
     return all((path / name).is_file() for name in load_config(path).get("files", [TOKENIZER]))
-
-
-def _flush(path: Path) -> None:
-    """Have the file or directory on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

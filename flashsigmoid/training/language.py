@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Unpack
+from typing import Unpack, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from ..diagnostics.probes import probe_attention
+from ..distributed.plans import parallelize, shard_batch, unshard_batch
+from ..distributed.processes import MeshSizes, is_first
 from ..functional import explain
 from ..models.generation import generate
 from ..models.gpt import GPT
@@ -62,15 +66,45 @@ class LanguageModule(RunModule):
         self._val = (0.0, 0, 0)  # nats, tokens, bytes
         self._byte_lengths = torch.from_numpy(data.tokenizer.byte_lengths())
 
+    def check_mesh(self, sizes: MeshSizes) -> None:
+        """Whether it can be trained on a mesh.
+
+        Raises:
+            ValueError: compile; a batch that dp does not divide, or a context that cp does not.
+        """
+        run = self.run
+        if run.compile:
+            raise ValueError("compile must be False on a mesh, got True")
+        if run.batch % sizes.dp:
+            raise ValueError(f"batch must be a multiple of dp={sizes.dp}, got {run.batch}")
+        if sizes.cp > 1 and run.model.seqlen % (2 * sizes.cp):
+            raise ValueError(f"model.seqlen must be a multiple of 2 cp = {2 * sizes.cp}, got {run.model.seqlen}")
+
+    def configure_model(self) -> None:
+        """Lightning's hook: over the mesh, where there is one."""
+        if self.device_mesh is not None:
+            parallelize(self.model, self.device_mesh)
+
+    def _part_nats(self, tokens: Tensor) -> Tensor:
+        """Of a mesh: the loss of the targets that this rank has, (its windows, its tokens), float32."""
+        mesh = cast(DeviceMesh, self.device_mesh)
+        inputs, targets = (shard_batch(x, mesh) for x in (tokens[:, :-1], tokens[:, 1:]))
+        logits = self.model(inputs).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
     def nats(self, tokens: Tensor) -> Tensor:
-        """Loss of every target of windows (batch, seqlen + 1): (batch, seqlen), float32."""
+        """Loss of every target of windows (batch, seqlen + 1): (batch, seqlen), float32. No gradient on a mesh."""
+        if self.device_mesh is not None:
+            short = -len(tokens) % self.device_mesh["dp"].size()
+            whole = unshard_batch(self._part_nats(torch.cat([tokens, tokens[:1].expand(short, -1)])), self.device_mesh)
+            return whole[: len(tokens)]
         # the last batch of a text may have a size of its own
         whole = tokens.shape == (self.run.batch, self.run.model.seqlen + 1)
         return (self._nats if whole else nats_of)(self.model, tokens)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Mean loss of windows (batch, seqlen + 1): a scalar, float32."""
-        return self.nats(tokens).mean()
+        """Mean loss of windows (batch, seqlen + 1), on a mesh of this rank's part: a scalar, float32."""
+        return (self.nats if self.device_mesh is None else self._part_nats)(tokens).mean()
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """Mean loss of a batch of windows."""
@@ -146,8 +180,10 @@ class LanguageModule(RunModule):
             yield "baseline/bigram_floor", bigram.floor_nats_per_byte, "nats_per_byte"
 
     def probed(self) -> Iterator[tuple[str, float]]:
-        """Attention on the first validation windows, at most a micro-batch."""
-        model = self.run.model
+        """Attention on the first validation windows, at most a micro-batch; not where no rank has all of it."""
+        model, mesh = self.run.model, self.device_mesh
+        if mesh is not None and mesh["cp"].size() * mesh["tp"].size() > 1:
+            return
         # the explicit weights of a layer take at most 1 GiB, unless one window needs more
         windows = max(1, min(self.run.batch, 2**28 // (model.nheads * model.seqlen**2)))
         tokens = self.data.val_windows[:windows, :-1].to(self.device)
@@ -183,8 +219,13 @@ class LanguageModule(RunModule):
             writer.write(f"bits_per_byte/{split}", bits, unit="bits_per_byte", step=run.steps, stride=run.stride)
         if not run.sample_tokens:
             return
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        on_mesh = self.device_mesh is not None
+        weights = get_model_state_dict(self.model, options=whole) if on_mesh else self.model.state_dict()
+        if not is_first():
+            return
         model = GPT(run.model).to(self.device)  # with the attention that takes a cache
-        model.load_state_dict(self.model.state_dict())
+        model.load_state_dict(weights)
         prompt = self.data.val_windows[:1, : min(32, run.model.seqlen)].to(self.device)
         tokens = generate(model, prompt, run.sample_tokens, temperature=0.8, seed=run.seed)
         text = self.data.tokenizer.decode(tokens[0].tolist())
@@ -209,6 +250,9 @@ def train(run: LanguageRun, out_dir: str | Path, **options: Unpack[Options]) -> 
             show: told where the training stands. Default: one line on stderr.
             command: how the run was started, for the records. Default: this process's command line.
             max_minutes: save and stop after so many, counted from the call. Default: None, no limit.
+            mesh: as "dp=2,cp=2,tp=1", over the processes that a launcher started. Default: all of them along dp.
+            timeout_s: longest wait for another rank of the mesh. Default: 600.
+            max_skipped: so many steps in a row without a finite gradient, each skipped, end the run. Default: 10.
 
     Returns:
         The last validation and, where there are any, the baselines and what whole splits gave: `FINAL`.

@@ -21,14 +21,28 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 
+from ..distributed.plans import clip_grad_norm
+from ..distributed.processes import MeshSizes, Processes, restarts
 from ..record import RECORDS_NAME, RecordWriter, read_records
-from .callbacks import Interrupted, Recorder, Saver, Show, Stopwatch, quiet_lightning, show_line
-from .checkpoint import FOLDER, DirectoryCheckpoint, checkpoints, clean, load_config, rng_state, set_rng_state
+from .callbacks import Interrupted, Muted, Recorder, Saver, Show, Stopwatch, quiet_lightning, show_line
+from .checkpoint import (
+    FOLDER,
+    DirectoryCheckpoint,
+    checkpoints,
+    clean,
+    keep_last,
+    load_config,
+    newest_whole,
+    rng_state,
+    set_rng_state,
+)
+from .mesh import MeshStrategy, joined, trainer_options
 from .optim import adamw, lr_at
 from .run import Run, check_unchanged
 from .transfer import Initial
 
 Metric = tuple[str, float, str]  # name, value, unit
+MOST_SKIPPED, TIMEOUT_S = 10, 600.0
 
 
 class Positioned(Protocol):
@@ -73,11 +87,21 @@ class RunModule(pl.LightningModule):
         self.clock = Stopwatch()
         self.grad_norm = torch.tensor(torch.nan)  # of the last optimizer step, before clipping
         self.step_loss = torch.zeros(())  # mean over the micro-batches of the current step
+        self.skipped = 0  # steps without an update, since the gradient was not finite
+        self.skipped_in_a_row, self.most_skipped = 0, MOST_SKIPPED
         self._resumed: dict[str, Any] | None = None
 
     def batch_loss(self, batch: Any) -> Tensor:
         """Mean loss of a training batch: a scalar, float32."""
         raise NotImplementedError
+
+    def check_mesh(self, sizes: MeshSizes) -> None:
+        """Whether it can be trained on a mesh.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        raise ValueError(f"a mesh must be of a language model, got {type(self).__name__}")
 
     def validated(self) -> Iterable[Metric]:
         """Numbers of the last validation, the one to compare first."""
@@ -121,18 +145,35 @@ class RunModule(pl.LightningModule):
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
     def configure_gradient_clipping(self, optimizer: Any, *limits: Any, **options: Any) -> None:
-        """Clip the norm of the whole gradient, and keep it for the records."""
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.run.optim.clip)
+        """Clip the norm of the whole gradient, and keep it for the records; a step that has none is skipped.
+
+        Raises:
+            FloatingPointError: too many steps in a row are skipped.
+        """
+        parameters, clip = self.model.parameters(), self.run.optim.clip
+        sharded = self.device_mesh is not None
+        self.grad_norm = clip_grad_norm(parameters, clip) if sharded else nn.utils.clip_grad_norm_(parameters, clip)
+        if torch.isfinite(self.grad_norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        optimizer.zero_grad(set_to_none=True)  # and so no parameter and no moment changes
+        if self.skipped_in_a_row >= self.most_skipped:
+            raise FloatingPointError(
+                f"loss and gradient must be finite in one of {self.most_skipped} steps in a row, got "
+                f"{float(self.grad_norm)} up to step {self.trainer.global_step + 1}; the last checkpoint stands"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not store: the position of the data, the random states, the time."""
         time_s = self.clock.read()
-        checkpoint["flashsigmoid"] = {"position": self.position, "rng": rng_state(), "time_s": time_s}
+        ours = {"position": self.position, "rng": rng_state(), "time_s": time_s, "skipped": self.skipped}
+        checkpoint["flashsigmoid"] = ours
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back; the random states wait until nothing else draws before the first batch."""
         ours: dict[str, Any] = checkpoint["flashsigmoid"]
-        self._resumed, self.position = ours, ours["position"]
+        self._resumed, self.position, self.skipped = ours, ours["position"], ours.get("skipped", 0)
 
     def on_train_start(self) -> None:
         """Random states and time go on where they stood."""
@@ -159,6 +200,9 @@ class Options(TypedDict, total=False):
     show: Show  # told where the training stands; default: one line on stderr
     command: str | None  # how the run was started, for the records; default: this process's command line
     max_minutes: float | None  # then save and stop after a step, as a signal does; default: no limit
+    mesh: str | None  # as "dp=2,cp=2,tp=1", over the processes that a launcher started; default: all of them along dp
+    timeout_s: float  # longest wait for another rank of the mesh; default: 600
+    max_skipped: int  # steps in a row whose gradient may be infinite or NaN, before the run ends; default: 10
 
 
 def train_run(
@@ -184,18 +228,46 @@ def train_run(
     out_dir, limit = Path(out_dir), options.get("max_minutes")
     if limit is not None and not limit > 0.0:
         raise ValueError(f"max_minutes must be positive or None, got {limit}")
-    saver = Saver(out_dir, limit)
-    found = checkpoints(out_dir)
-    if not options.get("resume", False) and (found or (out_dir / RECORDS_NAME).exists()):
-        raise ValueError(f"out_dir must not hold a run unless it is resumed, got {out_dir}")
-    clean(out_dir)  # what a crash left half written
-    start = found[-1] if found else None
-    _fit(run, prepare(start), out_dir, start, saver, options)
+    most = options.get("max_skipped", MOST_SKIPPED)
+    if most < 1:
+        raise ValueError(f"max_skipped must be positive, got {most}")
+    with joined(options.get("mesh"), options.get("device", "auto"), options.get("timeout_s", TIMEOUT_S)) as world:
+        saver = Saver(out_dir, limit, world)
+        resume = options.get("resume", False) or restarts() > 0
+
+        def begin() -> Path | None:
+            return _start(out_dir, resume)
+
+        start = begin() if world is None else world.first(begin)
+        prepared = prepare(start)
+        if world is not None:
+            world.same("data", prepared.fingerprint)
+        _fit(run, prepared, out_dir, start, saver, options, world)
     records = read_records(out_dir / RECORDS_NAME).records
     return {r.name: r.value for r in records if r.name in results and r.value is not None}
 
 
-def _fit(run: Run, prepared: Prepared, out_dir: Path, start: Path | None, saver: Saver, options: Options) -> None:
+def _start(out_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; None: the beginning.
+
+    Raises:
+        ValueError: as `train_run`.
+    """
+    if not resume and (checkpoints(out_dir) or (out_dir / RECORDS_NAME).exists()):
+        raise ValueError(f"out_dir must not hold a run unless it is resumed, got {out_dir}")
+    clean(out_dir)  # what a crash left half written
+    return newest_whole(out_dir)
+
+
+def _fit(
+    run: Run,
+    prepared: Prepared,
+    out_dir: Path,
+    start: Path | None,
+    saver: Saver,
+    options: Options,
+    world: Processes | None,
+) -> None:
     """Train from the checkpoint `start`, or the beginning, to the end; nothing if it is there."""
     config, initial = {**run.sections(), "fingerprint": prepared.fingerprint}, prepared.initial
     if start is not None:
@@ -203,7 +275,8 @@ def _fit(run: Run, prepared: Prepared, out_dir: Path, start: Path | None, saver:
     step = 0 if start is None else int(start.name.removeprefix("step-"))
     if step >= run.steps:
         return
-    if start is None:
+    first = world is None or world.is_first
+    if start is None and first:
         for leftover in (out_dir / FOLDER, out_dir / "tb"):
             shutil.rmtree(leftover, ignore_errors=True)
         (out_dir / RECORDS_NAME).unlink(missing_ok=True)
@@ -211,22 +284,29 @@ def _fit(run: Run, prepared: Prepared, out_dir: Path, start: Path | None, saver:
     random.seed(run.seed)
     np.random.seed(run.seed)
     module = prepared.module()  # before the records: what does not fit leaves nothing behind
+    module.most_skipped = options.get("max_skipped", MOST_SKIPPED)
+    if world is not None:
+        module.check_mesh(world.sizes)
     settings = run.settings() | ({} if initial is None else {"init": initial.origin})
     command = options.get("command")
     device = options.get("device", "auto")
-    with (
-        RecordWriter(out_dir / RECORDS_NAME, settings, command, None if start is None else step) as writer,
-        quiet_lightning(),
-    ):
+    path, resumed = out_dir / RECORDS_NAME, None if start is None else step
+    with RecordWriter(path, settings, command, resumed) if first else Muted(path) as writer, quiet_lightning():
         if initial is not None:
             writer.write("init", step=0, checkpoint=str(initial.path), sha256=initial.sha256)
+        if world is None:
+            # one process, wherever it runs: a cluster's variables are not read
+            where = {"accelerator": {"cuda": "gpu"}.get(device, device), "devices": 1}
+            where["plugins"] = [DirectoryCheckpoint(config, prepared.files), LightningEnvironment()]
+            saves = None
+        else:
+            strategy = MeshStrategy(world, config, prepared.files, published=lambda: keep_last(out_dir, run.keep_last))
+            where, saves = trainer_options(world, strategy), strategy.saves
         trainer = pl.Trainer(
             default_root_dir=out_dir,
-            accelerator={"cuda": "gpu"}.get(device, device),
-            devices=1,
             precision="bf16-mixed" if run.precision == "bf16" else "32-true",
-            logger=_tensorboard(out_dir, step),
-            callbacks=[Recorder(writer, options.get("show", show_line)), saver],
+            logger=_tensorboard(out_dir, step) if first else False,
+            callbacks=[Recorder(writer, options.get("show", show_line) if first else lambda _: None, world), saver],
             max_epochs=-1,
             max_steps=run.steps,
             accumulate_grad_batches=run.accumulate,
@@ -237,18 +317,22 @@ def _fit(run: Run, prepared: Prepared, out_dir: Path, start: Path | None, saver:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            # one process, wherever it runs: a cluster's variables are not read
-            plugins=[DirectoryCheckpoint(config, prepared.files), LightningEnvironment()],
+            **where,
         )
         saver.listen()
         try:
             trainer.fit(module, ckpt_path=start, weights_only=True)
+            if saves is not None:
+                saves.wait()
         except Interrupted as stop:
-            print(
-                f"\nstopped by {stop.reason} after step {stop.step}, saved {stop.checkpoint}: "
-                "the same command with --resume goes on",
-                file=sys.stderr,
-            )
+            if saves is not None:
+                saves.wait()
+            if first:
+                print(
+                    f"\nstopped by {stop.reason} after step {stop.step}, saved {stop.checkpoint}: "
+                    "the same command with --resume goes on",
+                    file=sys.stderr,
+                )
             raise
         finally:
             saver.close()

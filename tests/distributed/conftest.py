@@ -16,3 +16,11 @@ def crew() -> Iterator[Crew]:
     crew.run(cases.release)
     crew.run(language.release)
     crew.close()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Crew]:
+    """Two processes as a launcher starts them."""
+    crew = Crew(2, grouped=False)
+    yield crew
+    crew.close()

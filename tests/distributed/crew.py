@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 60
 
 
-def _serve(rank: int, size: int, device: str, store: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, device: str, store: str | None, pipe: Any) -> None:
     """One rank: run what the pipe brings and answer with its result, or with what went wrong."""
     import warnings
 
@@ -35,32 +35,42 @@ def _serve(rank: int, size: int, device: str, store: str, pipe: Any) -> None:
         setattr(owner, name, conftest.poisoned(getattr(owner, name)))
     if device == "cuda":
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )
+    if store is None:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost"}
+    else:
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=TIMEOUT_S),
+        )
     while (job := pipe.recv()) is not None:
         module, name, args, kwargs = job
         try:
             result = getattr(importlib.import_module(module), name)(*args, **kwargs)
             pipe.send((True, result))
-        except Exception:
+        except (Exception, SystemExit):
             pipe.send((False, traceback.format_exc()))
-    dist.barrier()
-    dist.destroy_process_group()
+    if store is not None:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 class Crew:
-    """`size` processes of one group: gloo on a CPU, NCCL with a GPU each."""
+    """`size` processes of one group: gloo on a CPU, NCCL with a GPU each.
 
-    def __init__(self, size: int, device: str = "cpu") -> None:
+    Args:
+        size: how many.
+        device: "cpu" or "cuda".
+        grouped: False: without a group, but with a launcher's variables, for functions that make a group themselves.
+    """
+
+    def __init__(self, size: int, device: str = "cpu", *, grouped: bool = True) -> None:
         self.size = size
         self.folder = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")
-        store = str(Path(self.folder.name) / "store")
+        store = str(Path(self.folder.name) / "store") if grouped else None
         self.pipes, self.processes = [], []
         os.environ["OMP_NUM_THREADS"] = "1"
         for rank in range(size):

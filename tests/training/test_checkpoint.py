@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from training.test_resume import quiet
 from training.tiny import tiny_run, write_text
 
+from flashsigmoid.distributed import checkpoint as sharded
 from flashsigmoid.models.generation import generate
 from flashsigmoid.training import checkpoint
 from flashsigmoid.training.checkpoint import (
@@ -31,7 +32,7 @@ from flashsigmoid.training.checkpoint import (
 from flashsigmoid.training.language import train
 from flashsigmoid.training.tokenizer import ByteTokenizer
 
-FILES = ["config.json", "model.safetensors", "tokenizer.json", "trainer.pt"]
+FILES = ["config.json", "manifest.json", "model.safetensors", "tokenizer.json", "trainer.pt"]
 
 
 def save(run_dir, step):
@@ -49,7 +50,7 @@ def trained(tmp_path_factory):
     return run, folder / "run"
 
 
-def test_a_directory_of_four_files_and_back(tmp_path):
+def test_a_directory_of_files_and_back(tmp_path):
     plugin = save(tmp_path, 3)
     path = tmp_path / "checkpoints/step-00000003"
     assert sorted(file.name for file in path.iterdir()) == FILES
@@ -58,9 +59,9 @@ def test_a_directory_of_four_files_and_back(tmp_path):
     assert torch.equal(state["state_dict"]["model.weight"], torch.full((2,), 3.0))
 
 
-@pytest.mark.parametrize("stage", range(6))
+@pytest.mark.parametrize("stage", range(7))
 def test_a_crash_at_any_flush_leaves_the_older_checkpoint_the_newest(tmp_path, monkeypatch, stage):
-    """Four files, then their directory, are flushed before the rename, the parent after it: only then it is there."""
+    """The files, then their directory, are flushed before the rename, the parent after it: only then it is there."""
     save(tmp_path, 1)
     flushed = []
 
@@ -69,15 +70,15 @@ def test_a_crash_at_any_flush_leaves_the_older_checkpoint_the_newest(tmp_path, m
         if len(flushed) > stage:
             raise InterruptedError(path)
 
-    monkeypatch.setattr(checkpoint, "_flush", crash)
+    monkeypatch.setattr(sharded, "flush", crash)
     with pytest.raises(InterruptedError):
         save(tmp_path, 2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"][: 1 + (stage == 5)]
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000001", "step-00000002"][: 1 + (stage == 6)]
     assert flushed == [*FILES, "step-00000002.tmp", "checkpoints"][: stage + 1]
     clean(tmp_path)
     assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
-    if stage < 5:
+    if stage < 6:
         save(tmp_path, 2)
     assert find_checkpoint(tmp_path).name == "step-00000002"
 

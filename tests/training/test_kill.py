@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from training.tiny import differences, remains, tiny_run, write_text
 
+from flashsigmoid.distributed import checkpoint as sharded
 from flashsigmoid.record import RecordWriter
 from flashsigmoid.training import checkpoint
 from flashsigmoid.training.language import load_data, train
@@ -31,7 +32,7 @@ def run_of(text: Path, steps: int) -> LanguageRun:
 
 def child(text: Path, out_dir: Path, steps: int) -> None:
     """Train, resuming; a checkpoint takes about 40 ms longer, so that a kill can hit it at every stage."""
-    flush, save = checkpoint._flush, checkpoint.DirectoryCheckpoint.save_checkpoint
+    flush, save = sharded.flush, checkpoint.DirectoryCheckpoint.save_checkpoint
 
     def slow_flush(path: Path) -> None:
         time.sleep(0.006)
@@ -43,7 +44,7 @@ def child(text: Path, out_dir: Path, steps: int) -> None:
         save(self, *args, **kwargs)
         marker.unlink()
 
-    checkpoint._flush = slow_flush
+    sharded.flush = slow_flush
     checkpoint.DirectoryCheckpoint.save_checkpoint = marked_save
     train(run_of(text, steps), out_dir, resume=True, device="cpu", show=lambda progress: None)
 

@@ -8,6 +8,8 @@ import signal
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from training.tiny import differences, remains, tiny_run, write_text
 
 from flashsigmoid.record import read_records
@@ -170,3 +172,49 @@ def test_resuming_where_nothing_was_saved_begins(tmp_path):
     train(run, tmp_path / "run", resume=True, show=quiet)
     assert not half.exists()
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "config.json", "tokenizer.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, name):
+    run = tiny_run(write_text(tmp_path / "text.txt"))
+    train(run, tmp_path / "whole", show=quiet)
+    with pytest.raises(Interrupted):
+        train(run, tmp_path / "halves", show=signal_at(4, signal.SIGTERM))
+    path = checkpoints(tmp_path / "halves")[-1] / name
+    path.write_bytes(path.read_bytes()[:-3])
+    capsys.readouterr()
+    train(run, tmp_path / "halves", resume=True, show=quiet)
+    said = f"step-00000004 is damaged, {name} is not as it was written: the one before it is used\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert differences(remains(run, tmp_path / "whole"), remains(run, tmp_path / "halves")) == []
+
+
+def test_a_run_of_damaged_checkpoints_is_not_begun_anew(tmp_path):
+    run = tiny_run(write_text(tmp_path / "text.txt"), steps=2, val_every=2)
+    train(run, tmp_path / "run", show=quiet)
+    for path in checkpoints(tmp_path / "run"):
+        (path / "trainer.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="a run to resume must have a whole checkpoint, got only damaged ones in "):
+        train(run, tmp_path / "run", resume=True, show=quiet)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_in_the_end_stops(tmp_path, monkeypatch):
+    run, loss = tiny_run(write_text(tmp_path / "text.txt")), language.LanguageModule.batch_loss
+
+    def nan_from(first: int, last: int):
+        def batch_loss(self, batch):
+            return loss(self, batch) * (torch.nan if first <= self.trainer.global_step + 1 <= last else 1.0)
+
+        monkeypatch.setattr(language.LanguageModule, "batch_loss", batch_loss)
+
+    nan_from(3, 4)
+    train(run, tmp_path / "two", show=quiet)
+    records = read_records(tmp_path / "two/records.jsonl").records
+    found = [record.value for record in records if record.name == "skipped_steps"]
+    assert found == [1.0] + [2.0] * 9
+    nan_from(5, 100)
+    with pytest.raises(FloatingPointError, match="finite in one of 3 steps in a row, got nan up to step 7; the last"):
+        train(run, tmp_path / "many", show=quiet, max_skipped=3)
+    assert [path.name for path in checkpoints(tmp_path / "many")] == ["step-00000004", "step-00000006"]
+    weights = [load_file(path / "model.safetensors") for path in checkpoints(tmp_path / "many")]
+    assert differences(*weights) == []  # nothing moved

@@ -1,0 +1,131 @@
+"""What a rank does in the tests of whole runs on a mesh: train, with something wrong if asked, and say what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from training.tiny import tiny_run
+
+from flashsigmoid.distributed import checkpoint as sharded
+from flashsigmoid.record import read_records
+from flashsigmoid.training import language
+from flashsigmoid.training.callbacks import Interrupted
+from flashsigmoid.training.checkpoint import find_checkpoint, load_trainer
+from flashsigmoid.training.run import LanguageRun
+
+
+def mesh_run(text: Path, **changes: Any) -> LanguageRun:
+    """`tiny_run` with what every mesh of 2 or 4 divides, and no dropout, whose masks depend on the mesh."""
+    run = tiny_run(text, batch=4, accumulate=1, **changes)
+    return replace(run, model=replace(run.model, vocab_size=264, nheads=4, dropout_p=0.0))
+
+
+def free_port() -> int:
+    """Of this machine."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def losses(out_dir: Path, name: str = "train/loss") -> list[float | None]:
+    """Of every step, or of every validation."""
+    return [record.value for record in read_records(out_dir / "records.jsonl").records if record.name == name]
+
+
+def train(port: int, run: LanguageRun, out_dir: Path, fault: str = "", **options: Any) -> dict[str, Any]:
+    """Train as one rank of a crew: {"results" or "error", "err": what was printed to stderr}."""
+    os.environ["MASTER_PORT"] = str(port)
+    err, answer = io.StringIO(), {}
+    with contextlib.redirect_stderr(err), planted(fault):
+        try:
+            word, _, step = fault.partition(" ")
+            show = stopped_at(int(step or 3)) if word == "SIGTERM" else lambda progress: None
+            answer["results"] = language.train(run, out_dir, device="cpu", show=show, command="test", **options)
+        except Interrupted as stop:
+            answer["error"] = f"Interrupted {stop.code} {stop.step}"
+        except (Exception, SystemExit) as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+    return {**answer, "err": err.getvalue()}
+
+
+def stopped_at(step: int):
+    """A `show` that sends its process, rank 0, SIGTERM."""
+
+    def show(progress: Any) -> None:
+        if progress.step == step and not progress.validated:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return show
+
+
+@contextmanager
+def planted(fault: str) -> Iterator[None]:
+    """Something that goes wrong, on one rank or on all of them."""
+    name, _, number = fault.partition(" ")
+    module, step = language.LanguageModule, int(number or 0)
+    rank = int(os.environ.get("RANK", "0"))
+    patch: Any = contextlib.nullcontext()
+    part = module.batch_loss
+
+    def at_step(then):
+        def batch_loss(self: Any, batch: Any) -> torch.Tensor:
+            loss = part(self, batch)
+            return then(loss) if self.trainer.global_step + 1 >= step else loss
+
+        return mock.patch.object(module, "batch_loss", batch_loss)
+
+    if name == "nan-once" and rank == 0:
+        seen: list[int] = []
+        patch = at_step(lambda loss: loss if seen or seen.append(1) else loss * torch.nan)
+    elif name == "nan" and rank == 0:
+        patch = at_step(lambda loss: loss * torch.nan)
+    elif name == "hang" and rank == 1:
+        patch = at_step(lambda loss: time.sleep(3600))
+    elif name == "raise" and rank == 1:
+
+        def broken(loss: torch.Tensor) -> torch.Tensor:
+            raise ValueError("batch must be whole, got half a one")
+
+        patch = at_step(broken)
+    elif name == "full-disk" and rank == 1:
+        write = sharded._Writer.write_data
+
+        def full(self: Any, *args: Any) -> Any:
+            if self.target.name == f"step-{step:08d}":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(self, *args)
+
+        patch = mock.patch.object(sharded._Writer, "write_data", full)
+    elif name == "others-part" and rank == 1:
+        shard = language.shard_batch
+        patch = mock.patch.object(language, "shard_batch", lambda x, mesh: shard(x.flip(0), mesh))
+    with patch:
+        yield
+
+
+def remains(out_dir: Path) -> dict[str, Any]:
+    """What the newest checkpoint holds, time aside: for `training.tiny.differences`."""
+    path = find_checkpoint(out_dir)
+    trainer = load_trainer(path)
+    del trainer["flashsigmoid"]["time_s"]
+    return {"name": path.name, "tensors": sharded.load_tensors(path, ""), "trainer": trainer}
+
+
+def is_one_line(text: str, pattern: str) -> bool:
+    """Whether one line, and no more, says it."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return len(lines) == 1 and re.search(pattern, lines[0]) is not None

@@ -1,0 +1,201 @@
+"""Whole runs on a mesh of two processes: the losses of one, checkpoints for any mesh, and what a fault ends in.
+
+Kills, hangs and the command are test_failures.py's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import runs
+from distributed.crew import Crew
+from distributed.runs import free_port, is_one_line, losses, mesh_run, remains
+from safetensors.torch import load_file
+from training.tiny import differences, write_text
+
+from flashsigmoid.distributed.checkpoint import damage
+from flashsigmoid.training import language
+from flashsigmoid.training.checkpoint import checkpoints, export_weights, load_model
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def alone(text: Path) -> Path:
+    """One process."""
+    language.train(mesh_run(text), text.parent / "alone", device="cpu", show=lambda progress: None)
+    return text.parent / "alone"
+
+
+@pytest.fixture(scope="module")
+def whole(text: Path, ranks: Crew) -> Path:
+    """dp=2 that nobody touched."""
+    trained(ranks, text, text.parent / "whole", "dp=2")
+    return text.parent / "whole"
+
+
+def on(ranks: Crew, text: Path, out_dir: Path, mesh: str, fault: str = "", **options) -> list[dict]:
+    """Each rank's answer."""
+    changes = options.pop("changes", {})
+    return ranks.run(runs.train, free_port(), mesh_run(text, **changes), out_dir, fault, mesh=mesh, **options)
+
+
+def trained(ranks: Crew, text: Path, out_dir: Path, mesh: str, fault: str = "", **options) -> list[dict]:
+    """`on`, to the end, with the same results on every rank."""
+    answers = on(ranks, text, out_dir, mesh, fault, **options)
+    assert all("results" in answer for answer in answers), answers
+    assert answers[0]["results"] == answers[1]["results"]
+    return answers
+
+
+def far(losses_: list, others: list) -> float:
+    """Largest relative difference."""
+    return max(abs(x - y) / abs(y) for x, y in zip(losses_, others, strict=True))
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "cp=2", "tp=2"])
+def test_two_processes_have_the_losses_of_one(tmp_path, text, ranks, alone, mesh):
+    """float32: a step differs by rounding, 12 steps of AdamW by a few hundred times as much."""
+    trained(ranks, text, tmp_path / "run", mesh)
+    assert far(losses(tmp_path / "run")[:1], losses(alone)[:1]) <= 1e-6
+    assert far(losses(tmp_path / "run"), losses(alone)) <= 1e-4
+    assert far(losses(tmp_path / "run", "val/loss"), losses(alone, "val/loss")) <= 1e-4
+    assert len(losses(tmp_path / "run")) == 12
+
+
+def test_a_rank_with_another_part_of_the_batch_is_seen(tmp_path, text, ranks, alone):
+    trained(ranks, text, tmp_path / "run", "dp=2", "others-part")
+    assert far(losses(tmp_path / "run"), losses(alone)) > 1e-3
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(tmp_path, text, ranks, alone):
+    """Interrupted on dp=2, gone on on tp=2 and cp=2: the order of the data is that of one process."""
+    answers = on(ranks, text, tmp_path / "run", "dp=2", "SIGTERM")
+    assert [answer["error"] for answer in answers] == ["Interrupted 143 3"] * 2
+    assert is_one_line(answers[0]["err"], "stopped by SIGTERM after step 3, saved .*step-00000003")
+    assert answers[1]["err"] == ""
+    for mesh, steps in (("tp=2", 6), ("cp=2", 12)):
+        shutil.copytree(tmp_path / "run", tmp_path / mesh)
+        trained(ranks, text, tmp_path / mesh, mesh, resume=True)
+        assert far(losses(tmp_path / mesh), losses(alone)) <= 1e-4, (mesh, steps)
+
+
+def test_interrupted_and_resumed_it_has_the_same_bits(tmp_path, text, ranks, whole):
+    on(ranks, text, tmp_path / "run", "dp=2", "SIGTERM")
+    trained(ranks, text, tmp_path / "run", "dp=2", resume=True)
+    assert differences(remains(whole), remains(tmp_path / "run")) == []
+
+
+def test_checkpoints_are_whole_and_are_a_model(tmp_path, text, whole):
+    """keep_last of them, each file hashed, and the weights in one file of safetensors."""
+    found = checkpoints(whole)
+    assert [path.name for path in found] == ["step-00000010", "step-00000012"]
+    assert [damage(path) for path in found] == [None, None]
+    model, _ = load_model(whole)
+    exported = load_file(export_weights(whole, tmp_path / "model.safetensors"))
+    assert differences(dict(model.state_dict()), exported) == []
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    assert model(tokens).shape == (1, 4, 264)
+
+
+@pytest.mark.parametrize("how", ["cut", "bit", "gone", "manifest"])
+def test_damage_is_found(tmp_path, whole, how):
+    path = Path(shutil.copytree(checkpoints(whole)[-1], tmp_path / "step-00000012"))
+    assert damage(path) is None
+    shard = sorted(path.glob("shard-*"))[1]
+    content = bytearray(shard.read_bytes())
+    if how == "cut":
+        shard.write_bytes(content[: len(content) // 2])
+    elif how == "bit":
+        content[-5] ^= 1
+        shard.write_bytes(content)
+    elif how == "gone":
+        shard.unlink()
+    else:
+        (path / "manifest.json").write_text("{")
+    said = {"gone": f"{shard.name} is missing", "manifest": "manifest.json is not whole"}
+    assert damage(path) == said.get(how, f"{shard.name} is not as it was written")
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, text, ranks, whole):
+    on(ranks, text, tmp_path / "run", "dp=2", "SIGTERM 4")
+    shard = next((checkpoints(tmp_path / "run")[-1]).glob("shard-*"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    answers = trained(ranks, text, tmp_path / "run", "dp=2", resume=True)
+    assert is_one_line(answers[0]["err"], "step-00000004 is damaged, .* the one before it is used"), answers
+    assert answers[1]["err"] == ""
+    assert differences(remains(whole), remains(tmp_path / "run")) == []
+
+
+def test_a_full_disk_ends_every_rank_and_leaves_the_last_checkpoint(tmp_path, text, ranks, whole):
+    answers = on(ranks, text, tmp_path / "run", "dp=2", "full-disk 6")
+    assert answers[0]["error"] == (
+        "OSError: checkpoint step-00000006 could not be written: No space left on device; the one before stands"
+    )
+    assert answers[1]["error"] == "SystemExit: 1"
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-00000002", "step-00000004"]
+    trained(ranks, text, tmp_path / "run", "dp=2", resume=True)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert differences(remains(whole), remains(tmp_path / "run")) == []
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tmp_path, text, ranks, whole):
+    trained(ranks, text, tmp_path / "run", "dp=2", "nan-once 4")
+    assert losses(tmp_path / "run", "skipped_steps") == [1.0] * 9
+    assert [loss == loss for loss in losses(tmp_path / "run")].count(False) == 1
+    assert torch.isfinite(remains(tmp_path / "run")["tensors"]["model.head.weight"]).all()
+
+
+def test_too_many_of_them_end_the_run(tmp_path, text, ranks):
+    answers = on(ranks, text, tmp_path / "run", "dp=2", "nan 5", max_skipped=3)
+    assert answers[0]["error"].startswith(
+        "FloatingPointError: loss and gradient must be finite in one of 3 steps in a row"
+    )
+    assert answers[1]["error"] == "SystemExit: 1"
+    weights = load_model(tmp_path / "run")[0].state_dict()
+    assert all(torch.isfinite(x).all() for x in weights.values())
+
+
+def test_the_error_of_one_rank_is_said_by_it_alone(tmp_path, text, ranks):
+    answers = on(ranks, text, tmp_path / "run", "dp=2", "raise 3", timeout_s=5.0)
+    assert answers[1]["error"] == "ValueError: batch must be whole, got half a one"
+    assert answers[0]["error"] == "SystemExit: 1"
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "message"),
+    [
+        ("dp=3", {}, "mesh must have as many ranks as there are processes, 2, got dp=3,cp=1,tp=1"),
+        ("dp=2", {"batch": 3}, "batch must be a multiple of dp=2, got 3"),
+        ("dp=2", {"compile": True}, "compile must be False on a mesh, got True"),
+        ("fsdp=2", {}, "mesh must be like dp=2,cp=2,tp=1, got 'fsdp=2'"),
+    ],
+)
+def test_what_a_mesh_cannot_train_is_one_clear_error(tmp_path, text, ranks, mesh, changes, message):
+    answers = ranks.run(runs.train, free_port(), runs.replace(mesh_run(text), **changes), tmp_path / "run", mesh=mesh)
+    assert answers[0]["error"] == f"ValueError: {message}"
+    assert not (tmp_path / "run/records.jsonl").exists()
+
+
+def test_softmax_trains_on_dp_alone(tmp_path, text, ranks):
+    run = mesh_run(text).with_attention("softmax")
+    assert "results" in ranks.run(runs.train, free_port(), run, tmp_path / "dp", mesh="dp=2")[0]
+    answers = ranks.run(runs.train, free_port(), run, tmp_path / "cp", mesh="cp=2")
+    assert answers[0]["error"] == "ValueError: softmax attention must have tp=1 and cp=1, got tp=1, cp=2"
+    assert answers[1]["error"] == "SystemExit: 1"
+
+
+def test_a_data_file_that_vanished_is_named_once(tmp_path, ranks):
+    text = write_text(tmp_path / "text.txt")
+    on(ranks, text, tmp_path / "run", "dp=2", "SIGTERM")
+    text.unlink()
+    answers = on(ranks, text, tmp_path / "run", "dp=2", resume=True)
+    assert answers[0]["error"] == f"FileNotFoundError: data must be an existing text file or folder, got {text}"
+    assert answers[1]["error"] == "SystemExit: 1"
+    assert [damage(path) for path in checkpoints(tmp_path / "run")] == [None, None]
