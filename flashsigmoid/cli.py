@@ -51,6 +51,7 @@ Fields = Annotated[
     ),
 ]
 NO_BIAS = "sigmoid-no-bias"
+TRY_AGAIN = 75  # an exit code: EX_TEMPFAIL of sysexits.h
 
 
 def _version(wanted: bool) -> None:
@@ -196,6 +197,105 @@ def train(
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     after = _next(run, folder)
     print(f"run: {folder}" + (after and f"   next: {after}"))
+
+
+@app.command(
+    epilog="Examples: flashsigmoid pair digits; flashsigmoid pair enwik8 --jobs 2 --max-minutes 9 "
+    "--arm rope:position=rope --arm softmax-rope:attention=softmax,position=rope; "
+    "flashsigmoid pair simclr_digits --then probe_digits --then finetune_digits:steps=600"
+)
+def pair(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, see flashsigmoid train --list.", show_default=False)],
+    seeds: Annotated[int, typer.Option(help="Of each arm: the recipe's, and the next ones.")] = 3,
+    jobs: Annotated[int, typer.Option(help="Trainings at once; they share the machine, and its GPU.")] = 1,
+    assignments: Fields = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:FIELD=VALUE,...",
+            help="An arm, and in what it differs from the recipe; may be repeated.",
+            show_default="sigmoid:attention=sigmoid and softmax:attention=softmax",
+        ),
+    ] = None,
+    then: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECIPE:FIELD=VALUE,...",
+            help="A probe or a fine-tuning of every encoder that RECIPE trains; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of all of it.", show_default="runs/RECIPE")] = None,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Of all together; then save and leave with code 75; the same command goes on.", show_default="no limit"
+        ),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Train sigmoid and softmax, or arms of your own, over several seeds, and compare them.
+
+    What is trained already is taken as it is, and what was stopped, by Ctrl-C too, goes on from its checkpoint.
+    """
+    from .report import difference_statement, summary_rows, write_report
+    from .studies.pair import ARMS, compared, plan, train_trials
+
+    recipes, missing = _recipes()
+    if recipe not in recipes and missing:
+        raise ValueError(f"RECIPE must be one of {', '.join(recipes)}, got {recipe}; {missing}")
+    folder = out or Path("runs") / recipe
+    trials = plan(
+        recipes,
+        recipe,
+        folder,
+        seeds=seeds,
+        arms=_named_fields("--arm", arm) if arm else ARMS,
+        fields=_assignments(assignments),
+        then=_named_fields("--then", then),
+    )
+    go_on = "the same command goes on"
+    try:
+        with _progress() as show:
+            schedule = train_trials(
+                trials, jobs=jobs, device=device, max_minutes=max_minutes, show=show, say=_print_aside
+            )
+    except KeyboardInterrupt:
+        _print_aside(f"stopped, what ran has saved a checkpoint: {go_on}")
+        raise
+    failed, done = schedule.named("failed"), schedule.named("finished")
+    if not failed and len(done) < len(trials):
+        _print_aside(f"{len(done)} of {len(trials)} trainings are finished, checkpoints of the others saved: {go_on}")
+        raise typer.Exit(TRY_AGAIN)
+    for stage, folders in compared(trials, schedule).items():
+        page = write_report(folders, stage)
+        _print_rows(summary_rows(folders))
+        for sentence in difference_statement(folders):
+            print(sentence)
+        print(f"report: {page.absolute()}")
+    if failed:
+        raise ValueError(f"all trainings must end, got {len(failed)} of {len(trials)} that failed: {', '.join(failed)}")
+
+
+def _print_aside(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _named_fields(option: str, texts: list[str] | None) -> dict[str, dict[str, str]]:
+    """{"wide": {"dim": "256", "betas": "0.9,0.95"}} of ["wide:dim=256,betas=0.9,0.95"]."""
+    found: dict[str, dict[str, str]] = {}
+    for text in texts or ():
+        name, _, rest = text.partition(":")
+        if name in found:
+            raise ValueError(f"{option} must be given once for each name, got {name} twice")
+        pieces: list[str] = []
+        for piece in rest.split(",") if rest else ():
+            if pieces and "=" not in piece:  # of a value with commas
+                pieces[-1] += f",{piece}"
+            else:
+                pieces.append(piece)
+        found[name] = _assignments(pieces, option)
+    return found
 
 
 def _recipes() -> tuple[dict[str, Callable[[], Run]], str]:
@@ -783,13 +883,13 @@ def _or_blank(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _assignments(texts: list[str] | None) -> dict[str, str]:
+def _assignments(texts: list[str] | None, option: str = "--set") -> dict[str, str]:
     """{"model.dim": "256"} of ["model.dim=256"]."""
     found: dict[str, str] = {}
     for text in texts or ():
         name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set must be FIELD=VALUE, got {text}")
+            raise ValueError(f"{option} must be FIELD=VALUE, got {text}")
         if name in found:
             raise ValueError(f"{name} must be set once, got it twice")
         found[name] = value
