@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -143,11 +144,14 @@ def test_the_optimizer_sees_every_image_once_an_epoch() -> None:
     from flashsigmoid.training.classification import _Order
 
     data = load_images(RUN.data)
-    order = iter(_Order(RUN, data, 0))
-    first, second = ([next(order) for _ in range(8000)] for _ in range(2))
+    batches = _Order(RUN, data, 0)
+    order = itertools.chain.from_iterable(batches)
+    first, second = (list(itertools.islice(order, 8000)) for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(8000))
     assert first != second
-    assert [next(iter(_Order(RUN, data, 8003)))] == second[3:4]
+    assert next(iter(_Order(RUN, data, 8003))) == second[3 : 3 + RUN.batch]
+    assert next(iter(_Order(RUN, data, 7999))) == [first[-1], *second[: RUN.batch - 1]]
+    assert {len(batch) for batch in itertools.islice(batches, 1000)} == {RUN.batch}
 
 
 def test_a_corrupt_image_is_left_out_of_training(tmp_path, capsys) -> None:
