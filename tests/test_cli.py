@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import re
 import signal
@@ -263,12 +264,12 @@ def test_train_lists_what_it_can_without_an_extra(flashsigmoid, monkeypatch):
     def missing(name: str, package: str):
         raise ModuleNotFoundError(f"No module named {name}", name=f"guest-of{name}")
 
-    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     outcome = flashsigmoid("train", "--list")
     assert outcome.code == 0
     assert outcome.out.splitlines()[-1] == (
-        "recipes for images need guest-of.recipes.vision: pip install 'flashsigmoid[vision]'; "
-        "recipes for speech need guest-of.recipes.speech: pip install 'flashsigmoid[speech]'"
+        "recipes for images need guest-of..recipes.vision: pip install 'flashsigmoid[vision]'; "
+        "recipes for speech need guest-of..recipes.speech: pip install 'flashsigmoid[speech]'"
     )
     assert_one_error(
         flashsigmoid("train", "an4"), 1, "RECIPE must be one of demo", "pip install 'flashsigmoid[speech]'"
