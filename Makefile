@@ -45,7 +45,9 @@ gpu:
 	$(BENCH) lm-4k-d64-alibi-causal --peer hopper --peer triton $(KERNELS) --out $(RESULTS)/alibi-bfloat16.jsonl
 	$(BENCH) 'lm-1k-d128*' 'lm-4k-d128*' 'lm-16k-d128*' --peer triton --peer hopper --peer 'triton fp8' --work forward \
 	  --out $(RESULTS)/fp8.jsonl
+	$(BENCH) decode --out $(RESULTS)/decode-bfloat16.jsonl
 	$(BENCH) lm-4k-d64 lm-4k-d128-causal lm-4k-d64-alibi-causal $(KERNELS) --out $(RESULTS)/everybody-bfloat16.jsonl
+	$(GPU) -m flashsigmoid.bench.profile $(PEERS) --out $(RESULTS)/profile-bfloat16.jsonl
 	$(GPU) -m flashsigmoid.report.accuracy $(RESULTS)/gpu-tests.jsonl docs/images/accuracy.png
 	$(GPU) -m flashsigmoid.report.speed $(RESULTS)/lm-d128-bfloat16.jsonl docs/images/speed.png
 	$(GPU) -m flashsigmoid.report.curves $(foreach n,64 128,$(RESULTS)/lm-d$(n)-bfloat16.jsonl) docs/images/curves.png

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "flashsigmoid"
 FLOORS = (
     {"backends", "record", "samples"},
     {"functional"},
-    {"testing"},
+    {"kvcache", "testing"},
     {"nn"},
     {"__init__"},
     {"models", "diagnostics", "distributed"},

@@ -13,8 +13,9 @@ from .gpu import too_long
 from .op import _is_plain as is_plain
 from .problem import Problem, _gpu_arch, make_problem
 
-# rows of "auto": more are a chunk of prefill, which the dense kernels compute in larger blocks. Not measured.
-MOST_QUERIES = 16
+# queries of "auto": none until a GPU has run the kernel; then those that are no chunk of prefill, which dense kernels
+# compute in larger blocks
+MOST_QUERIES = 0
 
 torch.library.define(
     "flashsigmoid::decode",

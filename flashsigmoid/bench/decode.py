@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..functional import sigmoid_attention_with_kvcache, sigmoid_attention_with_prefix
+from ..kvcache import sigmoid_attention_with_kvcache, sigmoid_attention_with_prefix
 from ..record import Record, RecordWriter, Scalar
 from ..testing import errors_over_budget
 from .ceilings import COPY

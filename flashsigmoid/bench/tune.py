@@ -1,4 +1,4 @@
-"""Measures tiles of the Triton kernels on this GPU and prints a better table for backends/triton/tiles.py.
+"""Measures tiles of the fused kernels on this GPU and prints better tables for backends/triton/tiles.py and hopper's.
 
 What a user's call takes is the table; nothing is measured at run time.
 """
@@ -10,17 +10,24 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from multiprocessing import get_context
+from typing import Any
 
 import torch
 
+from ..backends import hopper
+from ..backends.hopper.tiles import Tile as HopperTile
+from ..backends.hopper.tiles import choose_tile as choose_hopper_tile
 from ..backends.problem import Problem, make_problem
+from ..backends.triton.tiles import Tile, choose_tile, is_one_launch
 from .candidate import make_inputs
 from .problems import PROBLEMS, Shape, choose
 from .timing import Sample, by_events, interleaved
 
-KERNELS = ("fwd", "dkdv", "dq", "all")  # "all": dkdv and dq in one launch, of problems that take it
+# of `triton`; "all" is dkdv and dq in one launch, of problems that take it; then of `hopper`
+KERNELS = ("fwd", "dkdv", "dq", "all", "hopper-forward", "hopper-backward")
+_HOPPER = "hopper-"
 
 
 @dataclass(frozen=True)
@@ -30,32 +37,36 @@ class Choice:
     kernel: str
     head_dim: int
     causal: bool
-    tile: tuple[int | None, ...]  # the fields of tiles.Tile
-    shipped: tuple[int | None, ...]
+    tile: Any  # a Tile of the kernel's backend
+    shipped: Any
     speedup: float
 
     def __str__(self) -> str:
         mask = "causal" if self.causal else "full"
         change = "kept" if self.tile == self.shipped else f"{self.speedup:.3f} times as fast as {_text(self.shipped)}"
-        return f"{self.kernel:5} head_dim {self.head_dim:3} {mask:7} {_text(self.tile):28} {change}"
+        return f"{self.kernel:15} head_dim {self.head_dim:3} {mask:7} {_text(self.tile):28} {change}"
 
 
 def tune(
     problems: Iterable[str] = (),
     *,
     dtype: torch.dtype = torch.bfloat16,
-    kernels: tuple[str, ...] = KERNELS,
+    kernels: Iterable[str] = (),
     rounds: int = 7,
     show: Callable[[Choice], object] = lambda _: None,
 ) -> list[Choice]:
     """The fastest tile of every kernel for each named problem, measured interleaved with the table's.
 
     Candidates are compiled by parallel processes first; those that do not fit the GPU drop out. By default the
-    problems are the table's rows at 4096 tokens.
+    problems are the table's rows at 4096 tokens, and the kernels all that can compute them here.
 
     Raises:
-        ValueError: no CUDA device, or a problem that is not a dense one.
+        ValueError: no CUDA device, a problem that is not a dense one, or an unknown kernel.
     """
+    kernels = tuple(kernels) or KERNELS
+    for kernel in kernels:
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
     if not torch.cuda.is_available():
         raise ValueError("--tune must run on a CUDA device, got none")
     names = choose(problems) or [f"lm-4k-d{dim}{mask}" for dim in (64, 128, 256) for mask in ("", "-causal")]
@@ -65,7 +76,7 @@ def tune(
     pairs = [
         (name, kernel)
         for name, kernel in itertools.product(names, kernels)
-        if kernel != "all" or _is_one_launch(PROBLEMS[name], dtype)
+        if _is_launched(kernel, _problem(PROBLEMS[name], dtype))
     ]
     _compile_in_parallel(pairs, dtype)
     choices = []
@@ -75,8 +86,11 @@ def tune(
     return choices
 
 
-def candidates(kernel: str, head_dim: int, itemsize: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """(block_m, block_n, num_warps, num_stages, in_registers) worth trying."""
+def candidates(kernel: str, head_dim: int, itemsize: int) -> Iterator[Any]:
+    """Tiles worth trying."""
+    if kernel.startswith(_HOPPER):
+        yield from _hopper_candidates(kernel.removeprefix(_HOPPER), max(64, head_dim))
+        return
     sizes = (32, 64, 128) if itemsize == 2 else (16, 32, 64)
     for block_m, block_n, warps, stages in itertools.product(sizes, sizes, (4, 8), (1, 2, 3, 4)):
         by_keys = kernel in ("dkdv", "all")
@@ -89,19 +103,46 @@ def candidates(kernel: str, head_dim: int, itemsize: int) -> Iterator[tuple[int,
         if rows < 8 * warps or rows * sums > 220 * 32 * warps or fixed + loaded > 227 * 1024:
             continue  # no rows for every warp; more registers or shared memory than there are
         for in_registers in (0, 1) if kernel == "fwd" else (0, 1, 2):
-            yield block_m, block_n, warps, stages, in_registers
+            yield Tile(block_m, block_n, warps, stages, in_registers)
+        if head_dim == 64:  # short sequences
+            yield Tile(block_m, block_n, warps, stages, by_pointers=True)
+
+
+def _hopper_candidates(direction: str, head_dim: int) -> Iterator[HopperTile]:
+    registers = {2: 240, 3: 160, 4: 112}  # of each of so many warpgroups that multiply
+    if direction == "backward":
+        block = 128 if head_dim == 64 else 64
+        for is_persistent in (False, True) if head_dim < 256 else (False,):
+            yield HopperTile(2, block, 2, 240, is_persistent=is_persistent)
+        return
+    for warpgroups, block in ((2, 64), (2, 128), (3, 64), (4, 64)):
+        for stages, own_out, is_split in itertools.product((2, 4), (False, True), (False, True)):
+            rows = 64 * warpgroups * (2 if own_out else 1)
+            sums = head_dim + block + block // 2  # registers of a thread, twice: sums, scores and weights
+            if 2 * head_dim * (rows + 2 * block * stages) > 227 * 1024 or sums // 2 > registers[warpgroups] - 24:
+                continue
+            for is_persistent, is_from_end in itertools.product((False, True), (False, True)):
+                yield HopperTile(
+                    warpgroups, block, stages, registers[warpgroups], is_split, own_out, is_persistent, is_from_end
+                )
+
+
+def _is_launched(kernel: str, problem: Problem) -> bool:
+    if kernel.startswith(_HOPPER):
+        return hopper.unsupported(problem, kernel.removeprefix(_HOPPER)) is None
+    return kernel != "all" or is_one_launch(problem)
+
+
+def _shipped(kernel: str, problem: Problem) -> Any:
+    if kernel.startswith(_HOPPER):
+        return choose_hopper_tile(problem, kernel.removeprefix(_HOPPER))
+    return choose_tile(problem, kernel)
 
 
 def _choose(shape: Shape, kernel: str, dtype: torch.dtype, rounds: int) -> Choice:
-    from ..backends.triton.tiles import choose_tile
-
-    problem = _problem(shape, dtype)
-    shipped = astuple(choose_tile(problem, kernel))
+    shipped = _shipped(kernel, _problem(shape, dtype))
     stream = torch.cuda.Stream()
-    tiles = dict.fromkeys(
-        (shipped, *((*each, None, False) for each in candidates(kernel, shape.head_dim, dtype.itemsize)))
-    )
-    by_text = {_text(tile): tile for tile in tiles}
+    by_text = {_text(tile): tile for tile in (shipped, *candidates(kernel, shape.head_dim, dtype.itemsize))}
     samples: dict[str, Sample] = {}
     for text, tile in by_text.items():
         call = _call(shape, dtype, kernel, tile)
@@ -135,24 +176,23 @@ def _problem(shape: Shape, dtype: torch.dtype) -> Problem:
     )  # fmt: skip
 
 
-def _call(shape: Shape, dtype: torch.dtype, kernel: str, tile: tuple[int | None, ...]) -> Callable[[], object]:
-    """One launch of one kernel with a tile of its own."""
+def _call(shape: Shape, dtype: torch.dtype, kernel: str, tile: Any) -> Callable[[], object]:
+    """The launches of one kernel with a tile of its own."""
+    inputs, problem = make_inputs(shape, dtype, "cuda"), _problem(shape, dtype)
+    q, k, v, dout = inputs.q, inputs.k, inputs.v, inputs.dout
+    if kernel.startswith(_HOPPER):
+        from ..backends.hopper import launch
+
+        if kernel == "hopper-forward":
+            return lambda: launch.forward(problem, q, k, v, None, None, tile)
+        return lambda: launch.backward(problem, dout, q, k, v, None, None, tile)
     from ..backends.triton.launch import Call
-    from ..backends.triton.tiles import Tile
 
-    inputs = make_inputs(shape, dtype, "cuda")
-    call = Call(_problem(shape, dtype), inputs.q, inputs.k, inputs.v)
-    chosen = Tile(*tile)  # pyright: ignore[reportArgumentType]
+    call = Call(problem, q, k, v)
     if kernel == "fwd":
-        return lambda: call.fwd(chosen)
-    launch = call.bwd if kernel == "all" else getattr(call, kernel)
-    return lambda: launch(inputs.dout, chosen)
-
-
-def _is_one_launch(shape: Shape, dtype: torch.dtype) -> bool:
-    from ..backends.triton.tiles import is_one_launch
-
-    return is_one_launch(_problem(shape, dtype))
+        return lambda: call.fwd(tile)
+    run = call.bwd if kernel == "all" else getattr(call, kernel)
+    return lambda: run(dout, tile)
 
 
 def _compile_in_parallel(pairs: list[tuple[str, str]], dtype: torch.dtype) -> None:
@@ -167,15 +207,22 @@ def _compile_in_parallel(pairs: list[tuple[str, str]], dtype: torch.dtype) -> No
         list(pool.map(_compile, jobs, itertools.repeat(dtype), chunksize=4))
 
 
-def _compile(job: tuple[str, str, tuple[int, ...]], dtype: torch.dtype) -> None:
+def _compile(job: tuple[str, str, Any], dtype: torch.dtype) -> None:
     name, kernel, tile = job
     small = replace(PROBLEMS[name], batch=1, nheads=1, nheads_k=1)
     # whatever does not compile or fit is left out when it is timed
     with suppress(Exception):
-        _call(small, dtype, kernel, (*tile, None, False))()
+        _call(small, dtype, kernel, tile)()
         torch.cuda.synchronize()
 
 
-def _text(tile: tuple[int | None, ...]) -> str:
-    last = max(i for i, value in enumerate(tile) if value or i == 3)
-    return f"Tile({', '.join(map(str, tile[: last + 1]))})"
+def _text(tile: Any) -> str:
+    """As the table's file has it: what has a default by name, where it differs."""
+    words = []
+    for field in fields(tile):
+        value = getattr(tile, field.name)
+        if field.default is MISSING:
+            words.append(str(value))
+        elif value != field.default:
+            words.append(f"{field.name}={value}")
+    return f"Tile({', '.join(words)})"

@@ -49,8 +49,11 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Records file to write too.", show_default=False)] = None,
     plot: Annotated[Path | None, typer.Option(help="Figure to draw, PNG or SVG.", show_default=False)] = None,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Measure tiles of the Triton kernels instead, and print a better table.")
+        bool, typer.Option("--tune", help="Measure tiles of the fused kernels instead, and print a better table.")
     ] = False,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Kernel that --tune measures; again for more.", show_default="all")
+    ] = None,
     list_problems: Annotated[bool, typer.Option("--list", help="List the problems and the candidates.")] = False,
 ) -> None:
     """Time sigmoid attention beside everybody else's, with its error beside its speed. It must be right to be timed."""
@@ -72,10 +75,12 @@ def bench(
     for library in libraries or ():
         load_library(library)
     numbers = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    if kernel and not tune:
+        raise ValueError(f"--kernel goes with --tune, got {', '.join(kernel)} without it")
     if tune:
         from ..bench.tune import tune as measure_tiles
 
-        measure_tiles(problems or (), dtype=numbers, rounds=rounds, show=print)
+        measure_tiles(problems or (), dtype=numbers, kernels=kernel or (), rounds=rounds, show=print)
         return
     if steps := decode.choose(problems or ()):
         if len(steps) < len(problems or ()) or work or plot or not graphs:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import attention_weights
-from ..functional import Window, sigmoid_attention_shard
+from ..backends.rules import Window
+from ..functional import sigmoid_attention_shard
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import functional
-from ..functional import Window, sigmoid_attention_shard
+from ..backends.rules import Window, autocast, validate
+from ..functional import sigmoid_attention_shard
 from .blocks import Block, Call, Sides, attend, attend_backward, blocks_of, joined, within
 from .cost import SCHEMES, Sizes, choose_scheme
 from .exchange import Axis, axis_of
@@ -82,9 +82,9 @@ def sigmoid_attention(
     Source: arXiv:2409.04431, section 2; the ring of blocks arXiv:2310.01889, the zig-zag order that of Llama 3's
     context parallel, arXiv:2407.21783, section 3.3.2.
     """
-    q, k, v = functional._autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     options = (scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend)
-    functional._validate(q, k, v, sigmoid_bias, *options)
+    validate(q, k, v, sigmoid_bias, *options)
     axis = axis_of(mesh)
     rows_q, rows_k = q.shape[1] * axis.size, k.shape[1] * axis.size
     row_bias = isinstance(sigmoid_bias, Tensor) and sigmoid_bias.dim() == 3
@@ -140,9 +140,9 @@ def sigmoid_attention_varlen(
     """
     if sigmoid_bias is None:
         raise ValueError("sigmoid_bias is required where sequences have different lengths, got None")
-    q, k, v = functional._autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     options = (scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend)
-    functional._validate(q, k, v, sigmoid_bias, *options, cu_seqlens=(cu_seqlens_q, cu_seqlens_k))
+    validate(q, k, v, sigmoid_bias, *options, cu_seqlens=(cu_seqlens_q, cu_seqlens_k))
     axis = axis_of(mesh)
     ends = []
     for name, cu, local in (("cu_seqlens_q", cu_seqlens_q, q.shape[0]), ("cu_seqlens_k", cu_seqlens_k, k.shape[0])):

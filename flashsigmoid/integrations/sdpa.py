@@ -17,6 +17,7 @@ from .. import backends, functional
 from ..backends import BackendUnsupported, Explanation, op
 from ..backends.philox import keep_mask
 from ..backends.problem import bias_rows
+from ..backends.rules import autocast, validate
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -198,8 +199,8 @@ def _prepare(
         bottom_right = attn_mask.variant == CausalVariant.LOWER_RIGHT
         return call._replace(causal=True, q_offset=seqlen_k - seqlen_q if bottom_right else 0)
 
-    q, k, v = functional._autocast(q, k, v)
-    functional._validate(q, k, v, sigmoid_bias, scale, False, (None, None), None, dropout_p, "auto", backend)
+    q, k, v = autocast(q, k, v)
+    validate(q, k, v, sigmoid_bias, scale, False, (None, None), None, dropout_p, "auto", backend)
     call = call._replace(q=q, k=k, v=v)
     # (batch or 1, nheads or 1, seqlen_q or 1, seqlen_k or 1)
     mask = _dense_mask(attn_mask, (*lead, nheads, seqlen_q, seqlen_k), query)

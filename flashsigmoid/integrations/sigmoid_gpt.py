@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from ..functional import sigmoid_attention, sigmoid_attention_with_kvcache
+from ..functional import sigmoid_attention
+from ..kvcache import sigmoid_attention_with_kvcache
 from ..models.gpt import GPT, GPTConfig, parameter_count
 from ..nn import Block, SigmoidAttention
 

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from ..backends.cached import Cache
 from ..backends.problem import make_problem
 from ..backends.reference import visible
-from ..functional import sigmoid_attention, sigmoid_attention_varlen, sigmoid_attention_with_kvcache
+from ..functional import sigmoid_attention, sigmoid_attention_varlen
+from ..kvcache import sigmoid_attention_with_kvcache
 from .norm import RMSNorm
 from .position import RotaryEmbedding, alibi_slopes
 

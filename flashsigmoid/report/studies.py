@@ -44,7 +44,7 @@ def study_note(path: str | Path) -> str:
     spread = "one seed: hints, not findings" if len(seeds) == 1 else f"{len(seeds)} seeds, mean (least to largest)"
     size = "quick" if file.settings.get("quick") else "full"
     trials = f"{len(ends)} trainings" if len(ends) > 1 else "1 training"
-    return f"The {size} study: {trials}, {seconds / 60:.0f} minutes in all, on {', '.join(devices)}; {spread}."
+    return f"The {size} study: {trials}, {seconds / 60:.0f} min in all, on {', '.join(devices)}; {spread}."
 
 
 def has_figure(path: str | Path) -> bool:
@@ -110,6 +110,11 @@ def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
     return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"
 
 
+def _beside(values: Sequence[Sequence[float]], text: Callable[[float], str]) -> str:
+    """The mean of each, a dash where there is none."""
+    return " / ".join(text(statistics.fmean(some)) if some else "–" for some in values)
+
+
 def _loss(value: float) -> str:
     return f"{value:.3f}"
 
@@ -172,14 +177,12 @@ def _diagnosis_rows(file: RecordFile) -> Rows:
                     "QK-norm": "yes" if qk_norm else "no",
                     "LayerScale": "yes" if layer_scale else "no",
                 }
-                for kind, kind_text in _KINDS.items():
-                    norms = _values(file.records, "attn_norm", 0, kind=kind, **same)
-                    row[f"first |A V|, {kind_text}"] = number_text(statistics.fmean(norms)) if norms else ""
-                for length in (1, last):
-                    for kind, kind_text in _KINDS.items():
-                        losses = _values(file.records, "val/loss", kind=kind, length=length, **same)
-                        row[f"loss at {length} n, {kind_text}"] = _loss(statistics.fmean(losses)) if losses else ""
-                if any(text for name, text in row.items() if name.startswith("loss")):
+                norms = [_values(file.records, "attn_norm", 0, kind=kind, **same) for kind in _KINDS]
+                row[f"first |A V|: {' / '.join(_KINDS.values())}"] = _beside(norms, number_text)
+                for length, name in ((1, "loss at n"), (last, f"loss at {last} n")):
+                    losses = [_values(file.records, "val/loss", kind=kind, length=length, **same) for kind in _KINDS]
+                    row[name] = _beside(losses, _loss)
+                if any(norms):
                     rows.append(row)
     return rows
 

@@ -84,8 +84,8 @@ def diagnosis(
 ) -> Path:
     """One layer, by position encoding, bias, LayerScale and QK-norm: |A V| at the start, the loss at 1 to 8 times n.
 
-    36 arms, POSITION-KIND[-no-qk-norm][-layer-scale] with POSITION sincos, rope or alibi and KIND sigmoid (b = -log n),
-    no-bias (b = 0) or softmax; they differ in nothing else. Bytes of the embedded Shakespeare.
+    36 arms, `POSITION-KIND[-no-qk-norm][-layer-scale]`, with POSITION sincos, rope or alibi and KIND sigmoid (b = -log
+    n), no-bias (b = 0) or softmax; they differ in nothing else. Bytes of the embedded Shakespeare.
 
     Command: flashsigmoid study diagnosis (--quick). Hardware: 1 GPU (2 CPU cores). Time: not yet measured for the full
     one (about 4 minutes of an idle core). Full: three seeds, n = 512, 1,000 steps of 32, 512 channels. Quick: one seed,

@@ -195,8 +195,8 @@ def neighbours(
 
     Command: flashsigmoid study neighbours (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds; bytes of the
     embedded Shakespeare, n = 256, 2,000 steps of 32, 4 layers of 256; recall n = 128, 3,000 steps of 128, 2 layers of
-    128. Quick: one seed, n = 64 and 32, 200 and 1,000 steps, 2 layers of 64. Time and expected: not yet measured for
-    the full one.
+    128. Quick: one seed, n = 64 and 32, 200 and 1,000 steps, 2 layers of 64. Time: about 4 minutes for
+    the quick one. Expected there: benchmarks/results/studies; full: not yet measured.
 
     Args:
         out_dir: folder of the study.

@@ -209,7 +209,8 @@ def retrieval(
 
     Command: flashsigmoid study retrieval (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds, n = 256, 4,000
     steps of 128, 4 layers of 128, 64 values to guess from, up to 32 pairs in training. Quick: three seeds, n = 32,
-    1,500 steps of 32, 2 layers of 64, 16 values, up to 4 pairs. Time and expected: not yet measured for the full one.
+    1,500 steps of 32, 2 layers of 64, 16 values, up to 4 pairs. Time: about
+    10 minutes of an idle core for the quick one. Expected there: benchmarks/results/studies; full: not yet measured.
 
     Args:
         out_dir: folder of the study.

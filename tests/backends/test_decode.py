@@ -18,7 +18,7 @@ from torch import Tensor
 from flashsigmoid import BackendUnsupported, sigmoid_attention_with_kvcache, sigmoid_attention_with_prefix
 from flashsigmoid.backends import cached, decode
 from flashsigmoid.backends.problem import Problem
-from flashsigmoid.functional import explain_with_kvcache
+from flashsigmoid.kvcache import explain_with_kvcache
 from flashsigmoid.testing import assert_within_budget, errors_over_budget, make_qkv, oracle, witness
 
 pytestmark = pytest.mark.skipif(not IS_INTERPRETED, reason="needs Triton's interpreter")
@@ -246,8 +246,9 @@ def gpu(**sizes: Any) -> Problem:
     return Problem(**{**given, **sizes})
 
 
-def test_auto_takes_the_kernel_for_few_queries_on_a_gpu():
+def test_auto_takes_the_kernel_for_few_queries_on_a_gpu(monkeypatch):
     device = torch.device("cuda", 0)
+    monkeypatch.setattr(decode, "MOST_QUERIES", 16)
     assert decode.unsupported(gpu(seqlen_q=16), "auto", device) is None
     reason = decode.unsupported(gpu(seqlen_q=17), "auto", device)
     assert reason == "seqlen_q must be at most 16 for the decode kernel, got 17"

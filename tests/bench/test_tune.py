@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashsigmoid.backends.triton.tiles import choose_tile
+from flashsigmoid.backends.hopper.tiles import Tile as HopperTile
+from flashsigmoid.backends.triton.tiles import Tile
 from flashsigmoid.bench.problems import PROBLEMS
-from flashsigmoid.bench.tune import KERNELS, Choice, candidates, tune
+from flashsigmoid.bench.tune import KERNELS, Choice, _shipped, candidates, tune
 
 
 def test_it_needs_a_gpu() -> None:
@@ -27,23 +28,32 @@ def test_the_tables_tiles_are_candidates(kernel, head_dim) -> None:
     from flashsigmoid.backends.support import _BASE
 
     tried = set(candidates(kernel, head_dim, 2))
-    assert 20 < len(tried) < 250
+    is_hopper = kernel.startswith("hopper")
+    assert (0 if is_hopper else 20) < len(tried) < 250
     for causal in (False, True):
         for seqlen in (197, 1024, 2048, 16384):
             problem = replace(
                 _BASE, seqlen_q=seqlen, seqlen_k=seqlen, causal=causal, head_dim=head_dim, head_dim_v=head_dim
             )
-            tile = choose_tile(problem, kernel)
-            sizes = (tile.block_m, tile.block_n, tile.num_warps, tile.num_stages, tile.in_registers)
-            assert sizes in tried, (causal, seqlen)
+            tile = _shipped(kernel, problem)
+            if not is_hopper:
+                tile = replace(tile, maxnreg=None)
+            assert tile in tried, (causal, seqlen)
 
 
 def test_a_choice_prints_as_a_row_of_the_table() -> None:
-    kept = Choice("fwd", 64, False, (128, 64, 4, 3, 1, None), (128, 64, 4, 3, 1, None), 1.0)
-    assert str(kept).split() == ["fwd", "head_dim", "64", "full", "Tile(128,", "64,", "4,", "3,", "1)", "kept"]
-    other = Choice("dq", 128, True, (64, 64, 4, 3, 0, None), (64, 64, 4, 2, 0, None), 1.07)
+    kept = Choice("fwd", 64, False, Tile(128, 64, 4, 3, 1), Tile(128, 64, 4, 3, 1), 1.0)
+    assert str(kept).split(maxsplit=4)[4] == "Tile(128, 64, 4, 3, in_registers=1) kept"
+    other = Choice("dq", 128, True, Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), 1.07)
     assert str(other).endswith("1.070 times as fast as Tile(64, 64, 4, 2)")
     assert "causal" in str(other)
+    tile = HopperTile(3, 64, 4, 160, is_from_end=True)
+    assert "Tile(3, 64, 4, 160, is_from_end=True)" in str(Choice("hopper-forward", 128, True, tile, tile, 1.0))
+
+
+def test_an_unknown_kernel_is_named() -> None:
+    with pytest.raises(ValueError, match="kernel must be one of fwd, dkdv, dq, all, hopper-forward, hopper-backward"):
+        tune(["lm-4k-d64"], kernels=["bwd"])
 
 
 def test_the_default_problems_exist() -> None:

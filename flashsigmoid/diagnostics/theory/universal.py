@@ -63,7 +63,7 @@ class SelectiveShift(nn.Module):
         H((x_i - lower)(x_k - t)) - H((x_i - upper)(x_k - t)) = +[lower < x_i < upper] if x_k > t, else -[...]
         H(x_i - lower) - H(x_i - upper)                       =  [lower < x_i < upper]
 
-    so half the sum of the two lines is [lower < x_i < upper] [x_k > t]: each H is a head with values x_k, its scores
+    so half the sum of the two lines is `[lower < x_i < upper] [x_k > t]`: each H is a head with values x_k, its scores
     a product of one number of the query and one of the key, and sigmoid(steepness .) is its H. If no x is within m of
     lower, upper and t,
 
