@@ -1,6 +1,6 @@
 """Entry of the command `flashsigmoid` and of `python -m flashsigmoid`: exit codes, and errors as one line.
 
-The commands themselves are in cli.py; nothing here needs more than torch.
+The commands themselves are in cli/; nothing here needs more than torch.
 """
 
 from __future__ import annotations

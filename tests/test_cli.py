@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from flashsigmoid.record import read_records
 COMMANDS = (
     "demo",
     "train",
+    "pair",
     "generate",
     "export",
     "convert",
@@ -153,6 +155,11 @@ def test_version(flashsigmoid):
             "sigmoid_bias has no effect",
         ),
         (["train", "demo", "--data", "nowhere.txt"], 1, "nowhere.txt"),
+        (["pair", "dmeo"], 1, "RECIPE must be one of demo"),
+        (["pair", "demo", "--jobs", "0"], 1, "jobs must be at least 1, got 0"),
+        (["pair", "demo", "--arm", "a:dim"], 1, "--arm must be FIELD=VALUE, got dim"),
+        (["pair", "demo", "--arm", "a", "--arm", "a"], 1, "--arm must be given once for each name, got a twice"),
+        (["pair", "demo", "--max-minutes", "0"], 1, "max_minutes must be positive or None, got 0"),
         (["train", "demo", "--out", "."], 1, "must not hold a run"),
         (["demo", "--set", "attention=softmax"], 1, "the demo trains both arms"),
         (["generate", "nowhere"], 1, "nowhere"),
@@ -257,12 +264,12 @@ def test_train_lists_what_it_can_without_an_extra(flashsigmoid, monkeypatch):
     def missing(name: str, package: str):
         raise ModuleNotFoundError(f"No module named {name}", name=f"guest-of{name}")
 
-    monkeypatch.setattr(cli.importlib, "import_module", missing)
+    monkeypatch.setattr(importlib, "import_module", missing)
     outcome = flashsigmoid("train", "--list")
     assert outcome.code == 0
     assert outcome.out.splitlines()[-1] == (
-        "recipes for images need guest-of.recipes.vision: pip install 'flashsigmoid[vision]'; "
-        "recipes for speech need guest-of.recipes.speech: pip install 'flashsigmoid[speech]'"
+        "recipes for images need guest-of..recipes.vision: pip install 'flashsigmoid[vision]'; "
+        "recipes for speech need guest-of..recipes.speech: pip install 'flashsigmoid[speech]'"
     )
     assert_one_error(
         flashsigmoid("train", "an4"), 1, "RECIPE must be one of demo", "pip install 'flashsigmoid[speech]'"

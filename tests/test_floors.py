@@ -57,8 +57,8 @@ GUESTS = {
     "transformers": {"integrations/transformers.py", "integrations/sigmoid_gpt.py", "recipes/conversion.py"},
     "matplotlib": {"report"},
     "plotly": {"report"},
-    "typer": {"cli.py"},
-    "rich": {"cli.py"},
+    "typer": {"cli"},
+    "rich": {"cli"},
     "flash_attn": {"bench/peers.py"},
     "flash_attn_interface": {"bench/peers.py"},
     "flash_sigmoid": {"bench/peers.py"},
@@ -224,8 +224,8 @@ def test_a_planted_violation_is_caught(tmp_path, path, source, expected):
         ("models/vision.py", "import timm"),
         ("report/page.py", "from ..record import read_records\nfrom . import figures"),
         (
-            "cli.py",
-            "import rich\nfrom . import __version__, sigmoid_attention\nfrom .training import language",
+            "cli/train.py",
+            "import rich\nfrom .. import __version__\nfrom ..training import language\nfrom .root import app",
         ),
     ],
 )

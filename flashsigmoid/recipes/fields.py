@@ -34,6 +34,15 @@ def override(run: Run, *texts: dict[str, str]) -> Run:
     return _replaced(run, values)
 
 
+def field_path(run: Any, name: str) -> str:
+    """The dotted name of a field of a run, as "model.dim" of "dim".
+
+    Raises:
+        ValueError: the name is unknown or ambiguous.
+    """
+    return _field_named(name, [path for path, _ in _fields(run)])
+
+
 def _fields(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, type) of every field that is not a dataclass itself."""
     hints = typing.get_type_hints(type(part))

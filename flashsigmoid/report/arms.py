@@ -56,6 +56,11 @@ class Spread:
             return math.nan
         return math.sqrt(sum((x - self.mean) ** 2 for x in self.values) / (len(self.values) - 1))
 
+    @property
+    def standard_error(self) -> float:
+        """Of the mean, nan for fewer than two values."""
+        return self.deviation / math.sqrt(len(self.values)) if self.values else math.nan
+
 
 @dataclass(frozen=True)
 class Run:
@@ -377,7 +382,7 @@ def accuracy_differences(arm: Arm, base: Arm) -> tuple[Spread, float | None]:
     """
     paired = _paired(arm, base, lambda run: run.accuracy)
     if paired is not None and len(paired.values) > 1:
-        return paired, paired.deviation / math.sqrt(len(paired.values))
+        return paired, paired.standard_error
     errors = [each.over_runs(lambda run: run.accuracy_se) for each in (arm, base)]
     error = math.hypot(*(each.mean for each in errors)) if all(each.values for each in errors) else None
     return paired or _of_means(arm.accuracies, base.accuracies), error

@@ -66,6 +66,19 @@ def accuracy_statement(runs: Iterable[str | Path]) -> list[str]:
     return _capitalised([*classifiers.sentences(arms, base), *recognisers.sentences(arms, base)])
 
 
+def difference_statement(runs: Iterable[str | Path]) -> list[str]:
+    """How the arms differ from softmax, or from the first one: as `accuracy_statement`, then in validation loss.
+
+    Args:
+        runs: run directories, or folders of them.
+
+    Raises:
+        ValueError: a folder is missing, holds no run, or its records are damaged.
+    """
+    arms = group_arms(load_runs(runs))
+    return [*accuracy_statement(runs), *_capitalised(_differences(arms, base_of(arms)))]
+
+
 def title(arms: Sequence[Arm]) -> str:
     """What is compared, as a heading."""
     kinds = list(dict.fromkeys(str(arm.settings.get("attention", arm.label)) for arm in arms))
@@ -77,8 +90,7 @@ def statement(arms: Sequence[Arm]) -> list[str]:
     base = base_of(arms)
     reached = [*classifiers.sentences(arms, base), *recognisers.sentences(arms, base)]
     sentences = [_compared(arms), *reached, *_ended(arms)]
-    of_loss = "in loss, " if reached else ""
-    sentences += [of_loss + _difference(arm, base) for arm in arms if arm is not base and not _is_open(arm, base)]
+    sentences += _differences(arms, base)
     sentences += _against_bigrams(arms) if are_of_text(arms) else []
     norms = [f"{norm_text(arm)} for {quoted(arm)}" for arm in arms if first_norm(arm) is not None]
     if norms:
@@ -226,6 +238,12 @@ def _best_and_lost(arm: Arm) -> str:
     return f" ({', '.join(remarks)})" if remarks else ""
 
 
+def _differences(arms: Sequence[Arm], base: Arm) -> list[str]:
+    """The difference in loss of every arm that can be compared."""
+    of_loss = "in loss, " if are_classifiers(arms) or are_of_speech(arms) else ""
+    return [of_loss + _difference(arm, base) for arm in arms if arm is not base and not _is_open(arm, base)]
+
+
 def _difference(arm: Arm, base: Arm) -> str:
     spread = paired_differences(arm, base)
     size = loss_text(abs(spread.mean))
@@ -237,7 +255,8 @@ def _difference(arm: Arm, base: Arm) -> str:
         return f"{text}."
     least, most = min(spread.values), max(spread.values)
     deviation = f"standard deviation {loss_text(spread.deviation)}"
-    return f"{text} (seed by seed {least:+.3f} to {most:+.3f}, {deviation})."
+    error = f"standard error of the mean {loss_text(spread.standard_error)}"
+    return f"{text} (seed by seed {least:+.3f} to {most:+.3f}, {deviation}, {error})."
 
 
 def _against_bigrams(arms: Sequence[Arm]) -> list[str]:

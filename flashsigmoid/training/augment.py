@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-_GROUPS = 16  # of a batch: RandAugment draws its operations for each, since one by one they would cost more than a step
+from .randaugment import RandAugment
+
 _RATIO = math.log(4 / 3)  # a crop's sides differ by at most this factor, as in Inception's
 
 
@@ -92,7 +93,7 @@ class Views(nn.Module):
 
     def __init__(self, config: ViewsConfig, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self.config, self.mean, self.std = config, tuple(mean), tuple(std)
+        self.config, self.normalise = config, Normalise(mean, std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(batch, channels, size, size) uint8 into two of that shape, float32."""
@@ -106,7 +107,7 @@ class Views(nn.Module):
         x = _some(x, config.grayscale, lambda x: grey(x).expand_as(x))
         x = _some(x, config.blur[which], blurred)
         x = _some(x, config.solarize[which], lambda x: torch.where(x < 0.5, x, 1.0 - x))
-        return standardised(x, self.mean, self.std)
+        return self.normalise.of_floats(x)
 
 
 class Augment(nn.Module):
@@ -114,7 +115,8 @@ class Augment(nn.Module):
 
         x = mix(normalise(randaugment(flip(crop(image)))))
 
-    All draws are torch's: on the CPU those of the operations, on the device those of crops and flips.
+    All draws are torch's: on the CPU those of operations and mixtures, on the device those of crops and flips. Nothing
+    waits for the device.
 
     Args:
         config: what is drawn.
@@ -124,8 +126,8 @@ class Augment(nn.Module):
 
     def __init__(self, config: AugmentConfig, mean: Sequence[float], std: Sequence[float], num_classes: int) -> None:
         super().__init__()
-        self.config, self.mean, self.std = config, tuple(mean), tuple(std)
-        self.policy = v2.RandAugment(config.randaugment, config.magnitude) if config.randaugment else None
+        self.config, self.normalise = config, Normalise(mean, std)
+        self.policy = RandAugment(config.randaugment, config.magnitude) if config.randaugment else None
         mixes = [
             make(alpha=alpha, num_classes=num_classes)
             for make, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
@@ -140,22 +142,40 @@ class Augment(nn.Module):
         if config.crop != (1.0, 1.0) or config.flip:
             images = cropped(images, config.crop, config.flip)
         if self.policy is not None:
-            images = torch.cat([self.policy(group) for group in images.tensor_split(_GROUPS) if len(group)])
-        x = normalised(images, self.mean, self.std)
+            images = self.policy(images)
+        x = self.normalise(images)
         # a batch of one has nothing to be mixed with
         return self.mix(x, labels) if self.mix is not None and len(x) > 1 else (x, labels)
 
 
+class Normalise(nn.Module):
+    """(image / 255 - mean) / std, with constants that are on the device already: an upload would wait for it.
+
+    Args:
+        mean, std: of every channel, in [0, 1].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        for name, values in (("mean", mean), ("std", std)):
+            constant = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+            self.register_buffer(name, constant, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Of uint8 (batch, channels, height, width), in float32."""
+        return self.of_floats(images.float() / 255.0)
+
+    def of_floats(self, x: Tensor) -> Tensor:
+        """Of (batch, channels, height, width) in [0, 1]."""
+        return (x - self.mean) / self.std
+
+
 def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(image / 255 - mean) / std of uint8 (batch, channels, height, width), in float32."""
-    return standardised(images.float() / 255.0, mean, std)
-
-
-def standardised(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x - mean) / std of (batch, channels, height, width) in [0, 1]."""
-    shape = (1, -1, 1, 1)
-    centre, width = (torch.tensor(y, dtype=torch.float32, device=x.device).view(shape) for y in (mean, std))
-    return (x - centre) / width
+    """As `Normalise`, once."""
+    return Normalise(mean, std).to(images.device)(images)
 
 
 def cropped(images: Tensor, area: tuple[float, float], flip: bool) -> Tensor:
@@ -163,20 +183,19 @@ def cropped(images: Tensor, area: tuple[float, float], flip: bool) -> Tensor:
 
     The share of the area is uniform, the ratio of the sides log-uniform from 3/4 to 4/3, the place uniform.
     """
-    batch, device = len(images), images.device
-
-    def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(batch, device=device)
-
-    share, ratio = uniform(*area), (uniform(-_RATIO, _RATIO) / 2).exp()
+    drawn = torch.rand(5, len(images), device=images.device)
+    share, ratio = area[0] + (area[1] - area[0]) * drawn[0], (_RATIO * (drawn[1] - 0.5)).exp()
     if area == (1.0, 1.0):
         ratio = torch.ones_like(ratio)
     # halves of the sides and the centre, of an image that reaches from -1 to 1
-    width, height = (share.sqrt() * ratio).clamp(max=1.0), (share.sqrt() / ratio).clamp(max=1.0)
-    x, y = (uniform(-1.0, 1.0) * (1.0 - side) for side in (width, height))
-    mirror = torch.where(uniform(0.0, 1.0) < 0.5, -1.0, 1.0) if flip else torch.ones_like(width)
+    side = share.sqrt()
+    sides = torch.stack([side * ratio, side / ratio]).clamp(max=1.0)
+    x, y = (2.0 * drawn[2:4] - 1.0) * (1.0 - sides)
+    width, height = sides
+    if flip:
+        width = torch.where(drawn[4] < 0.5, -width, width)
     zero = torch.zeros_like(width)
-    theta = torch.stack([torch.stack([mirror * width, zero, x], -1), torch.stack([zero, height, y], -1)], 1)
+    theta = torch.stack([width, zero, x, zero, height, y], -1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     out = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return out.round().clamp(0, 255).to(torch.uint8)

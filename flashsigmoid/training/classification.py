@@ -5,6 +5,7 @@ Steps, optimizer and resume are module.py's, learning without labels is pretrain
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from ..models.vision import VisionAttention, ViTConfig, build_vit, initial_bias,
 from ..record import RecordWriter
 from .attention_maps import write_attention_maps, write_image_snapshot
 from .augment import Augment, AugmentConfig, normalised
-from .data import shuffled
+from .data import shuffled_all
 from .images import ImageConfig, ImageData, collate, load_images
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .optim import adamw
@@ -121,19 +122,22 @@ class ImageModule(RunModule):
 
     def _train_batches(self) -> Iterator[ImageBatch]:
         start = 0 if self.position is None else self.position["sample"]
-        for number, (images, labels) in enumerate(self._loader(self.data.train, _Order(self.run, self.data, start)), 1):
+        loader = self._loader(self.data.train, batches=_Order(self.run, self.data, start))
+        for number, (images, labels) in enumerate(loader, 1):
             yield ImageBatch(images, labels, {"sample": start + number * self.run.batch})
 
     def val_dataloader(self) -> Feed:
         """The validation images."""
-        loader = self._loader(self.data.val, None)
+        loader = self._loader(self.data.val)
         return Feed(lambda: (ImageBatch(images, labels, {}) for images, labels in loader))
 
-    def _loader(self, dataset: Any, order: Any) -> DataLoader:
+    def _loader(self, dataset: Any, order: Any = None, batches: Any = None) -> DataLoader:
+        """Batches of an order of the images, all of them by default, or batches that are given as numbers of images."""
         return DataLoader(
             dataset,
-            batch_size=self.run.batch,
+            batch_size=1 if batches else self.run.batch,
             sampler=order,
+            batch_sampler=batches,
             num_workers=self.run.workers,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
@@ -248,9 +252,20 @@ class ClassificationModule(ImageModule):
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Lightning's hook: the average of the weights follows each step."""
+        is_first = self.trainer.global_step == 0
         super().optimizer_step(*args, **options)
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.follow(self.average, is_first)
+
+    @torch.no_grad()
+    def follow(self, average: AveragedModel, is_first: bool) -> None:
+        """What `average.update_parameters` does, which reads a count on the device and so waits for it twice a step."""
+        weights: list[Tensor] = [*self.model.parameters()]
+        averages: list[Tensor] = [*average.module.parameters()]
+        get_ema_multi_avg_fn(0.0 if is_first else self.run.ema)(averages, weights, 0)
+        for buffer, ours in zip(average.module.buffers(), self.model.buffers(), strict=True):
+            buffer.copy_(ours)
+        average.n_averaged += 1
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""
@@ -288,17 +303,23 @@ class ClassificationModule(ImageModule):
 
 
 class _Order:
-    """Numbers of training images without an end, shuffled anew in every epoch: a function of (seed, position) only."""
+    """Batches of numbers of training images without an end, shuffled anew in every epoch.
+
+    A function of (seed, position) only.
+    """
 
     def __init__(self, run: Run, data: ImageData, start: int) -> None:
-        self.seed, self.count, self.start = run.seed, len(data.train), start  # pyright: ignore[reportArgumentType]
+        self.seed, self.batch, self.start = run.seed, run.batch, start
+        self.count = len(data.train)  # pyright: ignore[reportArgumentType]
 
-    def __iter__(self) -> Iterator[int]:
-        s = self.start
-        while True:
-            epoch, index = divmod(s, self.count)
-            yield shuffled(index, self.count, seed=self.seed, epoch=epoch)
-            s += 1
+    def __iter__(self) -> Iterator[list[int]]:
+        for s in itertools.count(self.start, self.batch):
+            found: list[int] = []
+            while len(found) < self.batch:
+                epoch, index = divmod(s + len(found), self.count)
+                indices = range(index, min(self.count, index + self.batch - len(found)))
+                found += shuffled_all(indices, self.count, seed=self.seed, epoch=epoch)
+            yield found
 
 
 def train_classifier(run: ImageRun, out_dir: str | Path, **options: Unpack[Options]) -> dict[str, float]:

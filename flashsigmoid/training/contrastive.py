@@ -1,4 +1,4 @@
-"""SimCLR and BYOL: learning from two views of each image. Losses, heads and momentum are lightly's."""
+"""SimCLR and BYOL: learning from two views of each image. Losses, heads and the momentum's schedule are lightly's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead, SimCLRProjectionHead
-from lightly.models.utils import deactivate_requires_grad, update_momentum
+from lightly.models.utils import deactivate_requires_grad
 from lightly.utils.scheduler import cosine_schedule
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..models.vision import build_vit
 from .augment import Views, ViewsConfig
@@ -77,10 +78,11 @@ class SimCLRModule(PretrainingModule):
         super().__init__(run, data, encoder, projection=projection)
         self.views = Views(run.views, data.mean, data.std)
         self.criterion = NTXentLoss(run.temperature)
+        self._embedded = self.compiled(lambda x: self.part("projection")(self.encoder(x)))
 
     def batch_loss(self, batch: ImageBatch) -> Tensor:
         """Mean loss of two fresh views of a batch."""
-        z = self.part("projection")(self.encoder(torch.cat(self.views(batch.images))))
+        z = self._embedded(torch.cat(self.views(batch.images)))
         with torch.autocast(z.device.type, enabled=False):  # a similarity over t in bf16 has two digits
             return self.criterion(*z.float().chunk(2))
 
@@ -114,18 +116,23 @@ class BYOLModule(PretrainingModule):
         self.criterion = NegativeCosineSimilarity()
         self.target = copy.deepcopy(nn.Sequential(encoder, projection))
         deactivate_requires_grad(self.target)
+        self._predicted = self.compiled(lambda x: self.part("prediction")(self.part("projection")(self.encoder(x))))
+        self._targets = self.compiled(self.target.__call__)
 
     def batch_loss(self, batch: ImageBatch) -> Tensor:
         """Mean loss of two fresh views of a batch, each predicted from the other."""
         x = torch.cat(self.views(batch.images))
-        p0, p1 = self.part("prediction")(self.part("projection")(self.encoder(x))).float().chunk(2)
+        p0, p1 = self._predicted(x).float().chunk(2)
         with torch.no_grad():
-            t0, t1 = self.target(x).float().chunk(2)
+            t0, t1 = self._targets(x).float().chunk(2)
         return (self.criterion(p0, t1) + self.criterion(p1, t0)) / 2.0
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Lightning's hook: the target follows each step."""
         m = cosine_schedule(self.trainer.global_step, self.run.steps, self.run.momentum, 1.0)
         super().optimizer_step(*args, **options)
-        for model, average in zip((self.encoder, self.part("projection")), self.target, strict=True):
-            update_momentum(model, average, m)
+        # all parameters at once; lightly's update_momentum is three operations for each
+        models = (self.encoder, self.part("projection"))
+        weights: list[Tensor] = [weight for model in models for weight in model.parameters()]
+        averages: list[Tensor] = [*self.target.parameters()]
+        get_ema_multi_avg_fn(m)(averages, weights, 0)

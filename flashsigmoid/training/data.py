@@ -137,6 +137,27 @@ def shuffled(index: int, count: int, *, seed: int, epoch: int) -> int:
             return index
 
 
+def shuffled_all(indices: Sequence[int], count: int, *, seed: int, epoch: int) -> list[int]:
+    """`shuffled` of many at once: one by one, in Python, a batch would take longer than a step with it.
+
+    Raises:
+        ValueError: an index is outside range(count).
+    """
+    found = np.asarray(indices, dtype=np.uint64)
+    if len(found) and not found.max() < count:
+        raise ValueError(f"index must be in range({count}), got {int(found.max())}")
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    key, low = _key(seed, epoch), np.uint64((1 << half) - 1)
+    rest = np.arange(len(found))  # whose numbers are not in range(count) yet
+    while len(rest):
+        left, right = found[rest] >> np.uint64(half), found[rest] & low
+        for turn in range(6):
+            left, right = right, left ^ _mix_all(np.uint64(_mix(key + turn)) ^ right) & low
+        found[rest] = left << np.uint64(half) | right
+        rest = rest[found[rest] >= count]
+    return found.tolist()
+
+
 def _key(seed: int, epoch: int) -> int:
     return _mix(_mix(seed) ^ epoch)
 
@@ -147,6 +168,14 @@ def _mix(x: int) -> int:
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % (1 << 64)
     x = (x ^ x >> 27) * 0x94D049BB133111EB % (1 << 64)
     return x ^ x >> 31
+
+
+def _mix_all(x: np.ndarray) -> np.ndarray:
+    """`_mix` of every number, uint64, which wraps around by itself."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
 
 
 def read_documents(path: str | Path) -> list[bytes]:

@@ -136,7 +136,9 @@ class Arrays(Dataset[Sample]):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch at once, for a DataLoader; `collate` leaves it as it is."""
-        return _resized(self.images[indices], self.size), self.labels[indices]
+        numbers = torch.tensor(indices)
+        # index_select copies whole images, indexing byte by byte
+        return _resized(self.images.index_select(0, numbers), self.size), self.labels[numbers]
 
 
 class Files(Dataset["Sample | None"]):

@@ -128,6 +128,11 @@ class MaskedModule(PretrainingModule):
         )
         self.patch_size, self.prefix = size, prefix
         self.augment = Augment(run.augment, data.mean, data.std, len(data.classes))
+        # in a tuple it is no part of this module, which would have the encoder's weights twice
+        vit: Any = encoder
+        frame = MaskedVisionTransformerTIMM(vit, weight_initialization="skip", pos_embed_initialization="skip")
+        self._frame = (frame,)
+        self._predicted = self.compiled(self.predicted)
 
     def batch_loss(self, batch: ImageBatch) -> Tensor:
         """Mean loss of a batch under a fresh mask of each image."""
@@ -136,7 +141,7 @@ class MaskedModule(PretrainingModule):
         else:
             x = normalised(batch.images, self.data.mean, self.data.std)
         visible, hidden = _mask(len(x), self.encoder, self.run.mask_ratio)
-        return F.mse_loss(self.predicted(x, visible, hidden), self.targets(x, hidden))
+        return F.mse_loss(self._predicted(x, visible, hidden), self.targets(x, hidden))
 
     def predicted(self, x: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
         """Pixels (batch, hidden, channels * patch^2) of the hidden patches, seen from the visible tokens.
@@ -145,12 +150,9 @@ class MaskedModule(PretrainingModule):
             x: normalised images (batch, channels, size, size).
             visible, hidden: numbers of tokens (batch, count), which are all of them together.
         """
-        vit: Any = self.encoder
-        # a new frame for every call: kept, it would have the encoder's weights stored twice
-        masked = MaskedVisionTransformerTIMM(vit, weight_initialization="skip", pos_embed_initialization="skip")
-        seen = self.part("embed")(masked.encode(x, idx_keep=visible))
+        seen = self.part("embed")(self._frame[0].encode(x, idx_keep=visible))
         decoder = cast(MaskedVisionTransformerDecoderTIMM, self.part("decoder"))
-        whole = repeat_token(decoder.mask_token, (len(x), tokens(vit)))
+        whole = repeat_token(decoder.mask_token, (len(x), tokens(cast(Any, self.encoder))))
         out = decoder(set_at_index(whole, visible, seen.to(whole.dtype)))
         return self.part("predict")(get_at_index(out, hidden)).float()
 

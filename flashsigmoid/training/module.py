@@ -128,9 +128,8 @@ class RunModule(pl.LightningModule):
     def training_step(self, batch: Positioned, batch_idx: int) -> Tensor:
         """Loss of a micro-batch; Lightning divides it by their number."""
         loss = self.batch_loss(batch)
-        if batch_idx % self.run.accumulate == 0:
-            self.step_loss = torch.zeros((), device=loss.device)
-        self.step_loss += loss.detach() / self.run.accumulate
+        share = loss.detach() / self.run.accumulate
+        self.step_loss = self.step_loss + share if batch_idx % self.run.accumulate else share
         self.position = batch.position
         return loss
 

@@ -6,7 +6,7 @@ The losses are contrastive.py's and masked.py's. Labels serve to judge the featu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ class PretrainingRun(Run):
     attention_snapshots: int = 6  # of the weights for a validation image, spread over the validations; 0: none
     knn_k: int = 20  # nearest neighbours of a validation image
     knn_images: int = 8192  # training images, at most, among which they are sought
+    compile: bool = False  # torch.compile what trains: some minutes at most, then faster steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +87,16 @@ class PretrainingModule(ImageModule):
         self._loss = (0.0, 0)  # sum over the validation images, and their number
         self._features: tuple[list[Tensor], list[Tensor]] = ([], [])  # of training and validation images
         self._labels: tuple[list[Tensor], list[Tensor]] = ([], [])
+
+    def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function of tensors, compiled for training if the run asks for it.
+
+        Validations take it as it is: at their batches, and in their mode, it would be compiled again.
+        """
+        if not self.run.compile:
+            return function
+        fast = torch.compile(function, dynamic=False)
+        return lambda *tensors: (fast if self.training else function)(*tensors)
 
     def part(self, name: str) -> nn.Module:
         """One of what is trained."""

@@ -129,7 +129,8 @@ def test_the_statement_has_the_numbers(seeds: Path) -> None:
         "Three arms of the recipe demo, sigmoid, softmax and “sigmoid, sigmoid_bias=0.0”, differ in two settings",
         "They were trained for 600 steps, with seeds 0, 1 and 2.",
         "(nats per byte, mean of 3 seeds) ended at 1.850 for sigmoid, 1.830 for softmax and 3.850 for",
-        "Sigmoid ends 0.020 above softmax (seed by seed +0.010 to +0.030, standard deviation 0.010).",
+        "Sigmoid ends 0.020 above softmax (seed by seed +0.010 to +0.030, standard deviation 0.010, standard "
+        "error of the mean 0.006).",
         "Sigmoid and softmax are below the 2.480 of a bigram model of the same text, "
         "“sigmoid, sigmoid_bias=0.0” is not below.",
         "are below the 2.350 that the best function of the previous token alone could reach, “sigmoid,",

@@ -70,13 +70,11 @@ def test_crops_have_their_share_and_stay_inside() -> None:
     assert torch.corrcoef(places.T)[0, 1].abs() < 0.2
 
 
-def test_randaugment_changes_groups_in_their_own_ways() -> None:
+def test_randaugment_changes_each_image_in_its_own_way() -> None:
     torch.manual_seed(0)
     x = images(1).expand(64, -1, -1, -1).contiguous()
     out, _ = Augment(AugmentConfig(randaugment=2, magnitude=15), (0.0,) * 3, (1.0,) * 3, 10)(x, torch.zeros(64).long())
-    groups = out.view(16, 4, 3, 16, 16)
-    assert torch.equal(groups, groups[:, :1].expand_as(groups))
-    assert len({group[0].numpy().tobytes() for group in groups}) > 8
+    assert len({image.numpy().tobytes() for image in out}) > 32
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from training.test_images import draw
 from training.tiny import differences
 
@@ -143,11 +145,14 @@ def test_the_optimizer_sees_every_image_once_an_epoch() -> None:
     from flashsigmoid.training.classification import _Order
 
     data = load_images(RUN.data)
-    order = iter(_Order(RUN, data, 0))
-    first, second = ([next(order) for _ in range(8000)] for _ in range(2))
+    batches = _Order(RUN, data, 0)
+    order = itertools.chain.from_iterable(batches)
+    first, second = (list(itertools.islice(order, 8000)) for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(8000))
     assert first != second
-    assert [next(iter(_Order(RUN, data, 8003)))] == second[3:4]
+    assert next(iter(_Order(RUN, data, 8003))) == second[3 : 3 + RUN.batch]
+    assert next(iter(_Order(RUN, data, 7999))) == [first[-1], *second[: RUN.batch - 1]]
+    assert {len(batch) for batch in itertools.islice(batches, 1000)} == {RUN.batch}
 
 
 def test_a_corrupt_image_is_left_out_of_training(tmp_path, capsys) -> None:
@@ -245,3 +250,22 @@ def test_a_model_that_does_not_fit_the_data_says_so() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ClassificationModule(replace(RUN, model=replace(MODEL, **{field: value})), data)
+
+
+@pytest.mark.parametrize("head_norm", [False, True])
+def test_the_average_follows_as_torchs_does_without_reading_the_device(head_norm) -> None:
+    module = ClassificationModule(replace(RUN, ema=0.9, head_norm=head_norm), load_images(RUN.data))
+    theirs = AveragedModel(module.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    assert module.average is not None
+    for step in range(4):
+        with torch.no_grad():
+            for tensor in (*module.model.parameters(), *module.model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.add_(torch.randn_like(tensor))
+        module.follow(module.average, step == 0)
+        theirs.update_parameters(module.model)
+        for (name, ours), other in zip(module.average.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert torch.equal(ours, other), (step, name)
+    module.to("meta").follow(module.average, False)  # where there is no value to be read
+    with pytest.raises(RuntimeError, match="meta"):
+        module.average.update_parameters(module.model)

@@ -18,6 +18,7 @@ from flashsigmoid.training.data import (
     load_text,
     read_documents,
     shuffled,
+    shuffled_all,
     split,
     tokenize,
 )
@@ -167,3 +168,15 @@ def test_reading_data_needs_neither_lightning_nor_datasets(tmp_path):
     code = "import sys, flashsigmoid.training.data; print({'pytorch_lightning', 'datasets'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 1000, 50_000])
+def test_many_are_shuffled_as_one_by_one(count):
+    indices = range(max(0, count - 40), count)
+    for seed, epoch in ((0, 0), (7, 3), (2**32 - 1, 10_000)):
+        one_by_one = [shuffled(index, count, seed=seed, epoch=epoch) for index in indices]
+        assert shuffled_all(indices, count, seed=seed, epoch=epoch) == one_by_one
+    assert shuffled_all([], count, seed=0, epoch=0) == []
+    for wrong in ([count], [-1]):
+        with pytest.raises((ValueError, OverflowError)):
+            shuffled_all(wrong, count, seed=0, epoch=0)

@@ -476,3 +476,32 @@ def test_a_model_that_does_not_fit_says_so_and_leaves_nothing(tmp_path, change, 
     with pytest.raises(ValueError, match=message):
         replace(MAE, **change).train(tmp_path / "run", device="cpu", show=quiet)
     assert not (tmp_path / "run" / "records.jsonl").exists()
+
+
+@pytest.mark.parametrize("run", [SIMCLR, BYOL, MAE], ids=lambda run: run.name)
+def test_compiled_it_is_the_same_loss_without_a_break_and_validated_as_it_is(run, monkeypatch) -> None:
+    """By the compiler's first half, which would name what it cannot take; a run of the second half takes minutes."""
+    calls = []
+
+    def compiled(function, **options):
+        fast = torch._dynamo.optimize("aot_eager", nopython=True)(function)
+        return lambda *tensors: calls.append(1) or fast(*tensors)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    data = load_images(run.data)
+    plain, fast = (replace(run, compile=each).module(data) for each in (False, True))
+    fast.load_state_dict(plain.state_dict())
+    for module in (plain, fast):
+        module.train()
+        torch.manual_seed(0)
+        module.batch_loss(batch()).backward()
+    assert calls
+    for (name, a), (_, b) in zip(plain.model.named_parameters(), fast.model.named_parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None and b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad)
+    del calls[:]
+    fast.eval()
+    with torch.no_grad():
+        fast.batch_loss(batch())
+    assert calls == []

@@ -1,0 +1,50 @@
+"""Options that several commands have, and texts of the form FIELD=VALUE."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"], typer.Option("--device", "--accelerator", help="Where to train.")
+]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Any field of the run, as model.dim=256; may be repeated.",
+        show_default=False,
+    ),
+]
+
+
+def read_assignments(texts: list[str] | None, option: str = "--set") -> dict[str, str]:
+    """{"model.dim": "256"} of ["model.dim=256"]."""
+    found: dict[str, str] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{option} must be FIELD=VALUE, got {text}")
+        if name in found:
+            raise ValueError(f"{name} must be set once, got it twice")
+        found[name] = value
+    return found
+
+
+def read_named_fields(option: str, texts: list[str] | None) -> dict[str, dict[str, str]]:
+    """{"wide": {"dim": "256", "betas": "0.9,0.95"}} of ["wide:dim=256,betas=0.9,0.95"]."""
+    found: dict[str, dict[str, str]] = {}
+    for text in texts or ():
+        name, _, rest = text.partition(":")
+        if name in found:
+            raise ValueError(f"{option} must be given once for each name, got {name} twice")
+        pieces: list[str] = []
+        for piece in rest.split(",") if rest else ():
+            if pieces and "=" not in piece:  # of a value with commas
+                pieces[-1] += f",{piece}"
+            else:
+                pieces.append(piece)
+        found[name] = read_assignments(pieces, option)
+    return found

@@ -1,0 +1,127 @@
+"""`flashsigmoid study` and `flashsigmoid theory`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .options import Device, Fields, read_assignments
+from .recipes import remove_run
+from .root import app
+from .show import print_table, progress_bar
+
+
+@app.command(
+    epilog="Examples: flashsigmoid study diagnosis --quick; flashsigmoid study retrieval --only 'sigmoid*' --seed 0; "
+    "flashsigmoid study vision-ablation --only base --only no-bias --set steps=200 --set seed=1"
+)
+def study(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="diagnosis: the first attention norms, and the loss at longer lengths; retrieval: recall and needles; "
+            "neighbours: attentions of the literature; sinks: mass on the first keys; speculative: a sigmoid "
+            "draft of a softmax model; vision-ablation: what each practice is worth.",
+            show_default=False,
+        ),
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes on a CPU. Not of vision-ablation.")] = False,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Of vision-ablation: a recipe for images, of which it trains variants.", show_default="digits"
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="An arm, or a pattern as 'rope-*'; may be repeated, all by default.", show_default=False),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="May be repeated, the study's by default. Not of vision-ablation.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study.", show_default="runs/STUDY, -quick or /RECIPE")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Train anew, or take what the folder holds.")] = False,
+    device: Device = "auto",
+    assignments: Fields = None,
+) -> None:
+    """Train the arms of a study and compare them in a table and, where there is something to draw, a figure.
+
+    What the folder holds already is taken as it is, so arms and seeds may be run side by side or on other machines.
+    """
+    if name == "vision-ablation":
+        if quick or seed:
+            raise ValueError("vision-ablation has neither --quick nor --seed: use --set steps=200, --set seed=1")
+        _vision_ablation(recipe or "digits", only or [], out, fresh, device, assignments)
+        return
+    from ..report.studies import has_figure, study_note, study_rows, write_study
+    from ..studies import STUDIES, load
+
+    if name not in STUDIES:
+        raise ValueError(f"STUDY must be one of {', '.join(STUDIES)}, vision-ablation, got {name}")
+    if recipe or assignments:
+        raise ValueError(f"--recipe and --set are of vision-ablation only, got one with {name}")
+    folder = out or Path("runs") / (f"{name}-quick" if quick else name)
+    if fresh:
+        shutil.rmtree(folder / "trials", ignore_errors=True)
+    with progress_bar() as show:
+        records = load(name)(folder, quick=quick, only=only or (), seeds=seed or (), device=device, show=show)
+    print_table(study_rows(records))
+    print(study_note(records))
+    drawn = ""
+    if has_figure(records):
+        write_study(records, records.with_suffix(".png"))
+        drawn = f"   figure: {records.with_suffix('.png')}"
+    print(f"records: {records}{drawn}")
+
+
+def _vision_ablation(
+    recipe: str, only: list[str], out: Path | None, fresh: bool, device: Any, assignments: list[str] | None
+) -> None:
+    from ..recipes.fields import override
+    from ..recipes.vision import RECIPES
+    from ..report.ablation import NOTE, ablation_rows
+    from ..studies.vision_ablation import chosen, vision_ablation
+    from ..training.classification import ImageRun
+
+    classifiers = {key: run for key, make in RECIPES.items() if isinstance(run := make(), ImageRun)}
+    if recipe not in classifiers:
+        raise ValueError(f"--recipe must be one of {', '.join(classifiers)}, got {recipe}")
+    base = override(classifiers[recipe], read_assignments(assignments))
+    folder = out or Path("runs") / "vision-ablation" / recipe
+    for variant in chosen(base, only) if fresh else ():
+        remove_run(folder / variant)
+    with progress_bar() as show:
+        summary = vision_ablation(base, folder, only=only, device=device, show=show)
+    # what a variant differs in is too wide for a terminal, and its name says it
+    print_table([{key: text for key, text in row.items() if key != "differs in"} for row in ablation_rows(summary)])
+    print(f"{NOTE}\nrecords: {summary}")
+
+
+@app.command(epilog="Examples: flashsigmoid theory universal --quick; flashsigmoid theory regularity --out runs/mine")
+def theory(
+    name: Annotated[
+        Literal["bias", "regularity", "universal"],
+        typer.Argument(
+            help="bias: which b is closest to softmax; regularity: how fast attention can change; "
+            "universal: a function approximated by weights set by hand.",
+            show_default=False,
+        ),
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds, or half a minute for regularity.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of NAME.jsonl and NAME.png.")] = Path("runs/theory"),
+) -> None:
+    """Run a result of the paper: its numbers as records, its figure, a table here. On the CPU, in float64."""
+    from ..report.theory import theory_rows, write_theory
+    from ..studies.theory import THEORIES
+
+    records = THEORIES[name](out, quick=quick)
+    figure = records.with_suffix(".png")
+    write_theory(records, figure)
+    print_table(theory_rows(records))
+    print(f"records: {records}   figure: {figure}")
