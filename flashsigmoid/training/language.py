@@ -179,10 +179,16 @@ class LanguageModule(RunModule):
             yield "baseline/bigram", bigram.nats_per_byte, "nats_per_byte"
             yield "baseline/bigram_floor", bigram.floor_nats_per_byte, "nats_per_byte"
 
+    @property
+    def _has_whole_attention(self) -> bool:
+        """Whether this rank has all heads and all tokens."""
+        mesh = self.device_mesh
+        return mesh is None or mesh["cp"].size() * mesh["tp"].size() == 1
+
     def probed(self) -> Iterator[tuple[str, float]]:
         """Attention on the first validation windows, at most a micro-batch; not where no rank has all of it."""
-        model, mesh = self.run.model, self.device_mesh
-        if mesh is not None and mesh["cp"].size() * mesh["tp"].size() > 1:
+        model = self.run.model
+        if not self._has_whole_attention:
             return
         # the explicit weights of a layer take at most 1 GiB, unless one window needs more
         windows = max(1, min(self.run.batch, 2**28 // (model.nheads * model.seqlen**2)))
@@ -193,8 +199,8 @@ class LanguageModule(RunModule):
             yield f"sink/layer_{i}", probe.sink_mass
 
     def snapshot(self, writer: RecordWriter, step: int) -> None:
-        """Attention weights on the first tokens of the first validation window."""
-        if not is_due(self.run, self.run.attention_snapshots, step):
+        """Attention weights on the first tokens of the first validation window; not where no rank has all of it."""
+        if not self._has_whole_attention or not is_due(self.run, self.run.attention_snapshots, step):
             return
         tokens = self.data.val_windows[:1, : min(TOKENS, self.run.model.seqlen)].to(self.device)
         attentions = [module for module in self.model.modules() if isinstance(module, SigmoidAttention)]

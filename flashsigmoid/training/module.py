@@ -166,13 +166,13 @@ class RunModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not store: the position of the data, the random states, the time."""
         time_s = self.clock.read()
-        ours = {"position": self.position, "rng": rng_state(), "time_s": time_s, "skipped": self.skipped}
+        ours = {"position": self.position, "rng": rng_state(), "time_s": time_s, "skipped_steps": self.skipped}
         checkpoint["flashsigmoid"] = ours
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back; the random states wait until nothing else draws before the first batch."""
         ours: dict[str, Any] = checkpoint["flashsigmoid"]
-        self._resumed, self.position, self.skipped = ours, ours["position"], ours.get("skipped", 0)
+        self._resumed, self.position, self.skipped = ours, ours["position"], ours.get("skipped_steps", 0)
 
     def on_train_start(self) -> None:
         """Random states and time go on where they stood."""
