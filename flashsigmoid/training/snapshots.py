@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..nn.attention import AttentionFn
 from ..record import RecordWriter
+from .callbacks import Muted
 from .run import Run
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def write_snapshot(
     heads = range(min(nheads, _HEADS, max(1, math.isqrt(maps))))
     layers = _spread(len(attentions), min(_LAYERS, max(1, maps // len(heads))))
     seen = see(forward, [attentions[i] for i in layers], heads)
+    if isinstance(writer, Muted):  # a rank that is not the first helps to compute, no more
+        return
     artifact = f"attention-{step:08d}.npz"
     np.savez_compressed(
         writer.path.with_name(artifact),
