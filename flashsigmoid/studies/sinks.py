@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..diagnostics.probes import sink_mass
 from ..models.gpt import GPT, GPTConfig
-from ..nn.attention import AttentionFn
 from ..training.callbacks import Show, show_line
+from ..training.snapshots import see
 from .neighbours import normalised_sigmoid
 from .trials import BYTES, Bench, Budget, Device, Trial, described, run_trials, text_bytes, text_draw, text_windows
 
@@ -26,35 +26,11 @@ SINK = 0.3  # a head whose first key has a larger share has a sink: arXiv:2410.1
 
 
 def weights_of(model: GPT, tokens: Tensor) -> list[Tensor]:
-    """The attention weights of every layer in eval mode, (batch, nheads, seqlen, seqlen) in float32.
-
-        A = attention(q, k, I)
-
-    What an attention gives for the identity as its values is its weights, whatever attention it is.
-    """
-    found: list[Tensor] = []
-    attentions: list[Any] = [block.attention for block in model.blocks]
-    functions = [attention.attention_fn for attention in attentions]
-
-    def watched(attend: AttentionFn) -> AttentionFn:
-        def watch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            n = v.shape[1]
-            identity = torch.eye(n, dtype=v.dtype, device=v.device)[None, :, None].expand(*v.shape[:3], n).contiguous()
-            found.append(attend(q, k, identity, **options).transpose(1, 2).float())
-            return attend(q, k, v, **options)
-
-        return watch
-
-    try:
-        for attention in attentions:
-            attention.attention_fn = watched(attention.attention_fn)
-        model.eval()
-        with torch.no_grad():
-            model(tokens)
-    finally:
-        for attention, function in zip(attentions, functions, strict=True):
-            attention.attention_fn = function
-    return found
+    """The attention weights of every layer in eval mode, (batch, nheads, seqlen, seqlen) in float32."""
+    layers: list[Any] = [block.attention for block in model.blocks]
+    model.eval()
+    seen = see(lambda: model(tokens), [(layer, layer.attention_fn) for layer in layers], range(model.config.nheads))
+    return list(seen.weights.unbind(1))
 
 
 def sinks(
