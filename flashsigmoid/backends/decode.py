@@ -13,9 +13,8 @@ from .gpu import too_long
 from .op import _is_plain as is_plain
 from .problem import Problem, _gpu_arch, make_problem
 
-# queries of "auto": none until a GPU has run the kernel; then those that are no chunk of prefill, which dense kernels
-# compute in larger blocks
-MOST_QUERIES = 0
+# queries that "auto" takes it for: those that are no chunk of prefill, which dense kernels compute in larger blocks
+MOST_QUERIES = 16
 
 torch.library.define(
     "flashsigmoid::decode",

@@ -119,6 +119,7 @@ class Recorder(pl.Callback):
         run = module.run
         if (batch_idx + 1) % run.accumulate or step % run.log_every:
             return
+        module.check_skipped()
         (past_step, past_s), now_s = self._last, module.clock.read()
         self._last = (step, now_s)
         rate, count = module.read_per_sample
@@ -127,8 +128,8 @@ class Recorder(pl.Callback):
         self._write(trainer, "train/loss", loss, module.loss_unit, step, now_s, shown=True)
         self._write(trainer, "grad_norm", float(module.grad_norm), "", step, now_s)
         self._write(trainer, "lr", lr_at(step - 1, run.steps, run.optim), "", step, now_s)
-        if module.skipped:
-            self._write(trainer, "skipped_steps", module.skipped, "", step, now_s)
+        if skipped := module.skipped:
+            self._write(trainer, "skipped_steps", skipped, "", step, now_s)
         self._write(trainer, rate, count / max(1e-9, now_s - past_s), rate, step, now_s, shown=True)
         self._tell(trainer, module, validated=False)
 

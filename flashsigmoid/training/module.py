@@ -87,8 +87,8 @@ class RunModule(pl.LightningModule):
         self.clock = Stopwatch()
         self.grad_norm = torch.tensor(torch.nan)  # of the last optimizer step, before clipping
         self.step_loss = torch.zeros(())  # mean over the micro-batches of the current step
-        self.skipped = 0  # steps without an update, since the gradient was not finite
-        self.skipped_in_a_row, self.most_skipped = 0, MOST_SKIPPED
+        # steps without an update, since the gradient was not finite: all, the last ones in a row, and the longest row
+        self._skips, self.most_skipped = torch.zeros(3, dtype=torch.int64), MOST_SKIPPED
         self._resumed: dict[str, Any] | None = None
 
     def batch_loss(self, batch: Any) -> Tensor:
@@ -146,18 +146,38 @@ class RunModule(pl.LightningModule):
     def configure_gradient_clipping(self, optimizer: Any, *limits: Any, **options: Any) -> None:
         """Clip the norm of the whole gradient, and keep it for the records; a step that has none is skipped.
 
+        Nothing waits for the device: the fused optimizer reads there whether to step. On a mesh ranks wait.
+
         Raises:
-            FloatingPointError: too many steps in a row are skipped.
+            FloatingPointError: as `check_skipped`, after every step on the CPU or a mesh.
         """
         parameters, clip = self.model.parameters(), self.run.optim.clip
         sharded = self.device_mesh is not None
         self.grad_norm = clip_grad_norm(parameters, clip) if sharded else nn.utils.clip_grad_norm_(parameters, clip)
-        if torch.isfinite(self.grad_norm):
-            self.skipped_in_a_row = 0
-            return
-        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        optimizer.zero_grad(set_to_none=True)  # and so no parameter and no moment changes
-        if self.skipped_in_a_row >= self.most_skipped:
+        finite = torch.isfinite(self.grad_norm)
+        self._skips = self._skips.to(finite.device)
+        total, row, longest = self._skips
+        row = torch.where(finite, 0, row + 1)
+        self._skips = torch.stack((total + ~finite, row, torch.maximum(longest, row)))
+        if not sharded:
+            optimizer.found_inf = (~finite).float()  # of torch's GradScaler: then no parameter and no moment changes
+        elif not finite:
+            optimizer.zero_grad(set_to_none=True)
+        if sharded or not finite.is_cuda:
+            self.check_skipped()
+
+    @property
+    def skipped(self) -> int:
+        """Steps without an update so far; reading it waits for the device."""
+        return int(self._skips[0])
+
+    def check_skipped(self) -> None:
+        """Called where the device is waited for anyway.
+
+        Raises:
+            FloatingPointError: too many steps in a row were skipped.
+        """
+        if int(self._skips[2]) >= self.most_skipped:
             raise FloatingPointError(
                 f"loss and gradient must be finite in one of {self.most_skipped} steps in a row, got "
                 f"{float(self.grad_norm)} up to step {self.trainer.global_step + 1}; the last checkpoint stands"
@@ -172,7 +192,8 @@ class RunModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back; the random states wait until nothing else draws before the first batch."""
         ours: dict[str, Any] = checkpoint["flashsigmoid"]
-        self._resumed, self.position, self.skipped = ours, ours["position"], ours.get("skipped_steps", 0)
+        self._resumed, self.position = ours, ours["position"]
+        self._skips = torch.tensor([ours.get("skipped_steps", 0), 0, 0])
 
     def on_train_start(self) -> None:
         """Random states and time go on where they stood."""

@@ -246,9 +246,8 @@ def gpu(**sizes: Any) -> Problem:
     return Problem(**{**given, **sizes})
 
 
-def test_auto_takes_the_kernel_for_few_queries_on_a_gpu(monkeypatch):
+def test_auto_takes_the_kernel_for_few_queries_on_a_gpu():
     device = torch.device("cuda", 0)
-    monkeypatch.setattr(decode, "MOST_QUERIES", 16)
     assert decode.unsupported(gpu(seqlen_q=16), "auto", device) is None
     reason = decode.unsupported(gpu(seqlen_q=17), "auto", device)
     assert reason == "seqlen_q must be at most 16 for the decode kernel, got 17"

@@ -15,17 +15,10 @@ import torch
 from torch import Tensor
 
 from flashsigmoid import sigmoid_attention_with_kvcache, sigmoid_attention_with_prefix
-from flashsigmoid.backends import decode
 from flashsigmoid.kvcache import explain_with_kvcache
 from flashsigmoid.testing import assert_within_budget, errors_over_budget
 
 DEVICE = "cuda"
-
-
-@pytest.fixture(autouse=True)
-def taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By "auto", which otherwise takes no kernel before this file has passed."""
-    monkeypatch.setattr(decode, "MOST_QUERIES", 16)
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
