@@ -107,6 +107,7 @@ def cifar10_fast() -> ImageRun:
         steps=6000,
         batch=512,
         compile=True,
+        cuda_graphs=True,
         val_every=600,
         save_every=600,
     )

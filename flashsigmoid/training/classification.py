@@ -52,6 +52,7 @@ class ImageRun(Run):
     head_norm: bool = False  # BatchNorm without parameters before the head, as MAE's linear probe has
     layer_decay: float = 1.0  # of the learning rate from a block to the one before it, in (0, 1]
     compile: bool = False  # torch.compile what trains: a minute at most, then faster steps
+    cuda_graphs: bool = False  # of what is compiled: a step of a small model no longer waits for Python
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,6 +67,9 @@ class ImageRun(Run):
         for name in ("label_smoothing", "ema"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.cuda_graphs and not (self.compile and self.accumulate == 1):
+            # gradients of one micro-batch lie where the next one's are written
+            raise ValueError(f"cuda_graphs needs compile=True and accumulate=1, got {self.compile}, {self.accumulate}")
         check_snapshots(self.attention_snapshots)
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
@@ -226,7 +230,8 @@ class ClassificationModule(ImageModule):
         self.augment = Augment(run.augment, data.mean, data.std, len(data.classes))
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema else None
         # a model that is compiled in place would be validated compiled, at another batch, and so be compiled again
-        self._logits = torch.compile(model.__call__, dynamic=False) if run.compile else model.__call__
+        mode = "reduce-overhead" if run.cuda_graphs else None
+        self._logits = torch.compile(model.__call__, dynamic=False, mode=mode) if run.compile else model.__call__
         self._val = (0.0, 0, 0)  # nats, right answers, images
 
     def train(self, mode: bool = True) -> Self:

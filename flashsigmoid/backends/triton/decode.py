@@ -16,6 +16,14 @@ APPEND_NOT_SPECIALIZED = ["nheads", "nheads_k", "seqlen_new", "seqlen_q", "capac
 
 
 @triton.jit
+def begin(OVERLAPS: tl.constexpr):
+    """Wait for all that the kernel before has written, and let the next one be launched, which waits in its turn."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def places(pages, pages_strides, sequence, n, stop, PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """The two leading indices of the keys [n, n + BLOCK) of a sequence, int64 (BLOCK,); BLOCK = 1 is any position.
 
@@ -72,7 +80,7 @@ def _decode_kernel(
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORMULA: tl.constexpr,
     PRECISION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, PAGE_SIZE: tl.constexpr, IS_SHARED: tl.constexpr, IS_LONG: tl.constexpr,
-    REDUCTION: tl.constexpr,
+    REDUCTION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one key head: O = sum over one part of the keys of sigmoid(c Q K^T + b - slope |p - j|) V.
 
@@ -84,6 +92,7 @@ def _decode_kernel(
     REDUCTION "whole" writes out, "parts" a float32 slot of `part_stride` numbers for every part that is in use,
     "atomic" adds to one that was zero.
     """
+    begin(OVERLAPS)
     rows = GROUP * seqlen_q
     if IS_SHARED:
         rows *= batch
@@ -173,8 +182,10 @@ def _sum_kernel(
     parts, out, seqlens, nheads, seqlen_q, capacity, new, splits, left, right, part_stride,
     HEAD_DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, IS_SHARED: tl.constexpr, REDUCTION: tl.constexpr, SLOTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """One row of out, rounded: the sum of the parts in use, SLOTS at a time, always in one order. Grid: (rows,)."""
+    begin(OVERLAPS)
     pid = tl.program_id(0)
     used = 1  # "atomic"
     if REDUCTION == "parts":

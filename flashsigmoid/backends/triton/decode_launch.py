@@ -159,9 +159,12 @@ def _plan(
         "HAS_RIGHT": right is not None,
         "IS_SHARED": is_shared,
         "REDUCTION": reduction,
+        "OVERLAPS": _overlaps(problem),
         "num_warps": tile.num_warps,
         "enable_fp_fusion": True,  # Triton's default is about to change
     }
+    if _overlaps(problem):
+        shared["launch_pdl"] = True  # programmatic dependent launch
     sides = (min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED))
     part_stride = problem.batch * problem.seqlen_q * problem.nheads * problem.head_dim_v
     lengths = (problem.seqlen_q, problem.seqlen_k, new, splits)
@@ -193,6 +196,11 @@ def _plan(
         sum_sizes=(problem.nheads, *lengths, *sides, part_stride),
         sum_constants=shared | {"SLOTS": min(_SLOTS, triton.next_power_of_2(splits)), "num_warps": 4},
     )
+
+
+def _overlaps(problem: Problem) -> bool:
+    """Whether a kernel is launched while the one before it ends."""
+    return (problem.arch or "").removeprefix("sm_") in ("90", "100", "103")
 
 
 def _choose_tile(problem: Problem, is_shared: bool) -> Tile:
