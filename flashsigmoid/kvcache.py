@@ -211,7 +211,9 @@ def _checked_cache(
     if prefix is not None:
         cached.check_prefix(*prefix, cache, q)
     options = (scale, causal, window_size, alibi_slopes, 0.0, "auto", backend)
-    like_k, like_v = (x.new_empty(q.shape[0], 0, *x.shape[2:]) for x in (k_cache, v_cache))
+    like_k, like_v = (
+        torch.empty((q.shape[0], 0, *x.shape[2:]), dtype=x.dtype, device=x.device) for x in (k_cache, v_cache)
+    )
     validate(q, like_k, like_v, sigmoid_bias, *options)
     for name, x in (("sigmoid_bias", sigmoid_bias), ("alibi_slopes", alibi_slopes)):
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():

@@ -25,7 +25,7 @@ class Formula:
     """
 
     name: str  # "full", "pair", "fine", "narrow", "wide", "high", "tanh"
-    unit: float  # of the scores: log2(e), or 0.5 for tanh and high
+    unit: float  # of the scores: log2(e), 1 for full, or 0.5 for tanh and high
     gain: float = 1.0
     threshold: float = 0.0  # a series holds where y + shift is at most this; high: tanh where |y| is
     terms: tuple[float, ...] = ()  # c: e (1 + c1 e + c2 e^2 + ...), e = 2^y
@@ -58,7 +58,7 @@ _SERIES = {
 def make_formula(name: str, kind: str, is_float16: bool, pack: int, has_asm: bool) -> Formula:
     """The formula `name` for `kind` "fwd" or "bwd", of `pack` scores that a thread evaluates together."""
     if name == "full" or (name in ("pair", "high") and not has_asm):
-        return Formula("full", LOG2E)
+        return Formula("full", 1.0)
     if name == "tanh":
         return Formula("tanh", 0.5, asm="tanh.approx.f32 $0, $1;" if has_asm else "", constraints="=f,f")
     if name == "pair":
@@ -165,7 +165,7 @@ def choose_formula(problem: Problem, kernel: str) -> str:
 def in_words(problem: Problem) -> str:
     """How the forward of this problem evaluates the sigmoid."""
     return {
-        "full": "exact: 1 / (1 + exp2(-y)) in float32",
+        "full": "exact: 1 / (1 + exp(-x)) in float32",
         "pair": "exact: two weights share one reciprocal, relative error 2e-6",
         "fine": "exact: a series where a warp's scores are all below -3.4, else two share a reciprocal; 2e-6",
         "narrow": "adaptive: e - e^2 where a warp's scores are all below -2.8 (relative error 1e-3), else exact",

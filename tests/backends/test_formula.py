@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 
 import numpy as np
 import pytest
+import torch
+import triton
+import triton.language as tl
 
 from flashsigmoid.backends.formula import LOG2E, Formula, make_formula
+from flashsigmoid.backends.triton.sigmoid import sigmoid
 
 LANES = 32
 
@@ -184,3 +189,23 @@ def test_a_planted_fault_is_caught() -> None:
     x[1, 0] = 2.0
     assert weights(formula, x)[1]
     assert not weights(broken, x)[1]
+
+
+@triton.jit
+def full_kernel(x, out, FORMULA: tl.constexpr):
+    i = tl.arange(0, 1024)
+    tl.store(out + i, sigmoid(tl.load(x + i), FORMULA))
+
+
+def test_the_full_formula_from_one_end_to_the_other() -> None:
+    x = torch.linspace(-86.0, 86.0, 1024)
+    out = torch.empty(1024)
+    formula = make_formula("full", "fwd", False, 2, has_asm=False)
+    full_kernel[(1,)](x, out, formula)
+    exact = torch.sigmoid(x.double())
+    # the roundings of an exponential, a sum and a quotient
+    assert (out.double() / exact - 1.0).abs().max() <= 4.0 * 2.0**-23
+    x[:5] = torch.tensor([-math.inf, -1e30, 1e30, math.inf, math.nan])
+    full_kernel[(1,)](x, out, formula)
+    assert torch.equal(out[:4], torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    assert out[4].isnan()

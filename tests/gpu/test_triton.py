@@ -901,7 +901,7 @@ def test_two_gpus_in_one_process() -> None:
         (torch.float16, {"sigmoid_bias": 0.0}, "exact: two weights share one reciprocal"),
         (torch.bfloat16, {"sigmoid": "exact"}, "exact: two weights share one reciprocal"),
         (torch.float16, {"sigmoid": "fast"}, "fast: tanh.approx"),
-        (torch.float32, {"sigmoid": "fast"}, "exact: 1 / (1 + exp2(-y)) in float32"),
+        (torch.float32, {"sigmoid": "fast"}, "exact: 1 / (1 + exp(-x)) in float32"),
     ],
 )
 def test_explain_names_triton_and_the_formula(dtype, options, formula) -> None:

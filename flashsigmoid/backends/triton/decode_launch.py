@@ -28,9 +28,9 @@ _SMALL = {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 16, 4, 
 _FLOAT32 = {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)}
 _INTERPRETED = Tile(16, 32, 4, 1)
 
-RESIDENT = 2  # programs that a multiprocessor runs at once
 FULL = 0.95  # of the multiprocessors' time: more parts than reach this share of the best are not worth their sum
 _MOST_WAVES = 6  # of programs, looked at for a number of parts
+LONGEST = 8192  # keys of a program where not all run at once, so that they end together
 REDUCTION = "parts"  # or "atomic": how parts are added where nobody asks for the same bits at every call
 _SLOTS = 32  # parts that a program of the sum loads at once
 _HEADS = 8  # of a program that appends
@@ -227,16 +227,17 @@ def _programs(problem: Problem, tile: Tile, is_shared: bool) -> int:
 
 
 def _choose_splits(problem: Problem, units: int, is_shared: bool) -> int:
-    """The fewest parts that keep the GPU's multiprocessors as busy as any number would, nearly."""
+    """The fewest parts that keep the GPU's multiprocessors as busy as any number would, nearly: a program each."""
     tile = _choose_tile(problem, is_shared)
-    programs, slots = _programs(problem, tile, is_shared), RESIDENT * units
+    programs, slots = _programs(problem, tile, is_shared), units
     most = max(1, min(triton.cdiv(problem.seqlen_k, tile.block_n), triton.cdiv(_MOST_WAVES * slots, programs)))
 
     def busy(splits: int) -> float:
         return splits * programs / (triton.cdiv(splits * programs, slots) * slots)
 
     best = max(map(busy, range(1, most + 1)))
-    return next(splits for splits in range(1, most + 1) if busy(splits) >= FULL * best)
+    splits = next(splits for splits in range(1, most + 1) if busy(splits) >= FULL * best)
+    return max(splits, triton.cdiv(problem.seqlen_k, LONGEST)) if splits * programs > slots else splits
 
 
 def _formula(problem: Problem, tile: Tile) -> Formula:

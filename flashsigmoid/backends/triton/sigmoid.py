@@ -25,5 +25,10 @@ def sigmoid(y, FORMULA: tl.constexpr):
         exact = FORMULA.gain / (1.0 + FORMULA.gain * tl.exp2(-y))
         p = tl.where(y <= FORMULA.threshold, e + e * series, exact)
     else:
-        p = 1.0 / (1.0 + tl.exp2(-y))
+        # e^-x = 2^n e^r, n whole: in 2^(-log2(e) x) alone the exponent's rounding is up to 2^-18 of the result
+        x = tl.where(y < -87.0, -87.0, tl.where(y > 87.0, 87.0, y))
+        n = tl.floor(0.5 - 1.4426950408889634 * x)
+        r = (-x - n * 0.693359375) + n * 2.12194440e-4  # ln 2 in two parts, the first exact in nine bits
+        e = tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
+        p = tl.where(y < -87.0, 0.0, 1.0 / (1.0 + e))
     return p
