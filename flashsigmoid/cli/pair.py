@@ -24,7 +24,7 @@ TRY_AGAIN = 75  # an exit code: EX_TEMPFAIL of sysexits.h
 def pair(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe, see flashsigmoid train --list.", show_default=False)],
     seeds: Annotated[int, typer.Option(help="Of each arm: the recipe's, and the next ones.")] = 3,
-    jobs: Annotated[int, typer.Option(help="Trainings at once; they share the machine, and its GPU.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Trainings at once; they share the machine, and its GPUs.")] = 1,
     assignments: Fields = None,
     arm: Annotated[
         list[str] | None,

@@ -10,10 +10,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
+
+import torch
 
 from ..training.callbacks import OUT_OF_TIME
 
@@ -149,20 +152,38 @@ def run_jobs(
         stop()
 
 
-def start_process(job: Job, at_once: int) -> subprocess.Popen[bytes]:
+def visible_gpus() -> list[str]:
+    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if named is None else named.split(",")[:count]
+
+
+def least_busy(gpus: Sequence[str], taken: Iterable[str]) -> str | None:
+    """The GPU that the fewest processes have, of those the first; None where there is no choice."""
+    counts = Counter(taken)
+    return min(gpus, key=lambda gpu: counts[gpu]) if len(gpus) > 1 else None
+
+
+def start_process(job: Job, at_once: int, gpu: str | None = None) -> subprocess.Popen[bytes]:
     """Start a job that prints to its log, in a session of its own, so that Ctrl-C reaches this process only.
 
     Of several at once each gets its share of the cores, where the environment does not say how many threads.
+
+    Args:
+        job: what to start.
+        at_once: how many run beside each other.
+        gpu: the only one that it sees, one of `visible_gpus`. Default: all that this process sees.
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = {name: str(max(1, cores // at_once)) for name in _THREADS} if at_once > 1 else {}
+    own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
     with job.log.open("ab") as log:
         return subprocess.Popen(
             job.command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**share, **os.environ},
+            env={**share, **os.environ, **own},
             start_new_session=True,
         )

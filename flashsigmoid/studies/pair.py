@@ -19,7 +19,7 @@ from ..record import RECORDS_NAME
 from ..training.callbacks import Progress, Show
 from ..training.checkpoint import checkpoints, load_config
 from ..training.run import Run, check_unchanged
-from .jobs import Job, Process, Schedule, State, run_jobs, start_process
+from .jobs import Job, Process, Schedule, State, least_busy, run_jobs, start_process, visible_gpus
 
 Fields = Mapping[str, str]
 ARMS: Mapping[str, Fields] = {"sigmoid": {"attention": "sigmoid"}, "softmax": {"attention": "softmax"}}
@@ -168,7 +168,7 @@ def train_trials(
 
     Args:
         trials: of `plan`.
-        jobs: processes at once; they share the machine, and its GPU.
+        jobs: processes at once; they share the machine, and each has one of its GPUs.
         device: of each, as `Options.device`.
         max_minutes: for all of them together. Default: no limit.
         show: told where each stands, as its records say.
@@ -191,6 +191,8 @@ def train_trials(
     if finished:
         say(f"trained already, taken as they are: {', '.join(finished)}")
     watched: dict[str, Watch] = {}
+    gpus: list[str] = [] if device == "cpu" else visible_gpus()
+    taken: dict[str, str | None] = {}  # by the running trainings
     by_name = {trial.name: trial for trial in trials}
 
     def start(job: Job, minutes: float | None) -> Process:
@@ -198,7 +200,8 @@ def train_trials(
         watched[job.name] = Watch(job.name, trial.folder / RECORDS_NAME, trial.run.steps)
         show(watched[job.name].progress)
         limit = () if minutes is None else ("--max-minutes", f"{minutes:.3f}")
-        return start_process(replace(job, command=(*job.command, *limit)), jobs)
+        taken[job.name] = least_busy(gpus, filter(None, taken.values()))
+        return start_process(replace(job, command=(*job.command, *limit)), jobs, taken[job.name])
 
     def watch() -> None:
         for each in watched.values():
@@ -207,7 +210,7 @@ def train_trials(
 
     def ended(job: Job, state: State) -> None:
         watch()
-        del watched[job.name]
+        del watched[job.name], taken[job.name]
         if state == "failed":
             say(f"{job.name} failed; the end of {job.log}:\n{last_lines(job.log)}")
 

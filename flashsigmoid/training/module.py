@@ -340,6 +340,9 @@ def _fit(
             **where,
         )
         saver.listen()
+        threads = torch.get_num_threads()
+        if trainer.strategy.root_device.type == "cuda":
+            torch.set_num_threads(1)  # idle threads spin, and Python, which launches, waits for a core
         try:
             trainer.fit(module, ckpt_path=start, weights_only=True)
             if saves is not None:
@@ -355,6 +358,7 @@ def _fit(
                 )
             raise
         finally:
+            torch.set_num_threads(threads)
             saver.close()
 
 

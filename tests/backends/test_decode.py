@@ -263,7 +263,7 @@ def test_there_are_enough_parts_to_fill_the_gpu_and_no_more(batch, capacity):
 
     problem, units = gpu(batch=batch, seqlen_k=capacity), 132
     splits = decode_launch._choose_splits(problem, units, False)
-    block = decode_launch._choose_tile(problem, False).block_n
+    block = decode_launch._choose_tile(problem, units, False).block_n
     slots, programs = units, 8 * batch
     assert 1 <= splits <= -(-capacity // block)
     full = splits * programs / (-(-splits * programs // slots) * slots)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
-from flashsigmoid.studies.jobs import Job, Schedule, State, run_jobs, start_process
+from flashsigmoid.studies.jobs import Job, Schedule, State, least_busy, run_jobs, start_process, visible_gpus
 
 
 def job(name: str, after: str | None = None) -> Job:
@@ -170,3 +171,17 @@ def test_processes_share_the_cores_and_print_to_their_logs(tmp_path, monkeypatch
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert start_process(printed, 5).wait(60) == 0
     assert printed.log.read_text("utf-8").splitlines() == ["2 True", "None True", "7 True"]
+
+
+def test_each_process_has_the_gpu_that_fewest_have(tmp_path, monkeypatch) -> None:
+    assert [least_busy(["0", "1"], taken) for taken in ([], ["0"], ["0", "1"], ["1", "0", "0"])] == ["0", "1", "0", "1"]
+    assert least_busy(["0"], []) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert visible_gpus() == ["5", "7"]
+    printed = Job("a", (sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"), tmp_path / "log")
+    for gpu in ("7", None):
+        assert start_process(printed, 2, gpu).wait(60) == 0
+    assert printed.log.read_text("utf-8").splitlines() == ["7", "5,7"]

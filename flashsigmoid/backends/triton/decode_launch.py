@@ -22,8 +22,10 @@ _decode_kernel: Any = kernels._decode_kernel
 _sum_kernel: Any = kernels._sum_kernel
 _append_kernel: Any = kernels._append_kernel
 
-# up to head_dim: not measured. K and V of a stage are 32 KB in the large ones, 16 KB in the small
+# up to head_dim, of which 128 is measured. K and V of a stage are 32 KB in the large ones, 16 KB in the small
 _LARGE = {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 32, 4, 3)}  # sm_80, sm_90, sm_100
+# where multiprocessors have several programs one after the other, of which one at a time has its memory
+_LONG_QUEUE = {128: Tile(64, 128, 8, 3)}
 _SMALL = {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 16, 4, 3)}  # 64 or 99 KB of shared memory
 _FLOAT32 = {64: Tile(32, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 2)}
 _INTERPRETED = Tile(16, 32, 4, 1)
@@ -42,9 +44,11 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """out (batch, seqlen_q, nheads, head_dim_v) in `out_dtype`, contiguous; problem.seqlen_k is the capacity."""
     page_size = 0 if pages is None else k.shape[1]
-    splits = num_splits or _choose_splits(problem, _units(q.device), is_shared)
+    units = _units(q.device)
+    splits = num_splits or _choose_splits(problem, units, is_shared)
     is_fixed = REDUCTION == "parts" or torch.are_deterministic_algorithms_enabled()
-    plan = _plan(problem, _precision(problem), page_size, splits, "parts" if is_fixed else "atomic", new, is_shared)
+    reduction = "parts" if is_fixed else "atomic"
+    plan = _plan(problem, _precision(problem), page_size, splits, reduction, new, is_shared, units)
     shape = (*q.shape[:3], problem.head_dim_v)
     if plan.reduction == "whole":
         parts = q.new_empty(shape, dtype=out_dtype)
@@ -140,9 +144,9 @@ class _Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    problem: Problem, precision: str, page_size: int, splits: int, reduction: str, new: int, is_shared: bool
+    problem: Problem, precision: str, page_size: int, splits: int, reduction: str, new: int, is_shared: bool, units: int
 ) -> _Plan:
-    tile = _choose_tile(problem, is_shared)
+    tile = _choose_tile(problem, units, is_shared)
     splits = max(1, min(splits, triton.cdiv(problem.seqlen_k, tile.block_n)))
     reduction = "whole" if splits == 1 else reduction
     left, right = problem.band
@@ -203,7 +207,7 @@ def _overlaps(problem: Problem) -> bool:
     return (problem.arch or "").removeprefix("sm_") in ("90", "100", "103")
 
 
-def _choose_tile(problem: Problem, is_shared: bool) -> Tile:
+def _choose_tile(problem: Problem, units: int, is_shared: bool) -> Tile:
     """Keys by head_dim, rows by how many there are."""
     dim = max(64, triton.next_power_of_2(max(problem.head_dim, problem.head_dim_v)))
     if problem.arch == "cpu":
@@ -212,6 +216,8 @@ def _choose_tile(problem: Problem, is_shared: bool) -> Tile:
         tile = _FLOAT32[dim]
     else:
         tile = (_LARGE if problem.arch in ("sm_80", "sm_90", "sm_100", "sm_103") else _SMALL)[dim]
+        if dim in _LONG_QUEUE and problem.arch in ("sm_90", "sm_100", "sm_103") and not is_shared:
+            tile = _LONG_QUEUE[dim] if _programs(problem, tile, is_shared) > units else tile
     return replace(tile, block_m=min(tile.block_m, max(16, triton.next_power_of_2(_rows(problem, is_shared)))))
 
 
@@ -227,9 +233,12 @@ def _programs(problem: Problem, tile: Tile, is_shared: bool) -> int:
 
 
 def _choose_splits(problem: Problem, units: int, is_shared: bool) -> int:
-    """The fewest parts that keep the GPU's multiprocessors as busy as any number would, nearly: a program each."""
-    tile = _choose_tile(problem, is_shared)
-    programs, slots = _programs(problem, tile, is_shared), units
+    """The fewest parts that keep the GPU's multiprocessors as busy as any number would, nearly: a program each.
+
+    Two where a prefix is shared, whose many rows keep one busy with products while the other loads.
+    """
+    tile = _choose_tile(problem, units, is_shared)
+    programs, slots = _programs(problem, tile, is_shared), units * (2 if is_shared else 1)
     most = max(1, min(triton.cdiv(problem.seqlen_k, tile.block_n), triton.cdiv(_MOST_WAVES * slots, programs)))
 
     def busy(splits: int) -> float:

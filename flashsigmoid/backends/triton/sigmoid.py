@@ -30,5 +30,5 @@ def sigmoid(y, FORMULA: tl.constexpr):
         n = tl.floor(0.5 - 1.4426950408889634 * x)
         r = (-x - n * 0.693359375) + n * 2.12194440e-4  # ln 2 in two parts, the first exact in nine bits
         e = tl.exp2(n) * tl.exp2(r * 1.4426950408889634)
-        p = tl.where(y < -87.0, 0.0, 1.0 / (1.0 + e))
+        p = tl.where(y < -87.0, 0.0, tl.div_rn(1.0, 1.0 + e))
     return p
