@@ -43,12 +43,14 @@ class ShardedAttention:
     """
 
     def __init__(self, mesh: DeviceMesh, nheads: int, *, order: Order, scheme: str, backend: str) -> None:
-        self.mesh, self.nheads = mesh, nheads
+        self.nheads = nheads
+        # read once: slicing a mesh takes longer than a short attention
+        self.dp_rank, self.tp_rank = mesh.get_local_rank("dp"), mesh.get_local_rank("tp")
         self.options: dict[str, Any] = {"mesh": mesh["cp"], "order": order, "scheme": scheme, "backend": backend}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, sigmoid_bias, alibi_slopes, **options: Any) -> Tensor:
         heads, batch = q.shape[2], q.shape[0]
-        head = self.mesh["tp"].get_local_rank() * heads
+        head = self.tp_rank * heads
         if alibi_slopes is not None:
             alibi_slopes = alibi_slopes_of(self.nheads, q.device)[head : head + heads]
         if isinstance(sigmoid_bias, DTensor):
@@ -57,7 +59,7 @@ class ShardedAttention:
             sigmoid_bias = sigmoid_bias.to_local(grad_placements=[Partial()] if shared else None)
         if isinstance(sigmoid_bias, Tensor) and sigmoid_bias.numel() == 1:
             sigmoid_bias = sigmoid_bias.reshape(())
-        origin = (self.mesh["dp"].get_local_rank() * batch, head)
+        origin = (self.dp_rank * batch, head)
         return sigmoid_attention(
             q, k, v, sigmoid_bias=sigmoid_bias, alibi_slopes=alibi_slopes, origin=origin, **self.options, **options
         )
@@ -74,13 +76,12 @@ class ShardedRotaryEmbedding(RotaryEmbedding):
 
     def __init__(self, like: RotaryEmbedding, mesh: DeviceMesh, order: Order) -> None:
         super().__init__(like.head_dim, like.base)
-        self.mesh = mesh
+        self.size, self.rank = mesh.size(), mesh.get_local_rank()
         self.order: Order = order
 
     def forward(self, x: Tensor, offset: int | Tensor = 0) -> Tensor:
         """x (batch, local, nheads, head_dim) turned, in the dtype of x."""
-        size = self.mesh.size()
-        spans = chunks(x.shape[1] * size, size, self.mesh.get_local_rank(), self.order)
+        spans = chunks(x.shape[1] * self.size, self.size, self.rank, self.order)
         parts = x.split([stop - start for start, stop in spans], dim=1)
         turned = [
             super(ShardedRotaryEmbedding, self).forward(part, start)
@@ -134,8 +135,10 @@ def parallelize(
         _check_block(block, tp.size(), cp.size())
     if tree.head.out_features % tp.size():
         raise ValueError(f"vocab_size must be a multiple of tp={tp.size()}, got {tree.head.out_features}")
+    sharded = mesh["dp", "cp"]._flatten("dp_cp")
+    is_sharded = sharded.size() > 1 or mp_policy is not None
     for block in tree.blocks:
-        if isinstance(block.attention, SoftmaxAttention):
+        if isinstance(block.attention, SoftmaxAttention) or (mesh.size() == 1 and backend == "auto"):
             continue
         nheads = block.attention.nheads
         block.attention.attention_fn = ShardedAttention(mesh, nheads, order=order, scheme=scheme, backend=backend)
@@ -158,8 +161,7 @@ def parallelize(
         )
     if recompute:
         tree.blocks = nn.ModuleList(checkpoint_wrapper(block) for block in tree.blocks)
-    sharded = mesh["dp", "cp"]._flatten("dp_cp")
-    if sharded.size() > 1 or mp_policy is not None:
+    if is_sharded:
         policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
         for block in tree.blocks:
             fully_shard(block, mesh=sharded, mp_policy=policy)
@@ -178,10 +180,12 @@ def shard_batch(x: Tensor, mesh: DeviceMesh, *, order: Order = "zigzag") -> Tens
     Raises:
         ValueError: a batch that dp does not divide; as `context_parallel.shard`.
     """
-    dp = mesh["dp"]
-    if x.shape[0] % dp.size():
-        raise ValueError(f"batch must be a multiple of dp={dp.size()}, got {x.shape[0]}")
-    return shard(x.chunk(dp.size())[dp.get_local_rank()], mesh["cp"], order=order)
+    dp, cp = (mesh.size(cast(tuple[str, ...], mesh.mesh_dim_names).index(axis)) for axis in ("dp", "cp"))
+    if x.shape[0] % dp:
+        raise ValueError(f"batch must be a multiple of dp={dp}, got {x.shape[0]}")
+    if dp > 1:
+        x = x.chunk(dp)[mesh.get_local_rank("dp")]
+    return shard(x, mesh["cp"], order=order) if cp > 1 else x
 
 
 def unshard_batch(x: Tensor, mesh: DeviceMesh, *, order: Order = "zigzag") -> Tensor:

@@ -113,12 +113,16 @@ class Processes:
 
     def largest(self, *numbers: int) -> tuple[int, ...]:
         """Of each number the largest that a rank has."""
+        if self.size == 1:
+            return numbers
         x = torch.tensor(numbers)
         dist.all_reduce(x, dist.ReduceOp.MAX, group=self.agreeing)
         return tuple(x.tolist())
 
     def mean(self, x: torch.Tensor) -> float:
         """The mean over ranks of a number, in float64."""
+        if self.size == 1:
+            return float(x)
         total = x.detach().double().cpu()
         dist.all_reduce(total, group=self.agreeing)
         return total.item() / self.size

@@ -73,7 +73,7 @@ class LanguageModule(RunModule):
             ValueError: compile; a batch that dp does not divide, or a context that cp does not.
         """
         run = self.run
-        if run.compile:
+        if run.compile and sizes.size > 1:
             raise ValueError("compile must be False on a mesh, got True")
         if run.batch % sizes.dp:
             raise ValueError(f"batch must be a multiple of dp={sizes.dp}, got {run.batch}")
@@ -87,16 +87,16 @@ class LanguageModule(RunModule):
 
     def _part_nats(self, tokens: Tensor) -> Tensor:
         """Of a mesh: the loss of the targets that this rank has, (its windows, its tokens), float32."""
-        mesh = cast(DeviceMesh, self.device_mesh)
+        mesh = cast(DeviceMesh, self.mesh)
         inputs, targets = (shard_batch(x, mesh) for x in (tokens[:, :-1], tokens[:, 1:]))
         logits = self.model(inputs).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
     def nats(self, tokens: Tensor) -> Tensor:
         """Loss of every target of windows (batch, seqlen + 1): (batch, seqlen), float32. No gradient on a mesh."""
-        if self.device_mesh is not None:
-            short = -len(tokens) % self.device_mesh["dp"].size()
-            whole = unshard_batch(self._part_nats(torch.cat([tokens, tokens[:1].expand(short, -1)])), self.device_mesh)
+        if self.mesh is not None:
+            short = -len(tokens) % self.mesh["dp"].size()
+            whole = unshard_batch(self._part_nats(torch.cat([tokens, tokens[:1].expand(short, -1)])), self.mesh)
             return whole[: len(tokens)]
         # the last batch of a text may have a size of its own
         whole = tokens.shape == (self.run.batch, self.run.model.seqlen + 1)
@@ -104,7 +104,7 @@ class LanguageModule(RunModule):
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean loss of windows (batch, seqlen + 1), on a mesh of this rank's part: a scalar, float32."""
-        return (self.nats if self.device_mesh is None else self._part_nats)(tokens).mean()
+        return (self.nats if self.mesh is None else self._part_nats)(tokens).mean()
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """Mean loss of a batch of windows."""
@@ -182,7 +182,7 @@ class LanguageModule(RunModule):
     @property
     def _has_whole_attention(self) -> bool:
         """Whether this rank has all heads and all tokens."""
-        mesh = self.device_mesh
+        mesh = self.mesh
         return mesh is None or mesh["cp"].size() * mesh["tp"].size() == 1
 
     def probed(self) -> Iterator[tuple[str, float]]:
@@ -226,7 +226,7 @@ class LanguageModule(RunModule):
         if not run.sample_tokens:
             return
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        on_mesh = self.device_mesh is not None
+        on_mesh = self.mesh is not None
         weights = get_model_state_dict(self.model, options=whole) if on_mesh else self.model.state_dict()
         if not is_first():
             return

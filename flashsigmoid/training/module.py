@@ -20,6 +20,7 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.environments import LightningEnvironment  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..distributed.plans import clip_grad_norm
 from ..distributed.processes import MeshSizes, Processes, restarts
@@ -91,6 +92,11 @@ class RunModule(pl.LightningModule):
         self._skips, self.most_skipped = torch.zeros(3, dtype=torch.int64), MOST_SKIPPED
         self._resumed: dict[str, Any] | None = None
 
+    @property
+    def mesh(self) -> DeviceMesh | None:
+        """The mesh, where it has several ranks: one alone trains as without a mesh."""
+        return self.device_mesh if self.device_mesh is not None and self.device_mesh.size() > 1 else None
+
     def batch_loss(self, batch: Any) -> Tensor:
         """Mean loss of a training batch: a scalar, float32."""
         raise NotImplementedError
@@ -152,8 +158,9 @@ class RunModule(pl.LightningModule):
             FloatingPointError: as `check_skipped`, after every step on the CPU or a mesh.
         """
         parameters, clip = self.model.parameters(), self.run.optim.clip
-        sharded = self.device_mesh is not None
-        self.grad_norm = clip_grad_norm(parameters, clip) if sharded else nn.utils.clip_grad_norm_(parameters, clip)
+        sharded = self.mesh is not None
+        clip_ = clip_grad_norm if sharded else nn.utils.clip_grad_norm_
+        self.grad_norm = clip_(parameters, clip)
         finite = torch.isfinite(self.grad_norm)
         self._skips = self._skips.to(finite.device)
         total, row, longest = self._skips
