@@ -79,6 +79,7 @@ def diagnosis(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     device: Device = "auto",
+    jobs: int = 1,
     show: Show = show_line,
     command: str | None = None,
 ) -> Path:
@@ -95,7 +96,7 @@ def diagnosis(
     Args:
         out_dir: folder of the study.
         quick: minutes on a CPU.
-        only, seeds, device, show, command: as `run_trials`.
+        only, seeds, device, jobs, show, command: as `run_trials`.
 
     Returns:
         out_dir/diagnosis.jsonl: attn_norm and row_mass before the first step, about ten times on the way and at the
@@ -121,15 +122,15 @@ def diagnosis(
                         trials.append(Trial(arm=arm, seed=seed, settings=settings, run=run, tags=tags))
     # a seed is complete before the next begins
     trials.sort(key=lambda trial: trial.seed)
-    options: dict[str, Any] = {"only": only, "seeds": seeds, "device": device, "show": show, "command": command}
-    return run_trials("diagnosis", trials, out_dir, **options)
+    how: dict[str, Any] = {"device": device, "jobs": jobs, "show": show, "command": command}
+    return run_trials("diagnosis", trials, out_dir, only=only, seeds=seeds, **how)
 
 
 def _run(bench: Bench, *, config: GPTConfig, position: str, budget: Budget, tokens: int) -> None:
     text, val = text_bytes()
     model = build(config, position).to(bench.device)
     probed = text_windows(val, budget.seqlen, 8 * budget.seqlen)[:, :-1]
-    draw = text_draw(text, budget, bench.trial.seed)
+    draw = text_draw(text, budget, bench.trial.seed, bench.device)
     bench.train(model, draw, budget, at=lambda step: bench.probe(model, probed, step))
     for length in LENGTHS:
         windows = text_windows(val, length * budget.seqlen, tokens)

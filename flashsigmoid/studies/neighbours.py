@@ -188,6 +188,7 @@ def neighbours(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     device: Device = "auto",
+    jobs: int = 1,
     show: Show = show_line,
     command: str | None = None,
 ) -> Path:
@@ -201,7 +202,7 @@ def neighbours(
     Args:
         out_dir: folder of the study.
         quick: minutes on a CPU.
-        only, seeds, device, show, command: as `run_trials`.
+        only, seeds, device, jobs, show, command: as `run_trials`.
 
     Returns:
         out_dir/neighbours.jsonl: val/loss with the tag length; accuracy as `retrieval`; attn_norm before the first
@@ -224,8 +225,8 @@ def neighbours(
                 _run, name=name, config=config, text=text, asking=asking, asked=asked, recall_size=recall_size
             )
             trials.append(Trial(arm=name, seed=seed, settings=settings, run=run))
-    options: dict[str, Any] = {"only": only, "seeds": seeds, "device": device, "show": show, "command": command}
-    return run_trials("neighbours", trials, out_dir, **options)
+    how: dict[str, Any] = {"device": device, "jobs": jobs, "show": show, "command": command}
+    return run_trials("neighbours", trials, out_dir, only=only, seeds=seeds, **how)
 
 
 def _run(
@@ -242,7 +243,7 @@ def _run(
     seed = bench.trial.seed
     arm, afterwards = arms(-math.log(text.seqlen))[name]
     model = GPT(config, attention_fn=arm.attention_fn).to(bench.device)
-    _train(bench, "text", model, text_draw(train, text, seed), text)
+    _train(bench, "text", model, text_draw(train, text, seed, bench.device), text)
     _exchange(model, afterwards)
     for length in (1, 4):
         windows = text_windows(val, length * text.seqlen, 2**13 if text.steps < 1000 else 2**16)
@@ -250,7 +251,7 @@ def _run(
 
     arm, afterwards = arms(-math.log(asking.seqlen))[name]
     model = GPT(retrieval_config(arm, asking, asked, **recall_size), attention_fn=arm.attention_fn).to(bench.device)
-    _train(bench, "recall", model, retrieval_draw(asking, asked, seed), asking)
+    _train(bench, "recall", model, retrieval_draw(asking, asked, seed, bench.device), asking)
     _exchange(model, afterwards)
     accuracies(bench, model, asking.seqlen, asked)
 

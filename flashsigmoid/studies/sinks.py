@@ -40,6 +40,7 @@ def sinks(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     device: Device = "auto",
+    jobs: int = 1,
     show: Show = show_line,
     command: str | None = None,
 ) -> Path:
@@ -55,7 +56,7 @@ def sinks(
     Args:
         out_dir: folder of the study.
         quick: minutes on a CPU.
-        only, seeds, device, show, command: as `run_trials`.
+        only, seeds, device, jobs, show, command: as `run_trials`.
 
     Returns:
         out_dir/sinks.jsonl: sink_mass with tags layer and keys, the mean over rows and heads; sink_head, the largest
@@ -79,8 +80,8 @@ def sinks(
             )
             run = partial(_run, config=config, budget=budget, normalised=arm == "normalised-sigmoid")
             trials.append(Trial(arm=arm, seed=seed, settings=described(config, budget, quick=quick), run=run))
-    options: dict[str, Any] = {"only": only, "seeds": seeds, "device": device, "show": show, "command": command}
-    return run_trials("sinks", trials, out_dir, **options)
+    how: dict[str, Any] = {"device": device, "jobs": jobs, "show": show, "command": command}
+    return run_trials("sinks", trials, out_dir, only=only, seeds=seeds, **how)
 
 
 def _run(bench: Bench, *, config: GPTConfig, budget: Budget, normalised: bool) -> None:
@@ -104,6 +105,6 @@ def _run(bench: Bench, *, config: GPTConfig, budget: Budget, normalised: bool) -
     even = torch.ones(1, 1, n, n).tril()
     for keys in FIRST:
         bench.writer.write("even", sink_mass(even, keys), keys=keys)
-    bench.train(model, text_draw(text, budget, bench.trial.seed), budget, at=look)
+    bench.train(model, text_draw(text, budget, bench.trial.seed, bench.device), budget, at=look)
     windows = text_windows(val, n, 2**13 if budget.steps < 1000 else 2**16)
     bench.writer.write("val/loss", bench.text_loss(model, windows), unit="nats_per_byte", length=1)
