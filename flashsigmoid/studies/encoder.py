@@ -31,17 +31,17 @@ class Size:
 class Encoder(nn.Module):
     """Blocks without a mask over an embedded sequence, and one answer.
 
-        answer = W mean_i norm(blocks(embed(x)))_i          (batch, 1, answers)
+        answer = W mean_i norm(blocks(embed(x) + p))_i          (batch, 1, answers)
 
-    Attention with QK-norm, GELU, pre-norm; b = -log n of the training length at every length, or 0.
+    The places p are parameters, N(0, 1) at the start. Attention with QK-norm, GELU, pre-norm; b = -log n of the longest
+    sequence, whatever the length, or 0.
 
     Args:
         embed: inputs (batch, seqlen) to (batch, seqlen, dim).
         answers: channels of the answer.
         size: of the blocks.
         kind: of `KINDS`.
-        seqlen: n, the training length in tokens.
-        position: of the attention, as in `nn.SigmoidAttention`. Default: none.
+        seqlen: n, of the longest sequence in tokens.
 
     Raises:
         ValueError: kind is none of them.
@@ -55,7 +55,6 @@ class Encoder(nn.Module):
         kind: Literal["sigmoid", "no-bias", "softmax"] | str,
         *,
         seqlen: int,
-        position: Literal["rope", "alibi"] | None = None,
     ) -> None:
         super().__init__()
         if kind not in KINDS:
@@ -64,17 +63,18 @@ class Encoder(nn.Module):
         b = 0.0 if kind == "no-bias" else -math.log(seqlen)
 
         def block() -> Block:
-            layer = attention(size.dim, size.nheads, position=position, sigmoid_bias=b)
+            layer = attention(size.dim, size.nheads, sigmoid_bias=b)
             return Block(layer, MLP(size.dim, 4 * size.dim), size.dim)
 
         self.embed = embed
+        self.places = nn.Parameter(torch.randn(seqlen, size.dim))
         self.blocks = nn.ModuleList(block() for _ in range(size.nlayers))
         self.norm = RMSNorm(size.dim)
         self.head = nn.Linear(size.dim, answers)
 
     def forward(self, x: Tensor) -> Float[Tensor, "batch 1 answers"]:
         """The answer to inputs (batch, seqlen)."""
-        h = self.embed(x)
+        h = self.embed(x) + self.places[: x.shape[1]]
         for block in self.blocks:
             h = block(h)
         with torch.autocast(h.device.type, enabled=False):  # an answer of 8 bits would be the error

@@ -34,20 +34,19 @@ QUICK_SIZE, FULL_SIZE = Size(nlayers=2, dim=64, nheads=2), Size(nlayers=2, dim=1
 
 
 class NumberEmbedding(nn.Module):
-    """A number at a place: x_i w + p_i, with w and p_i parameters, N(0, 1) at the start.
+    """A number as a direction: x_i w, with w a parameter, N(0, 1) at the start.
 
     Args:
-        seqlen, dim: of what comes out.
+        dim: of w.
     """
 
-    def __init__(self, seqlen: int, dim: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.number = nn.Parameter(torch.randn(dim))
-        self.place = nn.Parameter(torch.randn(seqlen, dim))
+        self.weight = nn.Parameter(torch.randn(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, seqlen) to (batch, seqlen, dim)."""
-        return x[..., None] * self.number + self.place
+        return x[..., None] * self.weight
 
 
 def k_sums(batch: int, length: int, k: Tensor | int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -137,7 +136,7 @@ def k_summation(
 
 
 def _run(bench: Bench, *, kind: str, size: Size, budget: Budget, asked: Sums) -> None:
-    model = Encoder(NumberEmbedding(budget.seqlen, size.dim), 1, size, kind, seqlen=budget.seqlen).to(bench.device)
+    model = Encoder(NumberEmbedding(size.dim), 1, size, kind, seqlen=budget.seqlen).to(bench.device)
     draw = sums_draw(budget, asked, bench.trial.seed, bench.device)
     bench.probe(model, draw(0)[0][:8], 0)
     bench.train(model, draw, budget, loss=square_loss, unit="")

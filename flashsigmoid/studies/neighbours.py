@@ -174,11 +174,11 @@ def arms(bias: float) -> dict[str, tuple[Arm, AttentionFn | None]]:
 
 
 QUICK_TEXT = Budget(steps=200, batch=16, seqlen=64, lr=3e-3)
-FULL_TEXT = Budget(steps=2000, batch=32, seqlen=256, lr=2e-3)
+FULL_TEXT = Budget(steps=1000, batch=16, seqlen=256, lr=2e-3)
 QUICK_RECALL = Budget(steps=1000, batch=32, seqlen=32, lr=5e-3, weight_decay=0.0)
-FULL_RECALL = Budget(steps=3000, batch=128, seqlen=128, lr=1e-3, weight_decay=0.0)
+FULL_RECALL = Budget(steps=3000, batch=64, seqlen=64, lr=2e-3, weight_decay=0.0)
 QUICK_ASKED = Difficulty(each=16, trained_pairs=4, pairs=(4,), samples=128)
-FULL_ASKED = Difficulty(each=64, trained_pairs=16, pairs=(16,), samples=1024)
+FULL_ASKED = Difficulty(each=64, trained_pairs=8, pairs=(8,), samples=1024)
 
 
 def neighbours(
@@ -195,7 +195,7 @@ def neighbours(
     """Every arm learns the text and recall with the same budget: losses at 1 and 4 times the length, accuracies, time.
 
     Command: flashsigmoid study neighbours (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds; bytes of the
-    embedded Shakespeare, n = 256, 2,000 steps of 32, 4 layers of 256; recall n = 128, 3,000 steps of 128, 2 layers of
+    embedded Shakespeare, n = 256, 1,000 steps of 16, 4 layers of 256; recall n = 64, 3,000 steps of 64, 2 layers of
     128. Quick: one seed, n = 64 and 32, 200 and 1,000 steps, 2 layers of 64. Time: about 4 minutes for
     the quick one. Expected there: benchmarks/results/studies; full: not yet measured.
 

@@ -19,7 +19,7 @@ from .neighbours import normalised_sigmoid
 from .trials import BYTES, Bench, Budget, Device, Trial, described, run_trials, text_bytes, text_draw, text_windows
 
 QUICK = Budget(steps=400, batch=16, seqlen=64, lr=3e-3)
-FULL = Budget(steps=3000, batch=32, seqlen=256, lr=2e-3)
+FULL = Budget(steps=3000, batch=16, seqlen=256, lr=2e-3)
 ARMS = ("softmax", "normalised-sigmoid", "sigmoid", "sigmoid-no-bias")
 FIRST = (1, 4)  # how many keys count as first
 SINK = 0.3  # a head whose first key has a larger share has a sink: arXiv:2410.10781
@@ -50,7 +50,7 @@ def sinks(
     Windows begin anywhere in the text: the first key is no special token.
 
     Command: flashsigmoid study sinks (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds, n = 256, 3,000 steps
-    of 32, 6 layers of 256. Quick: one seed, n = 64, 400 steps of 16, 3 layers of 64. Time: about a
+    of 16, 6 layers of 256. Quick: one seed, n = 64, 400 steps of 16, 3 layers of 64. Time: about a
     minute of an idle core for the quick one. Expected there: no sinks in any arm; full: not yet measured.
 
     Args:

@@ -81,8 +81,9 @@ def test_counting_symbols_says_next_to_nothing() -> None:
 def test_pairs_that_do_not_fit_are_one_clear_error() -> None:
     with pytest.raises(ValueError, match="symbols must be at least 3 and length at least 8, got 2 and 24"):
         pair_repeats(1, 24, 2, generator())
-    draw = repeats_draw(replace(pair_repeat.QUICK, batch=4, seqlen=8), pair_repeat.QUICK_ASKED, 3)
+    draw = repeats_draw(replace(pair_repeat.QUICK, batch=4), pair_repeat.QUICK_ASKED, 3)
     assert torch.equal(draw(1)[0], draw(1)[0])
+    assert [draw(step)[0].shape for step in range(4)] == [(4, 8), (4, 12), (4, 16), (4, 8)]
 
 
 def test_the_arms_differ_in_their_attention_only() -> None:
@@ -90,7 +91,7 @@ def test_the_arms_differ_in_their_attention_only() -> None:
     answers, states = {}, {}
     for kind in KINDS:
         torch.manual_seed(0)
-        model = Encoder(NumberEmbedding(8, 16), 1, size, kind, seqlen=8)
+        model = Encoder(NumberEmbedding(16), 1, size, kind, seqlen=8)
         answers[kind], states[kind] = model(x), model.state_dict()
         assert answers[kind].shape == (3, 1, 1)
     assert all(torch.equal(value, states["softmax"][key]) for key, value in states["sigmoid"].items())
