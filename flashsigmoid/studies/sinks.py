@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diagnostics.probes import sink_mass
+from ..diagnostics.weights import sink_mass
 from ..models.gpt import GPT, GPTConfig
 from ..training.callbacks import Show, show_line
 from ..training.snapshots import see
