@@ -177,7 +177,7 @@ def test_version(flashsigmoid):
         (["study", "sinks", "--only", "swish"], 1, "an arm must be one of softmax, normalised-sigmoid, sigmoid, "),
         (["study", "sinks", "--quick", "--seed", "7"], 1, "a seed of the study must be one of 0, got 7"),
         (["study", "sinks", "--recipe", "digits"], 1, "--recipe and --set are of vision-ablation only"),
-        (["study", "vision-ablation", "--quick"], 1, "vision-ablation has neither --quick nor --seed"),
+        (["study", "vision-ablation", "--quick"], 1, "vision-ablation has no --quick, --seed and --jobs"),
         (["study", "vision-ablation", "--recipe", "demo"], 1, "--recipe must be one of digits, probe_digits, "),
         (["study", "vision-ablation", "--only", "swish"], 1, "a variant must be one of base, softmax, "),
         (["explain", "--backend", "warp"], 1, "backend must be one of auto, "),

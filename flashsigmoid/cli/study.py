@@ -23,6 +23,7 @@ def study(
         str,
         typer.Argument(
             help="diagnosis: the first attention norms, and the loss at longer lengths; retrieval: recall and needles; "
+            "k-summation: add k of n numbers; pair-repeat: has a pair come again; "
             "neighbours: attentions of the literature; sinks: mass on the first keys; speculative: a sigmoid "
             "draft of a softmax model; vision-ablation: what each practice is worth.",
             show_default=False,
@@ -48,6 +49,9 @@ def study(
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Train anew, or take what the folder holds.")] = False,
     device: Device = "auto",
+    jobs: Annotated[
+        int, typer.Option(help="Trainings at once; they share the machine, and its GPU. Not of vision-ablation.")
+    ] = 1,
     assignments: Fields = None,
 ) -> None:
     """Train the arms of a study and compare them in a table and, where there is something to draw, a figure.
@@ -55,8 +59,8 @@ def study(
     What the folder holds already is taken as it is, so arms and seeds may be run side by side or on other machines.
     """
     if name == "vision-ablation":
-        if quick or seed:
-            raise ValueError("vision-ablation has neither --quick nor --seed: use --set steps=200, --set seed=1")
+        if quick or seed or jobs != 1:
+            raise ValueError("vision-ablation has no --quick, --seed and --jobs: use --set steps=200, --set seed=1")
         _vision_ablation(recipe or "digits", only or [], out, fresh, device, assignments)
         return
     from ..report.studies import has_figure, study_note, study_rows, write_study
@@ -70,7 +74,9 @@ def study(
     if fresh:
         shutil.rmtree(folder / "trials", ignore_errors=True)
     with progress_bar() as show:
-        records = load(name)(folder, quick=quick, only=only or (), seeds=seed or (), device=device, show=show)
+        records = load(name)(
+            folder, quick=quick, only=only or (), seeds=seed or (), device=device, jobs=jobs, show=show
+        )
     print_table(study_rows(records))
     print(study_note(records))
     drawn = ""

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..record import Record, RecordFile, read_records
+from ..record import RecordFile, read_records
+from .seeds import (
+    KINDS,
+    beside_text,
+    legend,
+    line,
+    loss_text,
+    means_by_seed,
+    multiples_axis,
+    panels,
+    percent_text,
+    spread_text,
+    tags_of,
+    title,
+    values_of,
+)
 from .speed import COLOURS, MARKERS, STYLE
 from .summary import number_text
+from .synthetic import k_summation_figure, k_summation_rows, pair_repeat_figure, pair_repeat_rows
 
 Rows = list[dict[str, str]]
-_KINDS = {"sigmoid": "b = -log n", "no-bias": "b = 0", "softmax": "softmax"}
 _POSITIONS = {"sincos": "sin-cos", "rope": "RoPE", "alibi": "ALiBi"}
 
 
@@ -86,88 +100,9 @@ def _read(path: str | Path, makers: Mapping[str, object]) -> RecordFile:
     return file
 
 
-def _values(records: Sequence[Record], name: str, step: int | None = None, **tags: object) -> list[float]:
-    """Values of a name with these tags, one for each seed (and layer); all steps unless one is given."""
-    return [
-        r.value
-        for r in records
-        if r.name == name
-        and r.value is not None
-        and (step is None or r.step == step)
-        and all(r.tags.get(key) == tag for key, tag in tags.items())
-    ]
-
-
-def _tags(records: Sequence[Record], name: str, tag: str) -> list:
-    return list(dict.fromkeys(r.tags[tag] for r in records if r.name == name and tag in r.tags))
-
-
-def _spread(values: Sequence[float], text: Callable[[float], str]) -> str:
-    """The mean, and the least to the largest where there are several."""
-    if not values:
-        return ""
-    mean = text(statistics.fmean(values))
-    return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"
-
-
-def _beside(values: Sequence[Sequence[float]], text: Callable[[float], str]) -> str:
-    """The mean of each, a dash where there is none."""
-    return " / ".join(text(statistics.fmean(some)) if some else "–" for some in values)
-
-
-def _loss(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f}"
-
-
-def _panels(count: int, width: float = 4.6) -> tuple[Figure, list[Axes]]:
-    drawn = Figure(figsize=(width * count, 4.2), layout="constrained")
-    return drawn, list(drawn.subplots(1, count, squeeze=False)[0])
-
-
-def _line(axes: Axes, points: Mapping[float, Sequence[float]], index: int, label: str, style: str = "-") -> None:
-    """The mean with a bar from the least to the largest."""
-    points = {x: values for x, values in points.items() if values and all(map(math.isfinite, values))}
-    means = [statistics.fmean(values) for values in points.values()]
-    below = [mean - min(values) for mean, values in zip(means, points.values(), strict=True)]
-    above = [max(values) - mean for mean, values in zip(means, points.values(), strict=True)]
-    axes.errorbar(
-        [*points],
-        means,
-        [below, above],
-        label=label,
-        color=COLOURS[index % len(COLOURS)],
-        marker=MARKERS[index % len(MARKERS)],
-        linestyle=style,
-        markersize=4,
-        linewidth=1.2,
-        elinewidth=0.8,
-        capsize=2,
-    )
-
-
-def _legend(drawn: Figure, axes: Axes, ncols: int = 7) -> None:
-    drawn.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
-
-
-def _multiples(axes: Axes, lengths: Sequence[float], text: Callable[[float], str] = str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(lengths), [text(length) for length in lengths])
-    axes.minorticks_off()
-
-
-def _title(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-
-
 def _diagnosis_rows(file: RecordFile) -> Rows:
     rows = []
-    last = max(_tags(file.records, "val/loss", "length"))
+    last = max(tags_of(file.records, "val/loss", "length"))
     for position, position_text in _POSITIONS.items():
         for qk_norm in (True, False):
             for layer_scale in (None, 1e-4):
@@ -177,28 +112,28 @@ def _diagnosis_rows(file: RecordFile) -> Rows:
                     "QK-norm": "yes" if qk_norm else "no",
                     "LayerScale": "yes" if layer_scale else "no",
                 }
-                norms = [_values(file.records, "attn_norm", 0, kind=kind, **same) for kind in _KINDS]
-                row[f"first |A V|: {' / '.join(_KINDS.values())}"] = _beside(norms, number_text)
+                norms = [values_of(file.records, "attn_norm", 0, kind=kind, **same) for kind in KINDS]
+                row[f"first |A V|: {' / '.join(KINDS.values())}"] = beside_text(norms, number_text)
                 for length, name in ((1, "loss at n"), (last, f"loss at {last} n")):
-                    losses = [_values(file.records, "val/loss", kind=kind, length=length, **same) for kind in _KINDS]
-                    row[name] = _beside(losses, _loss)
+                    losses = [values_of(file.records, "val/loss", kind=kind, length=length, **same) for kind in KINDS]
+                    row[name] = beside_text(losses, loss_text)
                 if any(norms):
                     rows.append(row)
     return rows
 
 
 def _diagnosis_figure(file: RecordFile) -> Figure:
-    drawn, (left, middle, right) = _panels(3)
+    drawn, (left, middle, right) = panels(3)
     # filled with QK-norm, hollow without; those with LayerScale stand to the right
     for axes, name, tags, step in ((left, "attn_norm", {}, 0), (middle, "val/loss", {"length": 1}, None)):
-        for index, (kind, kind_text) in enumerate(_KINDS.items()):
+        for index, (kind, kind_text) in enumerate(KINDS.items()):
             for qk_norm in (True, False):
                 for layer_scale, shift in ((None, -0.06), (1e-4, 0.06)):
                     same = {"kind": kind, "qk_norm": qk_norm, "layer_scale": layer_scale}
                     points = [
                         (place + 0.24 * (index - 1) + shift, value)
                         for place, position in enumerate(_POSITIONS)
-                        for value in _values(file.records, name, step, position=position, **same, **tags)
+                        for value in values_of(file.records, name, step, position=position, **same, **tags)
                     ]
                     if points:
                         axes.plot(
@@ -213,29 +148,29 @@ def _diagnosis_figure(file: RecordFile) -> Figure:
         axes.set_xticks(range(len(_POSITIONS)), list(_POSITIONS.values()))
     left.set_yscale("log")
     n = file.settings["seqlen"]
-    _title(left, "attention norm before the first step", "", "|A V|, mean over tokens")
-    _title(middle, f"loss at the training length, n = {n}", "", "nats per byte")
-    lengths = _tags(file.records, "val/loss", "length")
-    for index, kind in enumerate(_KINDS):
+    title(left, "attention norm before the first step", "", "|A V|, mean over tokens")
+    title(middle, f"loss at the training length, n = {n}", "", "nats per byte")
+    lengths = tags_of(file.records, "val/loss", "length")
+    for index, kind in enumerate(KINDS):
         for (position, text), style in zip(_POSITIONS.items(), ("-", "--", ":"), strict=True):
             same = {"kind": kind, "position": position, "qk_norm": True, "layer_scale": None}
-            points = {x: _values(file.records, "val/loss", length=x, **same) for x in lengths}
-            _line(right, points, index, f"{_KINDS[kind]}, {text}", style)
-    _multiples(right, lengths)
-    _title(right, "longer than in training (QK-norm, no LayerScale)", "length, multiples of n", "nats per byte")
+            points = {x: values_of(file.records, "val/loss", length=x, **same) for x in lengths}
+            line(right, points, index, f"{KINDS[kind]}, {text}", style)
+    multiples_axis(right, lengths)
+    title(right, "longer than in training (QK-norm, no LayerScale)", "length, multiples of n", "nats per byte")
     for text, style in zip(_POSITIONS.values(), ("-", "--", ":"), strict=True):
         right.plot([], [], color="#3a3a3a", linestyle=style, label=text)
     right.legend(handles=right.get_lines()[-3:], frameon=False, fontsize=9)
     left.plot([], [], "o", color="#3a3a3a", markerfacecolor="none", markersize=8, label="hollow: without QK-norm")
     left.plot([], [], " ", label="the right one of two: with LayerScale")
-    _legend(drawn, left)
+    legend(drawn, left)
     return drawn
 
 
 def _retrieval_rows(file: RecordFile) -> Rows:
     records, rows = file.records, []
-    arms = _tags(records, "accuracy", "arm")
-    for task in _tags(records, "accuracy", "task"):
+    arms = tags_of(records, "accuracy", "arm")
+    for task in tags_of(records, "accuracy", "task"):
         places = dict.fromkeys(
             (r.tags["length"], r.tags["pairs"]) for r in records if r.name == "accuracy" and r.tags["task"] == task
         )
@@ -243,24 +178,24 @@ def _retrieval_rows(file: RecordFile) -> Rows:
             row = {"task": str(task), "length": str(length), "pairs": str(pairs)}
             same = {"task": task, "length": length, "pairs": pairs}
             for arm in arms:
-                row[f"{arm}, %"] = _spread(_values(records, "accuracy", arm=arm, **same), _percent)
+                row[f"{arm}, %"] = spread_text(values_of(records, "accuracy", arm=arm, **same), percent_text)
             rows.append(row)
     return rows
 
 
 def _retrieval_figure(file: RecordFile) -> Figure:
     records, n, most = file.records, file.settings["seqlen"], file.settings["trained_pairs"]
-    drawn, (left, middle, right) = _panels(3)
-    pairs = [p for p in file.settings["pairs"] if _values(records, "accuracy", task="recall", length=n, pairs=p)]
-    lengths = _tags(records, "accuracy", "length")
+    drawn, (left, middle, right) = panels(3)
+    pairs = [p for p in file.settings["pairs"] if values_of(records, "accuracy", task="recall", length=n, pairs=p)]
+    lengths = tags_of(records, "accuracy", "length")
     trained = max(p for p in pairs if p <= most)
-    for index, arm in enumerate(_tags(records, "accuracy", "arm")):
+    for index, arm in enumerate(tags_of(records, "accuracy", "arm")):
         recall = {"arm": arm, "task": "recall"}
-        _line(left, {p: _values(records, "accuracy", length=n, pairs=p, **recall) for p in pairs}, index, arm)
-        points = {x: _values(records, "accuracy", length=x, pairs=trained, **recall) for x in lengths}
-        _line(middle, points, index, arm)
-        points = {x: _values(records, "accuracy", length=x, pairs=1, arm=arm, task="needle") for x in lengths}
-        _line(right, points, index, arm)
+        line(left, {p: values_of(records, "accuracy", length=n, pairs=p, **recall) for p in pairs}, index, arm)
+        points = {x: values_of(records, "accuracy", length=x, pairs=trained, **recall) for x in lengths}
+        line(middle, points, index, arm)
+        points = {x: values_of(records, "accuracy", length=x, pairs=1, arm=arm, task="needle") for x in lengths}
+        line(right, points, index, arm)
     for axes in (left, middle, right):
         axes.set_ylim(-0.02, 1.02)
         axes.axhline(1 / file.settings["each"], color="#888888", linewidth=1, linestyle="--", label="any value")
@@ -270,34 +205,36 @@ def _retrieval_figure(file: RecordFile) -> Figure:
     left.axvline(most, color="#888888", linewidth=1, linestyle="-.", label="most pairs in training")
     left.set_xticks(pairs)
     for axes in (middle, right):
-        _multiples(axes, lengths)
-    _title(left, f"recall at the training length, {n}", "pairs", "accuracy")
-    _title(middle, f"recall of {trained} pairs", "length", "accuracy")
-    _title(right, "needle", "length", "accuracy")
-    _legend(drawn, left)
+        multiples_axis(axes, lengths)
+    title(left, f"recall at the training length, {n}", "pairs", "accuracy")
+    title(middle, f"recall of {trained} pairs", "length", "accuracy")
+    title(right, "needle", "length", "accuracy")
+    legend(drawn, left)
     return drawn
 
 
 def _neighbours_rows(file: RecordFile) -> Rows:
     records, rows = file.records, []
-    n = min(_tags(records, "accuracy", "length"))
+    n = min(tags_of(records, "accuracy", "length"))
     pairs = max(r.tags["pairs"] for r in records if r.name == "accuracy")  # pyright: ignore[reportArgumentType]
-    for arm in _tags(records, "train_s", "arm"):
-        norms = _values(records, "attn_norm", 0, arm=arm, stage="text")
+    for arm in tags_of(records, "train_s", "arm"):
+        norms = values_of(records, "attn_norm", 0, arm=arm, stage="text")
         rows.append(
             {
                 "attention": str(arm),
-                "loss": _spread(_values(records, "val/loss", arm=arm, length=1), _loss),
-                "loss at 4 n": _spread(_values(records, "val/loss", arm=arm, length=4), _loss),
-                f"recall of {pairs}, %": _spread(
-                    _values(records, "accuracy", arm=arm, task="recall", length=n, pairs=pairs), _percent
+                "loss": spread_text(values_of(records, "val/loss", arm=arm, length=1), loss_text),
+                "loss at 4 n": spread_text(values_of(records, "val/loss", arm=arm, length=4), loss_text),
+                f"recall of {pairs}, %": spread_text(
+                    values_of(records, "accuracy", arm=arm, task="recall", length=n, pairs=pairs), percent_text
                 ),
-                "at 4 n, %": _spread(
-                    _values(records, "accuracy", arm=arm, task="recall", length=4 * n, pairs=pairs), _percent
+                "at 4 n, %": spread_text(
+                    values_of(records, "accuracy", arm=arm, task="recall", length=4 * n, pairs=pairs), percent_text
                 ),
-                "needle, %": _spread(_values(records, "accuracy", arm=arm, task="needle", length=n), _percent),
+                "needle, %": spread_text(
+                    values_of(records, "accuracy", arm=arm, task="needle", length=n), percent_text
+                ),
                 "first |A V|": number_text(statistics.fmean(norms)),
-                "ms per step": number_text(statistics.fmean(_values(records, "step_ms", arm=arm, stage="text"))),
+                "ms per step": number_text(statistics.fmean(values_of(records, "step_ms", arm=arm, stage="text"))),
             }
         )
     return rows
@@ -305,67 +242,64 @@ def _neighbours_rows(file: RecordFile) -> Rows:
 
 def _sinks_rows(file: RecordFile) -> Rows:
     records, steps, rows = file.records, file.settings["steps"], []
-    for arm in _tags(records, "sink_mass", "arm"):
+    for arm in tags_of(records, "sink_mass", "arm"):
         row = {"attention": str(arm)}
         for keys, name in ((1, "first key"), (4, "first four")):
-            row[f"{name}, %"] = _spread(_by_seed(records, "sink_mass", steps, arm=arm, keys=keys), _percent)
-            (even, *_) = _values(records, "even", keys=keys)
-            row[f"{name} of even weights, %"] = _percent(even)
-        row["greatest head, %"] = _percent(max(_values(records, "sink_head", steps, arm=arm), default=math.nan))
-        row["heads above 30 %, %"] = _spread(_values(records, "sink_heads", steps, arm=arm), _percent)
-        row["row mass"] = number_text(statistics.fmean(_values(records, "row_mass", steps, arm=arm)))
-        row["loss"] = _spread(_values(records, "val/loss", arm=arm), _loss)
+            row[f"{name}, %"] = spread_text(
+                means_by_seed(records, "sink_mass", steps, arm=arm, keys=keys), percent_text
+            )
+            (even, *_) = values_of(records, "even", keys=keys)
+            row[f"{name} of even weights, %"] = percent_text(even)
+        row["greatest head, %"] = percent_text(max(values_of(records, "sink_head", steps, arm=arm), default=math.nan))
+        row["heads above 30 %, %"] = spread_text(values_of(records, "sink_heads", steps, arm=arm), percent_text)
+        row["row mass"] = number_text(statistics.fmean(values_of(records, "row_mass", steps, arm=arm)))
+        row["loss"] = spread_text(values_of(records, "val/loss", arm=arm), loss_text)
         rows.append(row)
     return rows
 
 
-def _by_seed(records: Sequence[Record], name: str, step: int, **tags: object) -> list[float]:
-    """Of each seed the mean over layers."""
-    seeds = _tags(records, name, "seed")
-    found = [_values(records, name, step, seed=seed, **tags) for seed in seeds]
-    return [statistics.fmean(values) for values in found if values]
-
-
 def _speculative_rows(file: RecordFile) -> Rows:
     records, rows = file.records, []
-    for draft in _tags(records, "overlap", "draft"):
-        row = {"draft": str(draft), "loss": _spread(_values(records, "val/loss", draft=draft), _loss)}
-        row["kept, %"] = _spread(_values(records, "overlap", draft=draft), _percent)
-        for ahead in _tags(records, "tokens_per_call", "ahead"):
-            found = _values(records, "tokens_per_call", draft=draft, ahead=ahead)
-            row[f"tokens a call, {ahead} ahead"] = _spread(found, number_text)
+    for draft in tags_of(records, "overlap", "draft"):
+        row = {"draft": str(draft), "loss": spread_text(values_of(records, "val/loss", draft=draft), loss_text)}
+        row["kept, %"] = spread_text(values_of(records, "overlap", draft=draft), percent_text)
+        for ahead in tags_of(records, "tokens_per_call", "ahead"):
+            found = values_of(records, "tokens_per_call", draft=draft, ahead=ahead)
+            row[f"tokens a call, {ahead} ahead"] = spread_text(found, number_text)
         rows.append(row)
     return rows
 
 
 def _sinks_figure(file: RecordFile) -> Figure:
     records, end = file.records, file.settings["steps"]
-    drawn, (left, middle, right) = _panels(3)
+    drawn, (left, middle, right) = panels(3)
     steps = sorted({r.step for r in records if r.name == "sink_mass" and r.step is not None})
-    layers = _tags(records, "sink_mass", "layer")
-    for index, arm in enumerate(_tags(records, "sink_mass", "arm")):
+    layers = tags_of(records, "sink_mass", "layer")
+    for index, arm in enumerate(tags_of(records, "sink_mass", "arm")):
         one = {"arm": arm, "keys": 1}
-        _line(left, {x: _by_seed(records, "sink_mass", x, **one) for x in steps}, index, str(arm))
-        points = {x: _values(records, "sink_mass", end, layer=x, **one) for x in layers}
-        _line(middle, points, index, str(arm))
-        points = {x: _values(records, "sink_head", end, layer=x, arm=arm) for x in layers}
-        _line(right, points, index, str(arm))
-    (even, *_) = _values(records, "even", keys=1)
+        line(left, {x: means_by_seed(records, "sink_mass", x, **one) for x in steps}, index, str(arm))
+        points = {x: values_of(records, "sink_mass", end, layer=x, **one) for x in layers}
+        line(middle, points, index, str(arm))
+        points = {x: values_of(records, "sink_head", end, layer=x, arm=arm) for x in layers}
+        line(right, points, index, str(arm))
+    (even, *_) = values_of(records, "even", keys=1)
     for axes in (left, middle, right):
         axes.axhline(even, color="#888888", linewidth=1, linestyle="--", label="even weights")
         axes.set_ylim(bottom=0.0)
     for axes in (middle, right):
         axes.set_xticks(layers)
-    _title(left, "share on the first key, mean over layers", "step", "share of a row's mass")
-    _title(middle, "share on the first key at the end", "layer", "mean over heads")
-    _title(right, "the same of the head with the largest", "layer", "largest over heads")
-    _legend(drawn, left)
+    title(left, "share on the first key, mean over layers", "step", "share of a row's mass")
+    title(middle, "share on the first key at the end", "layer", "mean over heads")
+    title(right, "the same of the head with the largest", "layer", "largest over heads")
+    legend(drawn, left)
     return drawn
 
 
 _ROWS: dict[str, Callable[[RecordFile], Rows]] = {
     "diagnosis": _diagnosis_rows,
     "retrieval": _retrieval_rows,
+    "k-summation": k_summation_rows,
+    "pair-repeat": pair_repeat_rows,
     "neighbours": _neighbours_rows,
     "sinks": _sinks_rows,
     "speculative": _speculative_rows,
@@ -373,5 +307,7 @@ _ROWS: dict[str, Callable[[RecordFile], Rows]] = {
 _FIGURES: dict[str, Callable[[RecordFile], Figure]] = {
     "diagnosis": _diagnosis_figure,
     "retrieval": _retrieval_figure,
+    "k-summation": k_summation_figure,
+    "pair-repeat": pair_repeat_figure,
     "sinks": _sinks_figure,
 }

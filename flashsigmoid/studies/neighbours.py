@@ -174,11 +174,11 @@ def arms(bias: float) -> dict[str, tuple[Arm, AttentionFn | None]]:
 
 
 QUICK_TEXT = Budget(steps=200, batch=16, seqlen=64, lr=3e-3)
-FULL_TEXT = Budget(steps=2000, batch=32, seqlen=256, lr=2e-3)
+FULL_TEXT = Budget(steps=1000, batch=16, seqlen=256, lr=2e-3)
 QUICK_RECALL = Budget(steps=1000, batch=32, seqlen=32, lr=5e-3, weight_decay=0.0)
-FULL_RECALL = Budget(steps=3000, batch=128, seqlen=128, lr=1e-3, weight_decay=0.0)
+FULL_RECALL = Budget(steps=3000, batch=64, seqlen=64, lr=2e-3, weight_decay=0.0)
 QUICK_ASKED = Difficulty(each=16, trained_pairs=4, pairs=(4,), samples=128)
-FULL_ASKED = Difficulty(each=64, trained_pairs=16, pairs=(16,), samples=1024)
+FULL_ASKED = Difficulty(each=64, trained_pairs=8, pairs=(8,), samples=1024)
 
 
 def neighbours(
@@ -188,20 +188,21 @@ def neighbours(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     device: Device = "auto",
+    jobs: int = 1,
     show: Show = show_line,
     command: str | None = None,
 ) -> Path:
     """Every arm learns the text and recall with the same budget: losses at 1 and 4 times the length, accuracies, time.
 
     Command: flashsigmoid study neighbours (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds; bytes of the
-    embedded Shakespeare, n = 256, 2,000 steps of 32, 4 layers of 256; recall n = 128, 3,000 steps of 128, 2 layers of
+    embedded Shakespeare, n = 256, 1,000 steps of 16, 4 layers of 256; recall n = 64, 3,000 steps of 64, 2 layers of
     128. Quick: one seed, n = 64 and 32, 200 and 1,000 steps, 2 layers of 64. Time: about 4 minutes for
     the quick one. Expected there: benchmarks/results/studies; full: not yet measured.
 
     Args:
         out_dir: folder of the study.
         quick: minutes on a CPU.
-        only, seeds, device, show, command: as `run_trials`.
+        only, seeds, device, jobs, show, command: as `run_trials`.
 
     Returns:
         out_dir/neighbours.jsonl: val/loss with the tag length; accuracy as `retrieval`; attn_norm before the first
@@ -224,8 +225,8 @@ def neighbours(
                 _run, name=name, config=config, text=text, asking=asking, asked=asked, recall_size=recall_size
             )
             trials.append(Trial(arm=name, seed=seed, settings=settings, run=run))
-    options: dict[str, Any] = {"only": only, "seeds": seeds, "device": device, "show": show, "command": command}
-    return run_trials("neighbours", trials, out_dir, **options)
+    how: dict[str, Any] = {"device": device, "jobs": jobs, "show": show, "command": command}
+    return run_trials("neighbours", trials, out_dir, only=only, seeds=seeds, **how)
 
 
 def _run(
@@ -242,7 +243,7 @@ def _run(
     seed = bench.trial.seed
     arm, afterwards = arms(-math.log(text.seqlen))[name]
     model = GPT(config, attention_fn=arm.attention_fn).to(bench.device)
-    _train(bench, "text", model, text_draw(train, text, seed), text)
+    _train(bench, "text", model, text_draw(train, text, seed, bench.device), text)
     _exchange(model, afterwards)
     for length in (1, 4):
         windows = text_windows(val, length * text.seqlen, 2**13 if text.steps < 1000 else 2**16)
@@ -250,7 +251,7 @@ def _run(
 
     arm, afterwards = arms(-math.log(asking.seqlen))[name]
     model = GPT(retrieval_config(arm, asking, asked, **recall_size), attention_fn=arm.attention_fn).to(bench.device)
-    _train(bench, "recall", model, retrieval_draw(asking, asked, seed), asking)
+    _train(bench, "recall", model, retrieval_draw(asking, asked, seed, bench.device), asking)
     _exchange(model, afterwards)
     accuracies(bench, model, asking.seqlen, asked)
 

@@ -16,7 +16,7 @@ from ..functional import sigmoid_attention
 from ..models.gpt import GPT, GPTConfig
 from ..nn.attention import AttentionFn
 from ..training.callbacks import Show, show_line
-from .trials import IGNORED, Bench, Budget, Device, Draw, Trial, described, run_trials
+from .trials import IGNORED, Bench, Budget, Device, Draw, Trial, described, generator_at, run_trials
 
 LENGTHS = (1, 2, 4)  # evaluated at these multiples of the training length
 
@@ -32,9 +32,9 @@ class Difficulty:
 
 
 QUICK = Budget(steps=1500, batch=32, seqlen=32, lr=5e-3, weight_decay=0.0)
-FULL = Budget(steps=4000, batch=128, seqlen=256, lr=1e-3, weight_decay=0.0)
+FULL = Budget(steps=6000, batch=64, seqlen=128, lr=2e-3, weight_decay=0.0)
 QUICK_ASKED = Difficulty(each=16, trained_pairs=4, pairs=(2, 4, 6, 8), samples=128)
-FULL_ASKED = Difficulty(each=64, trained_pairs=32, pairs=(4, 8, 16, 32, 64), samples=1024)
+FULL_ASKED = Difficulty(each=64, trained_pairs=16, pairs=(4, 8, 16, 32, 64), samples=1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,11 @@ def arms(seqlen: int) -> dict[str, Arm]:
     }
 
 
+def integers(below: int, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Uniform from 0 to below - 1, int64, on the device of the generator."""
+    return torch.randint(below, size, generator=generator, device=generator.device)
+
+
 def recall(batch: int, length: int, pairs: int, each: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Multi-query associative recall: pairs of key and value, then the keys again, each followed by its value.
 
@@ -100,7 +105,7 @@ def recall(batch: int, length: int, pairs: int, each: int, generator: torch.Gene
         batch, length: of the tokens; length is even and at least 4 pairs.
         pairs: p, at most `each`.
         each: keys, values and tokens of noise, numbered in this order.
-        generator: of the draws.
+        generator: of the draws, on the device of the tokens.
 
     Returns:
         tokens and targets, (batch, length) int64: a target is the value where the token is a key that is asked for,
@@ -116,11 +121,11 @@ def recall(batch: int, length: int, pairs: int, each: int, generator: torch.Gene
 
     def places(count: int, wanted: int) -> Tensor:
         """`wanted` of `count`, in random order: (batch, wanted)."""
-        return torch.rand(batch, count, generator=generator).argsort(-1)[:, :wanted]
+        return torch.rand(batch, count, generator=generator, device=generator.device).argsort(-1)[:, :wanted]
 
     keys = places(each, pairs)
-    values = each + torch.randint(each, (batch, pairs), generator=generator)
-    tokens = 2 * each + torch.randint(each, (batch, length), generator=generator)
+    values = each + integers(each, (batch, pairs), generator)
+    tokens = 2 * each + integers(each, (batch, length), generator)
     tokens[:, 0 : 2 * pairs : 2], tokens[:, 1 : 2 * pairs : 2] = keys, values
     asked = 2 * pairs + 2 * places((length - 2 * pairs) // 2, pairs)
     tokens.scatter_(1, asked, keys).scatter_(1, asked + 1, values)
@@ -144,10 +149,10 @@ def needle(batch: int, length: int, pairs: int, each: int, generator: torch.Gene
     """
     if pairs != 1 or length < 4:
         raise ValueError(f"a needle has one pair and at least 4 tokens, got {pairs} and {length}")
-    tokens = each + torch.randint(2 * each, (batch, length), generator=generator)
-    key = torch.randint(each, (batch, 1), generator=generator)
-    value = each + torch.randint(each, (batch, 1), generator=generator)
-    at = torch.randint(length - 3, (batch, 1), generator=generator)
+    tokens = each + integers(2 * each, (batch, length), generator)
+    key = integers(each, (batch, 1), generator)
+    value = each + integers(each, (batch, 1), generator)
+    at = integers(length - 3, (batch, 1), generator)
     tokens.scatter_(1, at, key).scatter_(1, at + 1, value)
     tokens[:, -1:] = key
     targets = torch.full_like(tokens, IGNORED)
@@ -161,13 +166,16 @@ TASKS: dict[str, Callable[[int, int, int, int, torch.Generator], tuple[Tensor, T
 }
 
 
-def retrieval_draw(budget: Budget, asked: Difficulty, seed: int) -> Draw:
+def retrieval_draw(budget: Budget, asked: Difficulty, seed: int, device: torch.device | str = "cpu") -> Draw:
     """Batches of training, a pure function of seed and step: a quarter needles, else recall of 2 pairs and more."""
+    device = torch.device(device)
 
     def draw(step: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        # how many pairs is a shape: drawn on the CPU, so that nothing waits for the device
+        host = generator_at(seed, step)
         needles = budget.batch // 4
-        pairs = int(torch.randint(2, asked.trained_pairs + 1, (1,), generator=generator))
+        pairs = int(torch.randint(2, asked.trained_pairs + 1, (1,), generator=host))
+        generator = host if device.type == "cpu" else generator_at(seed, step, device)
         parts = (
             recall(budget.batch - needles, budget.seqlen, pairs, asked.each, generator),
             needle(needles, budget.seqlen, 1, asked.each, generator),
@@ -178,21 +186,20 @@ def retrieval_draw(budget: Budget, asked: Difficulty, seed: int) -> Draw:
     return draw
 
 
-def accuracies(bench: Bench, model: GPT, seqlen: int, asked: Difficulty) -> None:
+def accuracies(bench: Bench, model: GPT, seqlen: int, asked: Difficulty, batch: int = 128) -> None:
     """Record accuracy of both tasks at every length and number of pairs that fits; the same tokens for every arm."""
     model.eval()
     for length in (multiple * seqlen for multiple in LENGTHS):
         grid = [("needle", 1)] + [("recall", pairs) for pairs in asked.pairs if 4 * pairs <= length]
         for task, pairs in grid:
             generator = torch.Generator().manual_seed(2**31 + length * 97 + pairs)
-            right = count = 0
-            for _ in range(asked.samples // 32):
-                tokens, targets = (x.to(bench.device) for x in TASKS[task](32, length, pairs, asked.each, generator))
+            tokens, targets = TASKS[task](asked.samples, length, pairs, asked.each, generator)
+            right = torch.zeros((), dtype=torch.int64, device=bench.device)
+            for some, wanted in zip(tokens.split(batch), targets.to(bench.device).split(batch), strict=True):
                 with torch.no_grad():
-                    said = bench.logits(model, tokens).argmax(-1)
-                right += int((said == targets).sum())
-                count += int((targets != IGNORED).sum())
-            bench.writer.write("accuracy", right / count, task=task, length=length, pairs=pairs, questions=count)
+                    right += (bench.logits(model, some.to(bench.device)).argmax(-1) == wanted).sum()
+            count = int((targets != IGNORED).sum())
+            bench.writer.write("accuracy", int(right) / count, task=task, length=length, pairs=pairs, questions=count)
 
 
 def retrieval(
@@ -202,20 +209,21 @@ def retrieval(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     device: Device = "auto",
+    jobs: int = 1,
     show: Show = show_line,
     command: str | None = None,
 ) -> Path:
     """One model an arm and seed learns recall and needles at one length; accuracy there, and at 2 and 4 times it.
 
-    Command: flashsigmoid study retrieval (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds, n = 256, 4,000
-    steps of 128, 4 layers of 128, 64 values to guess from, up to 32 pairs in training. Quick: three seeds, n = 32,
+    Command: flashsigmoid study retrieval (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds, n = 128, 6,000
+    steps of 64, 2 layers of 128, 64 values to guess from, up to 16 pairs in training. Quick: three seeds, n = 32,
     1,500 steps of 32, 2 layers of 64, 16 values, up to 4 pairs. Time: about
     10 minutes of an idle core for the quick one. Expected there: benchmarks/results/studies; full: not yet measured.
 
     Args:
         out_dir: folder of the study.
         quick: minutes on a CPU, the four arms of the question only.
-        only, seeds, device, show, command: as `run_trials`.
+        only, seeds, device, jobs, show, command: as `run_trials`.
 
     Returns:
         out_dir/retrieval.jsonl: accuracy with tags task, length, pairs and questions, their number; attn_norm before
@@ -224,7 +232,7 @@ def retrieval(
     Source: arXiv:2312.04927 (recall), arXiv:2502.18845 (SWAT), arXiv:2505.06708 (the gate).
     """
     budget, asked = (QUICK, QUICK_ASKED) if quick else (FULL, FULL_ASKED)
-    size = {"nlayers": 2, "dim": 64, "nheads": 2} if quick else {"nlayers": 4, "dim": 128, "nheads": 4}
+    size = {"nlayers": 2, "dim": 64, "nheads": 2} if quick else {"nlayers": 2, "dim": 128, "nheads": 4}
     trials = []
     for seed in (0, 1, 2):
         for name, arm in arms(budget.seqlen).items():
@@ -234,8 +242,8 @@ def retrieval(
             settings = described(config, budget, quick=quick, **asdict(asked))
             run = partial(_run, arm=arm, config=config, budget=budget, asked=asked)
             trials.append(Trial(arm=name, seed=seed, settings=settings, run=run))
-    options: dict[str, Any] = {"only": only, "seeds": seeds, "device": device, "show": show, "command": command}
-    return run_trials("retrieval", trials, out_dir, **options)
+    how: dict[str, Any] = {"device": device, "jobs": jobs, "show": show, "command": command}
+    return run_trials("retrieval", trials, out_dir, only=only, seeds=seeds, **how)
 
 
 def retrieval_config(arm: Arm, budget: Budget, asked: Difficulty, **size: int) -> GPTConfig:
@@ -246,7 +254,7 @@ def retrieval_config(arm: Arm, budget: Budget, asked: Difficulty, **size: int) -
 
 def _run(bench: Bench, *, arm: Arm, config: GPTConfig, budget: Budget, asked: Difficulty) -> None:
     model = GPT(config, attention_fn=arm.attention_fn).to(bench.device)
-    draw = retrieval_draw(budget, asked, bench.trial.seed)
+    draw = retrieval_draw(budget, asked, bench.trial.seed, bench.device)
     bench.probe(model, draw(0)[0][:8], 0)
     bench.train(model, draw, budget)
     accuracies(bench, model, budget.seqlen, asked)

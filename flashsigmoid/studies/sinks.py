@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..diagnostics.probes import sink_mass
+from ..diagnostics.weights import sink_mass
 from ..models.gpt import GPT, GPTConfig
 from ..training.callbacks import Show, show_line
 from ..training.snapshots import see
@@ -19,7 +19,7 @@ from .neighbours import normalised_sigmoid
 from .trials import BYTES, Bench, Budget, Device, Trial, described, run_trials, text_bytes, text_draw, text_windows
 
 QUICK = Budget(steps=400, batch=16, seqlen=64, lr=3e-3)
-FULL = Budget(steps=3000, batch=32, seqlen=256, lr=2e-3)
+FULL = Budget(steps=3000, batch=16, seqlen=256, lr=2e-3)
 ARMS = ("softmax", "normalised-sigmoid", "sigmoid", "sigmoid-no-bias")
 FIRST = (1, 4)  # how many keys count as first
 SINK = 0.3  # a head whose first key has a larger share has a sink: arXiv:2410.10781
@@ -40,6 +40,7 @@ def sinks(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     device: Device = "auto",
+    jobs: int = 1,
     show: Show = show_line,
     command: str | None = None,
 ) -> Path:
@@ -49,13 +50,13 @@ def sinks(
     Windows begin anywhere in the text: the first key is no special token.
 
     Command: flashsigmoid study sinks (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds, n = 256, 3,000 steps
-    of 32, 6 layers of 256. Quick: one seed, n = 64, 400 steps of 16, 3 layers of 64. Time: about a
+    of 16, 6 layers of 256. Quick: one seed, n = 64, 400 steps of 16, 3 layers of 64. Time: about a
     minute of an idle core for the quick one. Expected there: no sinks in any arm; full: not yet measured.
 
     Args:
         out_dir: folder of the study.
         quick: minutes on a CPU.
-        only, seeds, device, show, command: as `run_trials`.
+        only, seeds, device, jobs, show, command: as `run_trials`.
 
     Returns:
         out_dir/sinks.jsonl: sink_mass with tags layer and keys, the mean over rows and heads; sink_head, the largest
@@ -79,8 +80,8 @@ def sinks(
             )
             run = partial(_run, config=config, budget=budget, normalised=arm == "normalised-sigmoid")
             trials.append(Trial(arm=arm, seed=seed, settings=described(config, budget, quick=quick), run=run))
-    options: dict[str, Any] = {"only": only, "seeds": seeds, "device": device, "show": show, "command": command}
-    return run_trials("sinks", trials, out_dir, **options)
+    how: dict[str, Any] = {"device": device, "jobs": jobs, "show": show, "command": command}
+    return run_trials("sinks", trials, out_dir, only=only, seeds=seeds, **how)
 
 
 def _run(bench: Bench, *, config: GPTConfig, budget: Budget, normalised: bool) -> None:
@@ -104,6 +105,6 @@ def _run(bench: Bench, *, config: GPTConfig, budget: Budget, normalised: bool) -
     even = torch.ones(1, 1, n, n).tril()
     for keys in FIRST:
         bench.writer.write("even", sink_mass(even, keys), keys=keys)
-    bench.train(model, text_draw(text, budget, bench.trial.seed), budget, at=look)
+    bench.train(model, text_draw(text, budget, bench.trial.seed, bench.device), budget, at=look)
     windows = text_windows(val, n, 2**13 if budget.steps < 1000 else 2**16)
     bench.writer.write("val/loss", bench.text_loss(model, windows), unit="nats_per_byte", length=1)

@@ -120,6 +120,7 @@ def speculative(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     device: Device = "auto",
+    jobs: int = 1,
     show: Show = show_line,
     command: str | None = None,
 ) -> Path:
@@ -136,7 +137,7 @@ def speculative(
     Args:
         out_dir: folder of the study.
         quick: minutes on a CPU.
-        only, seeds, device, show, command: as `run_trials`; the only arm is "softmax".
+        only, seeds, device, jobs, show, command: as `run_trials`; the only arm is "softmax".
 
     Returns:
         out_dir/speculative.jsonl: overlap, mean over validation tokens of sum_x min(p, q), the probability that a token
@@ -151,14 +152,14 @@ def speculative(
     run = partial(_run, config=config, budget=budget, texts=16 if quick else 64)
     settings = described(config, budget, quick=quick)
     trials = [Trial(arm="softmax", seed=seed, settings=settings, run=run) for seed in ((0,) if quick else (0, 1, 2))]
-    options: dict[str, Any] = {"only": only, "seeds": seeds, "device": device, "show": show, "command": command}
-    return run_trials("speculative", trials, out_dir, **options)
+    how: dict[str, Any] = {"device": device, "jobs": jobs, "show": show, "command": command}
+    return run_trials("speculative", trials, out_dir, only=only, seeds=seeds, **how)
 
 
 def _run(bench: Bench, *, config: GPTConfig, budget: Budget, texts: int) -> None:
     text, val = text_bytes()
     model, n = GPT(config).to(bench.device), budget.seqlen
-    bench.train(model, text_draw(text, budget, bench.trial.seed), budget)
+    bench.train(model, text_draw(text, budget, bench.trial.seed, bench.device), budget)
     target = _predict(bench, model)
     windows = text_windows(val, n, 2**13 if budget.steps < 1000 else 2**16)
     for name, draft in drafts(bench, model, text).items():

@@ -6,11 +6,14 @@ A trial whose file is complete is taken as it is, so a study may be run in parts
 from __future__ import annotations
 
 import fnmatch
+import glob
 import json
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +24,15 @@ from torch.nn import functional as F
 
 from ..diagnostics.probes import probe_attention
 from ..models.gpt import GPTConfig
-from ..record import Record, RecordFile, RecordWriter, read_records
+from ..record import Record, RecordFile, RecordWriter, command_line, read_records
 from ..samples import tinyshakespeare
 from ..training.callbacks import Progress, Show, show_line
 from ..training.optim import OptimConfig, adamw, lr_at
+from . import load
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Draw = Callable[[int], tuple[Tensor, Tensor]]  # step -> tokens and targets, (batch, seqlen) int64 on the CPU
+Draw = Callable[[int], tuple[Tensor, Tensor]]  # step -> inputs and targets, best on the model's device
+Loss = Callable[[Tensor, Tensor], Tensor]  # what the model says in float32, targets -> a scalar
 IGNORED = -100  # as a target: no loss there
 BYTES = 256
 _DONE = "train_s"  # the last record of a complete trial
@@ -48,6 +53,21 @@ class Budget:
     def optim(self) -> OptimConfig:
         """AdamW with a tenth of the steps as warm-up, then a cosine."""
         return OptimConfig(lr=self.lr, warmup=self.steps // 10, clip=self.clip, weight_decay=self.weight_decay)
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over targets that are not `IGNORED` of -log softmax(logits)[target], in nats.
+
+    Args:
+        logits: (batch, count, classes).
+        targets: (batch, count) int64.
+    """
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+
+
+def generator_at(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The generator of a step's batch on a device: a pure function of seed and step."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +105,26 @@ class Bench:
     stage: str = ""  # shown behind the name of a trial that trains more than once
     spent_s: float = field(default=0.0)
 
-    def train(self, model: nn.Module, draw: Draw, budget: Budget, *, at: Callable[[int], None] | None = None) -> None:
-        """Train a model of tokens to logits, recording train/loss ten times; stop at a loss that is not finite.
+    def train(
+        self,
+        model: nn.Module,
+        draw: Draw,
+        budget: Budget,
+        *,
+        loss: Loss = token_loss,
+        unit: str = "nats",
+        at: Callable[[int], None] | None = None,
+    ) -> None:
+        """Train a model, recording train/loss ten times; stop at a loss that is not finite.
 
-            loss = mean over targets that are not `IGNORED` of -log softmax(logits)[target]
+        No other step waits for the device.
 
         Args:
             model: on the device; in bfloat16 under autocast on a GPU, its parameters in float32.
             draw: the batch of each step.
             budget: steps, rates.
+            loss: of what the model says. Default: `token_loss`.
+            unit: of the loss. Default: nats.
             at: called before step 0, about ten times between, and after the last step, with the number of steps done.
         """
         optimizer = adamw(model, budget.optim)
@@ -105,43 +136,39 @@ class Bench:
                 break
             start = time.perf_counter()
             model.train()
-            tokens, targets = (x.to(self.device, non_blocking=True) for x in draw(step))
+            inputs, targets = (x.to(self.device, non_blocking=True) for x in draw(step))
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, budget.steps, budget.optim)
-            loss = F.cross_entropy(self.logits(model, tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+            lost = loss(self.logits(model, inputs), targets)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            lost.backward()
             nn.utils.clip_grad_norm_(model.parameters(), budget.clip)
             optimizer.step()
             done = step + 1
             if done not in looks:
                 self.spent_s += time.perf_counter() - start
                 continue
-            value = float(loss.detach())  # waits for the device, so that the clock is right
+            value = float(lost.detach())  # waits for the device, so that the clock is right
             self.spent_s += time.perf_counter() - start
-            self.writer.write("train/loss", value, unit="nats", step=done, **self._stage())
+            self.writer.write("train/loss", value, unit=unit, step=done, **self._stage())
             self._tell(done, budget.steps, {"train/loss": value}, done == budget.steps)
             if not math.isfinite(value):
                 return
 
-    def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        """What the model says of tokens on the device, in float32."""
+    def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """What the model says of tokens, or other inputs, on the device, in float32."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return model(tokens).float()
+            return model(inputs).float()
 
     def text_loss(self, model: nn.Module, windows: Tensor, batch: int = 8) -> float:
         """Mean loss of windows (count, seqlen + 1) of the text, in nats per byte."""
         model.eval()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         with torch.no_grad():
-            for some in windows.split(batch):
-                tokens = some.to(self.device)
-                total += float(
-                    F.cross_entropy(
-                        self.logits(model, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
-                    )
-                )
-        return total / (windows.shape[0] * (windows.shape[1] - 1))
+            for some in windows.to(self.device).split(batch):
+                logits = self.logits(model, some[:, :-1]).flatten(0, 1)
+                total += F.cross_entropy(logits, some[:, 1:].flatten(), reduction="sum")
+        return float(total) / (windows.shape[0] * (windows.shape[1] - 1))
 
     def probe(self, model: nn.Module, tokens: Tensor, step: int) -> None:
         """Record |A V| and the mass of a row of each layer for some tokens (batch, seqlen)."""
@@ -165,6 +192,7 @@ def run_trials(
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
     device: Device = "auto",
+    jobs: int = 1,
     show: Show = show_line,
     command: str | None = None,
 ) -> Path:
@@ -177,26 +205,68 @@ def run_trials(
         only: arms, or patterns of them as of file names. Default: all.
         seeds: Default: all.
         device: "auto" is the accelerator of the machine, else the CPU.
-        show: told where each training stands. Default: a line on stderr.
+        jobs: trainings at once, each in a process of its own, which share the machine; they print a line when they end.
+            One that fails stops no other. Default: 1, in this process.
+        show: told where each training of this process stands. Default: a line on stderr.
         command: how this came about. Default: that of the process.
 
     Returns:
         out_dir/STUDY.jsonl, of `gather`.
 
     Raises:
-        ValueError: an arm or a seed that no trial has; a file of other settings than the trial's.
+        ValueError: an arm or a seed that no trial has; a file of other settings than the trial's; jobs below 1.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     out_dir = Path(out_dir)
-    for trial in _chosen(trials, only, seeds):
-        path = out_dir / "trials" / f"{trial.name}.jsonl"
-        if _is_complete(path, _settings(study, trial)):
-            continue
+    missing = [
+        trial
+        for trial in _chosen(trials, only, seeds)
+        if not _is_complete(out_dir / "trials" / f"{trial.name}.jsonl", _settings(study, trial))
+    ]
+    if jobs > 1 and len(missing) > 1:
+        _run_side_by_side(study, missing, out_dir, device, jobs, command or command_line())
+        return gather(study, trials, out_dir, command)
+    for trial in missing:
         torch.manual_seed(trial.seed)
+        path = out_dir / "trials" / f"{trial.name}.jsonl"
         with RecordWriter(path, _settings(study, trial), command) as writer:
             bench = Bench(trial=trial, writer=writer, device=_device(device), show=show)
             trial.run(bench)
             writer.write(_DONE, bench.spent_s, unit="s")
     return gather(study, trials, out_dir, command)
+
+
+def _run_side_by_side(
+    study: str, trials: Sequence[Trial], out_dir: Path, device: Device, jobs: int, command: str
+) -> None:
+    """Each trial in a process; a process takes the next one when it is done, so that torch is imported once in each."""
+    jobs = min(jobs, len(trials))
+    spawn = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_share_cores, initargs=(jobs,)) as pool:
+        # by name: what a trial runs cannot be sent to another process
+        futures = [
+            pool.submit(_run_alone, study, trial.arm, trial.seed, trial.settings["quick"], out_dir, device, command)
+            for trial in trials
+        ]
+        wait(futures)
+    for future in futures:
+        future.result()
+
+
+def _share_cores(jobs: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // jobs))
+
+
+def _run_alone(study: str, arm: str, seed: int, quick: bool, out_dir: Path, device: Device, command: str) -> None:
+    options: dict[str, Any] = {"device": device, "show": _show_end, "command": command}
+    load(study)(out_dir, quick=quick, only=(glob.escape(arm),), seeds=(seed,), **options)
+
+
+def _show_end(progress: Progress) -> None:
+    if progress.validated:
+        show_line(progress)
 
 
 def gather(study: str, trials: Sequence[Trial], out_dir: str | Path, command: str | None = None) -> Path:
@@ -288,14 +358,15 @@ def text_bytes() -> tuple[Tensor, Tensor]:
     return text[:cut], text[cut:]
 
 
-def text_draw(text: Tensor, budget: Budget, seed: int) -> Draw:
-    """Random windows of the text, and the byte after each byte: a pure function of seed and step."""
+def text_draw(text: Tensor, budget: Budget, seed: int, device: torch.device | str = "cpu") -> Draw:
+    """Random windows of the text, and the byte after each byte: a pure function of seed and step, drawn on a device."""
+    text, places = text.to(device), torch.arange(budget.seqlen + 1, device=device)
 
     def draw(step: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        starts = torch.randint(0, len(text) - budget.seqlen, (budget.batch, 1), generator=generator)
+        generator = generator_at(seed, step, device)
+        starts = torch.randint(0, len(text) - budget.seqlen, (budget.batch, 1), generator=generator, device=device)
         # (batch, seqlen + 1)
-        windows = text[starts + torch.arange(budget.seqlen + 1)].long()
+        windows = text[starts + places].long()
         return windows[:, :-1], windows[:, 1:]
 
     return draw

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from flashsigmoid.record import read_records
 from flashsigmoid.studies import STUDIES, load
+from flashsigmoid.studies import trials as trials_module
 from flashsigmoid.studies.trials import (
     IGNORED,
     Bench,
@@ -100,6 +102,52 @@ def test_unknown_arms_and_seeds_are_one_clear_error(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_side_by_side_runs_what_is_missing_by_name_and_raises_what_failed(tmp_path, monkeypatch) -> None:
+    """Threads in place of processes, in which the trials of the test's own study are found."""
+    ran: list[str] = []
+    every = trials(ran)
+
+    def study(out_dir, *, quick, only, seeds, device, show, command):
+        if (only, seeds) == (("two",), (1,)):
+            raise ValueError("two-seed-1 is broken")
+        return run_trials("mine", every, out_dir, only=only, seeds=seeds, device=device, show=show, command=command)
+
+    pools: list[int] = []
+
+    def pool(jobs, *, mp_context, initializer, initargs):
+        pools.append(jobs)
+        assert mp_context.get_start_method() == "spawn"
+        return ThreadPoolExecutor(1)
+
+    every = [replace(trial, settings={**trial.settings, "quick": True}) for trial in every]
+    monkeypatch.setattr(trials_module, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(trials_module, "load", lambda name: {"mine": study}[name])
+    run_trials("mine", every, tmp_path, only=("one",), seeds=(0,), device="cpu", show=quiet)
+    with pytest.raises(ValueError, match="two-seed-1 is broken"):
+        run_trials("mine", every, tmp_path, device="cpu", jobs=9, show=quiet, command="the command")
+    assert pools == [3]  # no more processes than trials
+    assert ran == [
+        "one-seed-0",
+        "two-seed-0",
+        "one-seed-1",
+    ]  # the one that is there is taken, the broken one stops no other
+    file = read_records(tmp_path / "trials" / "one-seed-1.jsonl")
+    assert file.header["command"] == "the command"
+    with pytest.raises(ValueError, match="jobs must be at least 1, got 0"):
+        run_trials("mine", every, tmp_path, jobs=0, show=quiet)
+
+
+@pytest.mark.long
+def test_processes_side_by_side_give_the_numbers_of_one(tmp_path) -> None:
+    numbers = []
+    for jobs in (1, 2):
+        options: dict = {"quick": True, "only": ("softmax", "sigmoid"), "seeds": (0,), "device": "cpu", "show": quiet}
+        path = load("k-summation")(tmp_path / str(jobs), jobs=jobs, **options)
+        numbers.append([r.value for r in read_records(path).records if r.name == "error"])
+    assert len(numbers[0]) > 2
+    assert numbers[0] == numbers[1]
+
+
 def test_training_lowers_the_loss_and_looks_ten_times(tmp_path) -> None:
     looks: list[int] = []
 
@@ -142,6 +190,6 @@ def test_text_is_split_and_drawn_by_seed_and_step() -> None:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_has_the_function_of_its_name(name) -> None:
-    assert load(name).__name__ == name
+    assert load(name).__name__ == name.replace("-", "_")
     with pytest.raises(ValueError, match=r"name must be one of diagnosis, .*, got 'sleep'"):
         load("sleep")
