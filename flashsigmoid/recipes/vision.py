@@ -90,7 +90,7 @@ def cifar10_short() -> ImageRun:
 
 
 def cifar10_fast() -> ImageRun:
-    """CIFAR-10 in minutes: a narrower model, compiled, lighter augmentation, LayerScale that begins at 0.1.
+    """CIFAR-10 in minutes, 100 epochs: a narrower model, compiled, lighter augmentation, LayerScale that begins at 0.1.
 
     Paper: arXiv:2409.04431, its practices for vision, LayerScale but for its first value. Command: flashsigmoid train
     cifar10_fast --set data.root=FOLDER --set data.download=true. Hardware: 1 GPU. Wall time: not yet measured.
@@ -100,16 +100,15 @@ def cifar10_fast() -> ImageRun:
     return replace(
         run,
         name="cifar10_fast",
-        model=replace(run.model, dim=192, nheads=3, layer_scale=0.1, drop_path=0.0),
+        model=replace(run.model, dim=192, nheads=3, layer_scale=0.1, drop_path=0.0, position="sincos", pool="avg"),
         augment=replace(run.augment, randaugment=1),
-        optim=replace(run.optim, lr=2e-3, warmup=500),
-        ema=0.998,
-        steps=6000,
-        batch=512,
+        optim=replace(run.optim, warmup=1000),
+        ema=0.999,
+        steps=19_500,
         compile=True,
         cuda_graphs=True,
-        val_every=600,
-        save_every=600,
+        val_every=1950,
+        save_every=1950,
     )
 
 
