@@ -574,7 +574,7 @@ def test_demo_vision_trains_both_arms_on_digits(flashsigmoid, tmp_path):
     assert_one_error(flashsigmoid("demo", "vision", "--set", "dropout_p=0.1"), 1, "the run has no field dropout_p")
 
 
-@pytest.mark.parametrize("module", ["timm", "torchvision"])
+@pytest.mark.parametrize("module", ["timm", pytest.param("torchvision", marks=pytest.mark.long)])
 def test_demo_vision_without_its_libraries_names_the_extra(tmp_path, module):
     program = (
         f"import sys; sys.modules[{module!r}] = None; from flashsigmoid.__main__ import main; main(['demo', 'vision'])"
@@ -613,7 +613,9 @@ def run_python(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)]
+)
 def test_an_interrupted_training_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, number, code):
     never = ["save_every=100000" if word == "save_every=2" else word for word in TINY]
     words = ["train", "demo", "--steps", "100000", "--device", "cpu", *never, "--set", "log_every=5"]
