@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import random
 import sys
@@ -29,13 +30,33 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers share the cores, so each takes one, as do their subprocesses. Without a GPU Triton is interpreted."""
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+        if importlib.util.find_spec("triton") is not None:
+            patch_language_once_a_launch()
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"
         torch.set_num_threads(1)
+    elif config.getoption("numprocesses", None):
+        return  # it runs no tests itself
     # torch and its compiler remember the allocators at their first use, which must not find poisoned ones
     with torch.device("meta"):
         torch.empty(())
     importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
+
+
+def patch_language_once_a_launch() -> None:
+    """Triton's interpreter patches `tl` at a launch, and again at every call inside of it: a third of its time.
+
+    Those have nothing left to patch where the launch, which takes its patches back, had the same modules.
+    """
+    interpreter, tl = (importlib.import_module(f"triton.{name}") for name in ("runtime.interpreter", "language"))
+    patch = interpreter._patch_lang
+
+    def call(function: Callable[..., Any]) -> Any:
+        languages = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        is_patched = languages and all(x.static_print is print for x in languages)
+        return None if is_patched else patch(function)
+
+    interpreter._patch_lang = call
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 import re
@@ -14,12 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from training.digits import few_images
 from training.test_audio import tone
 from training.test_images import draw
 from typer.testing import CliRunner
 
 from flashsigmoid import __main__, __version__, cli
 from flashsigmoid.record import read_records
+from flashsigmoid.training import baseline, classification, ctc, pretraining
 
 COMMANDS = (
     "demo",
@@ -84,6 +87,24 @@ def flashsigmoid(capfd, monkeypatch, tmp_path) -> Flashsigmoid:
         return Outcome(int(left.value.code or 0), out, err)
 
     return call
+
+
+@pytest.fixture
+def few_digits(monkeypatch) -> None:
+    """Of the embedded digits the first 200 and 100: what a run takes longest for is to look at them."""
+    for module in (classification, pretraining):
+        monkeypatch.setattr(module, "load_images", lambda config: few_images(config, 200, 100))
+
+
+@functools.cache
+def best_constant(said: tuple[str, ...], candidates: tuple[str, ...], characters: str) -> str:
+    return baseline.best_constant(said, candidates, characters)
+
+
+@pytest.fixture
+def constant_found_once(monkeypatch) -> None:
+    """The search for the best constant answer is three quarters of a short run; it is the same in all of them."""
+    monkeypatch.setattr(ctc, "best_constant", lambda *texts: best_constant(*map(tuple, texts[:2]), texts[2]))
 
 
 def assert_one_error(outcome: Outcome, code: int, *words: str) -> None:
@@ -276,6 +297,7 @@ def test_train_lists_what_it_can_without_an_extra(flashsigmoid, monkeypatch):
     )
 
 
+@pytest.mark.usefixtures("constant_found_once")
 def test_train_on_speech_then_transcribe(flashsigmoid, tmp_path):
     """A few steps of both arms, then what they hear in files, good and bad."""
     tiny = ("--device", "cpu", "--steps", "2", "--batch-size", "4", "--set", "model.dim=16", "--set", "nlayers=1")
@@ -302,6 +324,7 @@ def test_train_on_speech_then_transcribe(flashsigmoid, tmp_path):
     assert_one_error(flashsigmoid(*words, "bad.wav", "one.wav"), 1, "audio must be usable, got bad.wav: ")
 
 
+@pytest.mark.usefixtures("constant_found_once")
 def test_the_demo_of_speech_reports_errors_against_the_constant(flashsigmoid, tmp_path):
     """Two steps of each arm teach nothing, and the report says so."""
     tiny = ("--set", "steps=2", "--set", "batch=4", "--set", "model.dim=16", "--set", "nlayers=1")
@@ -318,6 +341,7 @@ def test_the_demo_of_speech_reports_errors_against_the_constant(flashsigmoid, tm
     assert "taken as it is" in flashsigmoid("demo", "speech", *tiny).out
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_train_on_images(flashsigmoid, tmp_path):
     """A few steps, and what is there already."""
     out = tmp_path / "run"
@@ -357,6 +381,7 @@ def test_a_folder_is_packed_and_trained_on(flashsigmoid, tmp_path):
     assert "baseline/majority 0.5000" in trained.out
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_a_study_trains_compares_and_takes_what_is_there(flashsigmoid, tmp_path):
     words = ("study", "vision-ablation", "--only", "base", "--only", "relu", "--device", "cpu", "--set", "steps=2")
     words += ("--set", "model.dim=16", "--set", "model.depth=1", "--set", "batch=8")
@@ -404,7 +429,8 @@ def test_a_theory_is_recorded_drawn_and_printed(flashsigmoid, tmp_path):
     assert_one_error(flashsigmoid("theory", "magic"), 2, "'magic' is not one of 'bias', 'regularity', 'universal'")
 
 
-@pytest.mark.parametrize("recipe", ["simclr_digits", "byol_digits", "mae_digits"])
+@pytest.mark.parametrize("recipe", ["simclr_digits", pytest.param("byol_digits", marks=pytest.mark.long), "mae_digits"])
+@pytest.mark.usefixtures("few_digits")
 def test_train_without_labels_then_a_probe(flashsigmoid, tmp_path, recipe):
     """A few steps of each, a page of both, and an encoder of the other attention."""
     tiny = ("--device", "cpu", "--steps", "2", "--set", "model.dim=16", "--set", "model.depth=1", "--batch-size", "8")
@@ -548,7 +574,7 @@ def test_demo_vision_trains_both_arms_on_digits(flashsigmoid, tmp_path):
     assert_one_error(flashsigmoid("demo", "vision", "--set", "dropout_p=0.1"), 1, "the run has no field dropout_p")
 
 
-@pytest.mark.parametrize("module", ["timm", "torchvision"])
+@pytest.mark.parametrize("module", ["timm", pytest.param("torchvision", marks=pytest.mark.long)])
 def test_demo_vision_without_its_libraries_names_the_extra(tmp_path, module):
     program = (
         f"import sys; sys.modules[{module!r}] = None; from flashsigmoid.__main__ import main; main(['demo', 'vision'])"
@@ -587,7 +613,9 @@ def run_python(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)]
+)
 def test_an_interrupted_training_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, number, code):
     never = ["save_every=100000" if word == "save_every=2" else word for word in TINY]
     words = ["train", "demo", "--steps", "100000", "--device", "cpu", *never, "--set", "log_every=5"]

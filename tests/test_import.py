@@ -56,8 +56,9 @@ def test_import_is_silent_and_brings_no_guest():
 
 
 def test_import_takes_less_than_a_second_beyond_torch():
-    seconds = [json.loads(run_probe("flashsigmoid", ROOT).stdout)["seconds"] for _ in range(3)]
-    assert min(seconds) < 1.0
+    """Once in three times: a busy machine may take longer."""
+    seconds = (json.loads(run_probe("flashsigmoid", ROOT).stdout)["seconds"] for _ in range(3))
+    assert any(each < 1.0 for each in seconds)
 
 
 def test_import_and_a_call_work_without_triton():

@@ -2,7 +2,8 @@
 
 A stand-in for Triton's driver names the target, and launch.py's kernels are compiled but not launched, so that what is
 compiled is what launch.py asks for. Prints a JSON line for every kernel: registers, spills, shared memory,
-instructions. With --calls the calls are JSON lines on stdin, else the measured tiles'. Numbers are not checked here.
+instructions. With --calls the calls are JSON lines on stdin, each answered as it comes, with an empty line behind its
+kernels; else they are the measured tiles'. Numbers are not checked here.
 """
 
 from __future__ import annotations
@@ -381,15 +382,20 @@ def measured() -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("arch", nargs="*", help=f"some of {', '.join(TARGETS)}; default: all")
-    parser.add_argument("--calls", action="store_true", help="read calls from stdin: JSON lines, fields of Call")
+    parser.add_argument(
+        "--calls", action="store_true", help="read calls from stdin: JSON lines, fields of Call; of one arch"
+    )
     parser.add_argument("--code", type=Path, help="write the machine code into this folder")
     args = parser.parse_args()
-    calls = [json.loads(line) for line in sys.stdin] if args.calls else list(measured())
+    if args.calls and len(args.arch) != 1:
+        parser.error(f"--calls needs one architecture, got {args.arch}")
     for arch in args.arch or TARGETS:
         with compiler(arch, args.code) as one:
-            for call in calls:
+            for call in map(json.loads, sys.stdin) if args.calls else measured():
                 for compiled in one.run(Call(**call)):
                     print(json.dumps({"arch": arch, "call": call, **asdict(compiled)}), flush=True)
+                if args.calls:
+                    print(flush=True)
 
 
 if __name__ == "__main__":

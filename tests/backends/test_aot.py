@@ -6,6 +6,7 @@ its own, since this one interprets; its calls and a line for every kernel are th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -13,6 +14,8 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,38 @@ CLASSES: dict[str, dict[str, Any]] = {
 }
 
 
-@functools.cache
-def compiled(arch: str, *calls: str) -> list[dict[str, Any]]:
-    """What aot.py says of calls, JSON lines."""
+Compile = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Compile]:
+    """What aot.py says of calls, JSON lines: a process for an architecture, since starting one takes seconds."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("aot.py"), arch, "--calls"],
-        input="\n".join(calls), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    with contextlib.ExitStack() as stack:
+        errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+
+        @functools.cache
+        def process_of(arch: str) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("aot.py"), arch, "--calls"],
+                cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+            return stack.enter_context(process)
+
+        def call(arch: str, *calls: str) -> list[dict[str, Any]]:
+            process, answers = process_of(arch), []
+            assert process.stdin
+            assert process.stdout
+            for line in calls:
+                print(line, file=process.stdin, flush=True)
+                while (answer := process.stdout.readline()) != "\n":
+                    if not answer:
+                        errors.seek(0)
+                        raise AssertionError(errors.read()[-3000:])
+                    answers.append(json.loads(answer))
+            return answers
+
+        yield call
 
 
 def check(arch: str, one: dict[str, Any], spilled: float = 0) -> None:
@@ -64,7 +89,7 @@ def check(arch: str, one: dict[str, Any], spilled: float = 0) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_measured_tiles_on_sm_90(head_dim, causal) -> None:
+def test_the_measured_tiles_on_sm_90(compiled, head_dim, causal) -> None:
     kernels = compiled("sm_90", json.dumps({"head_dim": head_dim, "causal": causal}))
     assert [one["kernel"] for one in kernels] == KERNELS
     for one in kernels:
@@ -77,7 +102,7 @@ def test_the_measured_tiles_on_sm_90(head_dim, causal) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_packed_rows_on_sm_90(head_dim) -> None:
+def test_packed_rows_on_sm_90(compiled, head_dim) -> None:
     for one in compiled("sm_90", json.dumps({"head_dim": head_dim, "causal": True, "is_packed": True, "batch": 16})):
         check("sm_90", one, spilled=512)  # where a sequence ends, not in the loop over whole blocks; measured faster
         assert one["tma_loads"] > 0
@@ -86,7 +111,7 @@ def test_packed_rows_on_sm_90(head_dim) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_a_learnable_bias_costs_no_registers(head_dim) -> None:
+def test_a_learnable_bias_costs_no_registers(compiled, head_dim) -> None:
     for one in compiled("sm_90", json.dumps({"head_dim": head_dim, "causal": True, "bias": "head"})):
         check("sm_90", one, spilled=200 if one["kernel"] == "dkdv" else 0)
         assert one["waits"] < one["products"] / 2
@@ -103,7 +128,7 @@ def test_a_learnable_bias_costs_no_registers(head_dim) -> None:
     ],
     ids=str,
 )
-def test_the_hopper_kernels(call) -> None:
+def test_the_hopper_kernels(compiled, call) -> None:
     """The forward spills next to nothing; the backward has all 240 registers in use, and spills some words a block."""
     kernels = compiled("sm_90", json.dumps({"backend": "hopper", **call}))
     has_backward = call.get("bias") != "row"
@@ -132,7 +157,7 @@ CACHES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_the_kernels_of_a_cache(arch) -> None:
+def test_the_kernels_of_a_cache(compiled, arch) -> None:
     calls = (json.dumps({"backend": "decode", "seqlen": 65536, **call}) for call in CACHES.values())
     kernels = compiled(arch, *calls)
     assert [one["kernel"] for one in kernels] == ["append", *["decode", "sum"] * len(CACHES)]
@@ -147,12 +172,12 @@ def test_the_kernels_of_a_cache(arch) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
-def test_other_architectures(arch) -> None:
+def test_other_architectures(compiled, arch) -> None:
     for one in compiled(arch, json.dumps({"head_dim": 64, "causal": True})):
         check(arch, one, spilled=math.inf)
 
 
-def test_every_option_compiles() -> None:
+def test_every_option_compiles(compiled) -> None:
     """As the interpreter cannot tell: variables of one type in loops, layouts, masks."""
     kernels = compiled("sm_90", *(json.dumps(call) for call in CLASSES.values()))
     assert len(kernels) == 3 * len(CLASSES)
@@ -160,7 +185,7 @@ def test_every_option_compiles() -> None:
         check("sm_90", one, spilled=math.inf)
 
 
-def test_three_kernels_a_class_and_none_for_another_size() -> None:
+def test_three_kernels_a_class_and_none_for_another_size(compiled) -> None:
     sizes = ({}, {"batch": 3, "seqlen": 4001}, {"nheads": 6, "nheads_k": 3}, {"seqlen": 5000, "batch": 1})
     kernels = compiled("sm_90", *(json.dumps({"bias": "row", "has_slopes": True, **size}) for size in sizes))
     assert len(kernels) == 3 * len(sizes)
@@ -170,7 +195,7 @@ def test_three_kernels_a_class_and_none_for_another_size() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("arch", SHARED)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_every_option_on_every_architecture(arch, head_dim) -> None:
+def test_every_option_on_every_architecture(compiled, arch, head_dim) -> None:
     calls = [{"head_dim": head_dim, "causal": causal} for causal in (False, True)]
     calls += [{**call, "head_dim": head_dim, "head_dim_v": None} for call in CLASSES.values()]
     for one in compiled(arch, *map(json.dumps, calls)):

@@ -6,6 +6,7 @@ bfloat16 too and writes benchmarks/results/planted-faults.jsonl.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,21 +64,29 @@ FAULTS: dict[str, Callable] = {
 }
 
 
-def table(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, float]]:
+@functools.cache
+def problem(dtype: torch.dtype, seqlen_q: int, causal: bool) -> tuple[tuple[Tensor, ...], Options, dict, dict]:
+    """(q, k, v, dout), options, and what the oracle and the witness say of them: the same for every backend."""
+    tensors = make_qkv(1, seqlen_q, SEQLEN, 1, 1, 64, dtype=dtype)
+    options = Options(
+        causal=causal,
+        window_size=(WINDOW if causal else None, None),
+        sigmoid_bias=torch.full((1,), -math.log(SEQLEN)),
+        alibi_slopes=torch.tensor([2e-3]),
+    )
+    return tensors, options, oracle(*tensors, **options), witness(*tensors, draws=2, **options)
+
+
+def table(
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seqlen_q: int = SEQLEN
+) -> dict[str, dict[str, float]]:
     """{fault: {tensor: times over budget}}, the row "none" first."""
-    tensors = make_qkv(1, SEQLEN, SEQLEN, 1, 1, 64, dtype=dtype)
     module = backends.load(backend)
     rows: dict[str, dict[str, float]] = {}
     for causal in (False, True):
-        options = Options(
-            causal=causal,
-            window_size=(WINDOW if causal else None, None),
-            sigmoid_bias=torch.full((1,), -math.log(SEQLEN)),
-            alibi_slopes=torch.tensor([2e-3]),
-        )
-        expected, seen = oracle(*tensors, **options), witness(*tensors, draws=2, **options)
+        tensors, options, expected, seen = problem(dtype, seqlen_q, causal)
 
-        def over_budget(options=options, expected=expected, seen=seen) -> dict[str, float]:
+        def over_budget(tensors=tensors, options=options, expected=expected, seen=seen) -> dict[str, float]:
             actual = compute(*tensors, backend=backend, **options)
             return {name: max(errors_over_budget(x, expected[name], seen[name])) for name, x in actual.items()}
 
@@ -117,7 +126,7 @@ def assert_every_fault_is_caught(
 @pytest.mark.parametrize("backend", FUSED)
 def test_every_fault_is_caught_in_every_tensor(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     interpret_in_tiles(monkeypatch, 512, 512)
-    rows = table(backend, torch.float32, monkeypatch)
+    rows = table(backend, torch.float32, monkeypatch, seqlen_q=512)  # the last ones; all in make test-long
     show(backend, torch.float32, rows)
     assert_every_fault_is_caught(rows)
 

@@ -78,8 +78,15 @@ def numbers(out_dir, name):
     return [(r.step, r.value) for r in read_records(out_dir / "records.jsonl").records if r.name == name]
 
 
-@pytest.mark.parametrize(("signum", "step", "code"), [(signal.SIGINT, 3, 130), (signal.SIGTERM, 4, 143)])
-@pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
+@pytest.mark.parametrize(
+    ("attention", "signum", "step", "code"),
+    [
+        ("sigmoid", signal.SIGINT, 3, 130),
+        ("softmax", signal.SIGTERM, 4, 143),
+        pytest.param("sigmoid", signal.SIGTERM, 4, 143, marks=pytest.mark.long),
+        pytest.param("softmax", signal.SIGINT, 3, 130, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, attention, signum, step, code) -> None:
     """With dropout, CAPE and SpecAugment drawing, inside an epoch."""
 
@@ -135,7 +142,7 @@ def test_workers_read_the_same(tmp_path) -> None:
     assert differences(remains(tmp_path / "0")["weights"], remains(tmp_path / "2")["weights"]) == []
 
 
-@pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("attention", ["sigmoid", pytest.param("softmax", marks=pytest.mark.long)])
 def test_it_learns_to_tell_tones_apart(tmp_path, attention) -> None:
     """Words of a letter for each pitch, no two alike side by side; the checkpoint then hears those it has not seen."""
     letters = {"A": 300.0, "B": 900.0, "C": 2500.0}

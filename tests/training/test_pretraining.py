@@ -13,6 +13,7 @@ import torch
 from lightly.utils.scheduler import cosine_schedule
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from training.digits import digits, few_images
 from training.test_classification import numbers, quiet, remains
 from training.tiny import differences
 
@@ -24,7 +25,7 @@ from flashsigmoid.training.callbacks import Interrupted, Progress
 from flashsigmoid.training.checkpoint import TRAINER, WEIGHTS, find_checkpoint
 from flashsigmoid.training.classification import ImageBatch, ImageRun
 from flashsigmoid.training.contrastive import BYOLModule, ContrastiveRun
-from flashsigmoid.training.images import ImageConfig, load_images
+from flashsigmoid.training.images import ImageConfig
 from flashsigmoid.training.masked import MaskedModule, MaskedRun
 from flashsigmoid.training.optim import OptimConfig
 
@@ -50,6 +51,7 @@ SIMCLR = ContrastiveRun(
     knn_images=25,
     knn_k=5,
 )
+SHORT = replace(SIMCLR, steps=2, val_every=2)  # an encoder to begin with
 BYOL = replace(SIMCLR, method="byol", momentum=0.9)
 MAE = MaskedRun(
     name="tiny",
@@ -69,7 +71,6 @@ MAE = MaskedRun(
 )
 METHODS = {"simclr": SIMCLR, "byol": BYOL, "mae": MAE}
 methods = pytest.mark.parametrize("run", METHODS.values(), ids=METHODS.keys())
-arms = pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
 PROBE = ImageRun(
     name="probe",
     model=replace(MODEL, num_classes=10),
@@ -84,18 +85,12 @@ PROBE = ImageRun(
 def few(monkeypatch) -> None:
     """Of the embedded digits the first 40 and 30."""
 
-    def load(config):
-        data = load_images(config)
-        for part, count in ((data.train, 40), (data.val, 30)):
-            part.images, part.labels = part.images[:count], part.labels[:count]
-        return data
-
-    monkeypatch.setattr(classification, "load_images", load)
-    monkeypatch.setattr(pretraining, "load_images", load)
+    for module in (classification, pretraining):
+        monkeypatch.setattr(module, "load_images", lambda config: few_images(config, 40, 30))
 
 
 def images(count: int = 12) -> torch.Tensor:
-    return torch.stack([load_images(SIMCLR.data).train[i][0] for i in range(count)])  # pyright: ignore
+    return torch.stack([digits(SIMCLR.data).train[i][0] for i in range(count)])
 
 
 def batch(count: int = 12) -> ImageBatch:
@@ -107,8 +102,17 @@ def encoder_weights(out_dir) -> dict[str, torch.Tensor]:
     return {k.removeprefix("encoder."): v for k, v in weights.items() if k.startswith("encoder.")}
 
 
-@methods
-@pytest.mark.parametrize(("signum", "step"), [(signal.SIGINT, 3), (signal.SIGTERM, 4)])
+@pytest.mark.parametrize(
+    ("run", "signum", "step"),
+    [
+        (SIMCLR, signal.SIGINT, 3),
+        (BYOL, signal.SIGTERM, 4),
+        (MAE, signal.SIGINT, 3),
+        pytest.param(SIMCLR, signal.SIGTERM, 4, marks=pytest.mark.long),
+        pytest.param(BYOL, signal.SIGINT, 3, marks=pytest.mark.long),
+        pytest.param(MAE, signal.SIGTERM, 4, marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, run, signum, step) -> None:
     def stop(progress: Progress) -> None:
         if progress.step == step and not progress.validated:
@@ -128,8 +132,17 @@ def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, run, sign
     }
 
 
-@methods
-@arms
+@pytest.mark.parametrize(
+    ("run", "attention"),
+    [
+        (SIMCLR, "sigmoid"),
+        (BYOL, "softmax"),
+        (MAE, "sigmoid"),
+        pytest.param(SIMCLR, "softmax", marks=pytest.mark.long),
+        pytest.param(BYOL, "sigmoid", marks=pytest.mark.long),
+        pytest.param(MAE, "softmax", marks=pytest.mark.long),
+    ],
+)
 def test_the_loss_falls(tmp_path, run, attention) -> None:
     run = replace(
         run.with_attention(attention), steps=60, batch=40, accumulate=1, val_every=60, log_every=60,
@@ -146,7 +159,7 @@ def test_the_loss_falls(tmp_path, run, attention) -> None:
 
 
 def test_the_spread_of_constant_features_is_nothing_and_of_random_ones_all() -> None:
-    module = SIMCLR.module(load_images(SIMCLR.data))
+    module = SIMCLR.module(digits(SIMCLR.data))
     generator = torch.Generator().manual_seed(0)
     for features, expected in ((torch.ones(50, 16), 0.0), (torch.randn(5000, 16, generator=generator), 1.0)):
         x, labels = F.normalize(features), torch.zeros(len(features)).long()
@@ -158,7 +171,7 @@ def test_the_spread_of_constant_features_is_nothing_and_of_random_ones_all() -> 
 
 def test_neighbours_are_counted(monkeypatch) -> None:
     """Features that are the class have the neighbours of the class; features of no relation do not."""
-    data = load_images(SIMCLR.data)
+    data = digits(SIMCLR.data)
     module = replace(SIMCLR, knn_images=200).module(data)
     bank, val = module.val_dataloader()
     seen = [torch.cat([batch.labels for batch in feed]) for feed in (bank, val)]
@@ -196,7 +209,7 @@ def test_the_target_follows_the_model(tmp_path) -> None:
 
 def test_the_target_has_no_gradient() -> None:
     torch.manual_seed(0)
-    module = BYOL.module(load_images(SIMCLR.data))
+    module = BYOL.module(digits(SIMCLR.data))
     assert isinstance(module, BYOLModule)
     module.batch_loss(batch()).backward()
     assert all(p.grad is None for p in module.target.parameters())
@@ -205,7 +218,7 @@ def test_the_target_has_no_gradient() -> None:
 
 def test_simclr_s_loss_is_the_equation() -> None:
     torch.manual_seed(0)
-    module = SIMCLR.module(load_images(SIMCLR.data)).double()
+    module = SIMCLR.module(digits(SIMCLR.data)).double()
     x = torch.randn(2, 5, 1, 14, 14, dtype=torch.float64)
     module.views.forward = lambda images: tuple(x)  # pyright: ignore
     z = F.normalize(module.part("projection")(module.encoder(x.flatten(0, 1))))
@@ -218,7 +231,7 @@ def test_simclr_s_loss_is_the_equation() -> None:
 
 def mae(run: MaskedRun = MAE) -> MaskedModule:
     torch.manual_seed(0)
-    return run.module(load_images(SIMCLR.data)).eval()
+    return run.module(digits(SIMCLR.data)).eval()
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
@@ -278,7 +291,7 @@ def test_the_bias_follows_the_tokens_that_are_seen() -> None:
 
 @pytest.mark.parametrize("head_norm", [False, True])
 def test_a_probe_leaves_the_encoder_and_learns_a_head(tmp_path, head_norm) -> None:
-    SIMCLR.train(tmp_path / "pretrained", device="cpu", show=quiet)
+    SHORT.train(tmp_path / "pretrained", device="cpu", show=quiet)
     run = replace(PROBE, init=str(tmp_path / "pretrained"), head_norm=head_norm)
     run.train(tmp_path / "probe", device="cpu", show=quiet)
     after, before = load_file(find_checkpoint(tmp_path / "probe") / WEIGHTS), encoder_weights(tmp_path / "pretrained")
@@ -293,18 +306,12 @@ def test_a_probe_leaves_the_encoder_and_learns_a_head(tmp_path, head_norm) -> No
         assert int(after["head.0.num_batches_tracked"]) == 8
 
 
-@arms
+@pytest.mark.parametrize("attention", ["sigmoid", pytest.param("softmax", marks=pytest.mark.long)])
 def test_a_short_pretraining_is_worth_more_than_random_weights(tmp_path, monkeypatch, attention) -> None:
     """120 steps of SimCLR: five to ten points of a probe were seen on 1,000 images, whose standard error is 1.6."""
 
-    def load(config):
-        data = load_images(config)
-        for part, count in ((data.train, 2000), (data.val, 1000)):
-            part.images, part.labels = part.images[:count], part.labels[:count]
-        return data
-
-    monkeypatch.setattr(classification, "load_images", load)
-    monkeypatch.setattr(pretraining, "load_images", load)
+    for module in (classification, pretraining):
+        monkeypatch.setattr(module, "load_images", lambda config: few_images(config, 2000, 1000))
     model = replace(MODEL, dim=32, img_size=28, pool="avg", attention=attention)
     pretrained = replace(
         SIMCLR, model=model, data=ImageConfig(), views=ViewsConfig(crop=(0.5, 1.0), flip=False), temperature=0.1,
@@ -325,7 +332,7 @@ def test_a_short_pretraining_is_worth_more_than_random_weights(tmp_path, monkeyp
 
 def test_a_frozen_encoder_does_not_draw() -> None:
     """Stochastic depth is off in it, and its head is in training mode."""
-    data = load_images(SIMCLR.data)
+    data = digits(SIMCLR.data)
     module = classification.ClassificationModule(replace(PROBE, model=replace(PROBE.model, drop_path=0.9)), data)
     module.train()
     x = torch.randn(4, 1, 14, 14)
@@ -335,9 +342,9 @@ def test_a_frozen_encoder_does_not_draw() -> None:
     assert {name for name, p in module.model.named_parameters() if p.requires_grad} == {"head.1.weight", "head.1.bias"}
 
 
-@methods
+@pytest.mark.parametrize("run", [SIMCLR, pytest.param(BYOL, marks=pytest.mark.long), MAE])
 def test_fine_tuning_begins_with_the_encoder_and_resumes_without_it(tmp_path, run) -> None:
-    run.train(tmp_path / "pretrained", device="cpu", show=quiet)
+    replace(run, steps=2, val_every=2).train(tmp_path / "pretrained", device="cpu", show=quiet)
     tuned = replace(
         PROBE, init=str(tmp_path / "pretrained"), train_only="all", head_norm=False, layer_decay=0.5, ema=0.9
     )
@@ -354,7 +361,7 @@ def test_fine_tuning_begins_with_the_encoder_and_resumes_without_it(tmp_path, ru
     (record,) = (r for r in file.records if r.name == "init")
     assert record.tags["checkpoint"] == str(checkpoint)
     assert len(str(record.tags["sha256"])) == 64
-    assert file.settings["init"].startswith("tiny step-00000008 ")
+    assert file.settings["init"].startswith("tiny step-00000002 ")
     shutil.rmtree(tmp_path / "pretrained")
     assert tuned.train(tmp_path / "halves", resume=True, device="cpu", show=quiet) == whole
     assert differences(remains(tmp_path / "whole"), remains(tmp_path / "halves")) == []
@@ -387,6 +394,7 @@ def test_both_arms_and_all_seeds_begin_with_the_same_origin(tmp_path) -> None:
         "sigmoid": SIMCLR, "softmax": SIMCLR.with_attention("softmax"), "seed": replace(SIMCLR, seed=1),
         "warm": replace(SIMCLR, temperature=0.5), "byol": BYOL,
     }.items():  # fmt: skip
+        run = replace(run, steps=1, val_every=1)
         run.train(tmp_path / name, device="cpu", show=quiet)
         origins[name] = classification.load_encoder(tmp_path / name, run.model).origin
     assert origins["sigmoid"] == origins["softmax"] == origins["seed"]
@@ -394,7 +402,7 @@ def test_both_arms_and_all_seeds_begin_with_the_same_origin(tmp_path) -> None:
 
 
 def test_what_cannot_be_begun_with_says_why(tmp_path) -> None:
-    SIMCLR.train(tmp_path / "pretrained", device="cpu", show=quiet)
+    SHORT.train(tmp_path / "pretrained", device="cpu", show=quiet)
 
     def error(match: str, **changes) -> None:
         run = replace(replace(PROBE, init=str(tmp_path / "pretrained")), **changes)
@@ -403,7 +411,7 @@ def test_what_cannot_be_begun_with_says_why(tmp_path) -> None:
         assert not (tmp_path / "run").exists()
 
     error(
-        "model.attention must be that of the encoder in .*step-00000008, 'sigmoid', got 'softmax'",
+        "model.attention must be that of the encoder in .*step-00000002, 'sigmoid', got 'softmax'",
         model=replace(PROBE.model, attention="softmax"),
     )
     error("model.depth must be that of the encoder in .*, 2, got 3", model=replace(PROBE.model, depth=3))
@@ -426,7 +434,7 @@ def test_a_classifier_is_begun_with_too(tmp_path) -> None:
     """Its encoder, without its head."""
     supervised = replace(PROBE, train_only="all", head_norm=False)
     supervised.train(tmp_path / "supervised", device="cpu", show=quiet)
-    data = load_images(SIMCLR.data)
+    data = digits(SIMCLR.data)
     initial = classification.load_encoder(tmp_path / "supervised", PROBE.model)
     assert not any(name.startswith("head") for name in initial.weights)
     torch.manual_seed(1)
@@ -478,7 +486,7 @@ def test_a_model_that_does_not_fit_says_so_and_leaves_nothing(tmp_path, change, 
     assert not (tmp_path / "run" / "records.jsonl").exists()
 
 
-@pytest.mark.parametrize("run", [SIMCLR, BYOL, MAE], ids=lambda run: run.name)
+@methods
 def test_compiled_it_is_the_same_loss_without_a_break_and_validated_as_it_is(run, monkeypatch) -> None:
     """By the compiler's first half, which would name what it cannot take; a run of the second half takes minutes."""
     calls = []
@@ -488,7 +496,8 @@ def test_compiled_it_is_the_same_loss_without_a_break_and_validated_as_it_is(run
         return lambda *tensors: calls.append(1) or fast(*tensors)
 
     monkeypatch.setattr(torch, "compile", compiled)
-    data = load_images(run.data)
+    data = digits(run.data)
+    run = replace(run, model=replace(run.model, depth=1))
     plain, fast = (replace(run, compile=each).module(data) for each in (False, True))
     fast.load_state_dict(plain.state_dict())
     for module in (plain, fast):

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from flashsigmoid.record import read_records
 from flashsigmoid.training import language
 from flashsigmoid.training.callbacks import Interrupted, Progress
 from flashsigmoid.training.checkpoint import checkpoints
+from flashsigmoid.training.run import LanguageRun
 
 train = functools.partial(language.train, device="cpu")  # where the same bits are promised
 
@@ -35,6 +37,22 @@ def signal_at(step: int, signum: int, times: int = 1):
     return show
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[LanguageRun, Path, dict[str, float]]:
+    """A run that nobody touched, where it is, and its results."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = tiny_run(write_text(folder / "text.txt"))
+    return run, folder / "run", train(run, folder / "run", show=quiet)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[LanguageRun, Path, dict[str, float]]:
+    """A shorter one, for what is refused."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = tiny_run(write_text(folder / "text.txt"), steps=6)
+    return run, folder / "run", train(run, folder / "run", show=quiet)
+
+
 @pytest.mark.parametrize(
     ("signum", "step", "code"),
     [
@@ -44,9 +62,8 @@ def signal_at(step: int, signum: int, times: int = 1):
         (signal.SIGTERM, 11, 143),  # before the last step
     ],
 )
-def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, capsys, signum, step, code):
-    run = tiny_run(write_text(tmp_path / "text.txt"))
-    whole = train(run, tmp_path / "whole", show=quiet)
+def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, capsys, whole, signum, step, code):
+    run, untouched, results = whole
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as stop:
         train(run, tmp_path / "halves", show=signal_at(step, signum))
@@ -55,15 +72,14 @@ def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, capsys, s
     assert "--resume" in capsys.readouterr().err
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
-    halves = train(run, tmp_path / "halves", resume=True, show=quiet)
-    assert halves == whole
-    assert differences(remains(run, tmp_path / "whole"), remains(run, tmp_path / "halves")) == []
+    assert train(run, tmp_path / "halves", resume=True, show=quiet) == results
+    assert differences(remains(run, untouched), remains(run, tmp_path / "halves")) == []
 
-    def numbers(name):
-        records = read_records(tmp_path / name / "records.jsonl").records
+    def numbers(out_dir):
+        records = read_records(out_dir / "records.jsonl").records
         return [(r.name, r.step, r.value) for r in records if r.name != "tokens_per_s"]
 
-    assert numbers("halves") == numbers("whole")
+    assert numbers(tmp_path / "halves") == numbers(untouched)
 
 
 def test_the_time_over_saves_and_resuming_ends_with_the_same_bits(tmp_path, capsys):
@@ -119,19 +135,17 @@ def test_time_goes_on_where_it_stood(tmp_path):
     assert times[0] > 0.0
 
 
-def test_a_finished_run_is_returned_as_it_is(tmp_path):
-    run = tiny_run(write_text(tmp_path / "text.txt"), steps=6)
-    first = train(run, tmp_path / "run", show=quiet)
-    saved = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
-    assert train(run, tmp_path / "run", resume=True, show=quiet) == first
-    assert saved == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+def test_a_finished_run_is_returned_as_it_is(finished):
+    run, out_dir, first = finished
+    saved = {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
+    assert train(run, out_dir, resume=True, show=quiet) == first
+    assert saved == {path: path.stat().st_mtime_ns for path in out_dir.rglob("*")}
 
 
-def test_a_run_is_not_overwritten(tmp_path):
-    run = tiny_run(write_text(tmp_path / "text.txt"), steps=6)
-    train(run, tmp_path / "run", show=quiet)
+def test_a_run_is_not_overwritten(finished):
+    run, out_dir, _ = finished
     with pytest.raises(ValueError, match="out_dir must not hold a run unless it is resumed"):
-        train(run, tmp_path / "run", show=quiet)
+        train(run, out_dir, show=quiet)
 
 
 @pytest.mark.parametrize(
@@ -147,11 +161,10 @@ def test_a_run_is_not_overwritten(tmp_path):
         (lambda run: replace(run, data=replace(run.data, source=None)), "data must be the same as when the run began"),
     ],
 )
-def test_a_changed_description_is_one_error_that_names_the_field(tmp_path, change, field):
-    run = tiny_run(write_text(tmp_path / "text.txt"), steps=6)
-    train(run, tmp_path / "run", show=quiet)
+def test_a_changed_description_is_one_error_that_names_the_field(finished, change, field):
+    run, out_dir, _ = finished
     with pytest.raises(ValueError, match=field):
-        train(change(run), tmp_path / "run", resume=True, show=quiet)
+        train(change(run), out_dir, resume=True, show=quiet)
 
 
 def test_what_does_not_matter_may_change(tmp_path):
@@ -175,9 +188,8 @@ def test_resuming_where_nothing_was_saved_begins(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer.pt", "config.json", "tokenizer.json"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, name):
-    run = tiny_run(write_text(tmp_path / "text.txt"))
-    train(run, tmp_path / "whole", show=quiet)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, whole, name):
+    run, untouched, _ = whole
     with pytest.raises(Interrupted):
         train(run, tmp_path / "halves", show=signal_at(4, signal.SIGTERM))
     path = checkpoints(tmp_path / "halves")[-1] / name
@@ -186,7 +198,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capsys, name):
     train(run, tmp_path / "halves", resume=True, show=quiet)
     said = f"step-00000004 is damaged, {name} is not as it was written: the one before it is used\n"
     assert capsys.readouterr().err.endswith(said)
-    assert differences(remains(run, tmp_path / "whole"), remains(run, tmp_path / "halves")) == []
+    assert differences(remains(run, untouched), remains(run, tmp_path / "halves")) == []
 
 
 def test_a_run_of_damaged_checkpoints_is_not_begun_anew(tmp_path):
