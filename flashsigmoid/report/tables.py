@@ -87,8 +87,24 @@ def gpu_speed(path: str | Path) -> str:
     return _table(["TFLOP/s (over the best softmax)", *peers], rows) + ceilings_text(file)
 
 
+def decode(path: str | Path) -> str:
+    """A file of `flashsigmoid bench decode`: microseconds of a step, speed over the best softmax, share of a copy's rate."""
+    records = [r for r in read_records(path).records if r.tags.get("work") == "decode"]
+    values = {(r.name, r.tags["problem"], r.tags["peer"]): r.value or 0.0 for r in records}
+    peers, problems = (list(dict.fromkeys(r.tags[tag] for r in records)) for tag in ("peer", "problem"))
+    rows = []
+    for problem in problems:
+        cells = []
+        for peer in peers:
+            ms, over = (values.get((name, problem, peer)) for name in ("time_ms", "speedup_over_softmax"))
+            cells.append("" if ms is None else f"{1e3 * ms:.1f}\u00a0({over:.2f})")
+        best = max(values.get(("read_fraction", problem, peer), 0.0) for peer in peers)
+        rows.append([str(problem), *cells, f"{best:.2f}"])
+    return _table(["us (over the best softmax)", *map(str, peers), "cache read, of the copy rate"], rows)
+
+
 def errors(path: str | Path) -> str:
-    """The same file: relative rms error against float64 of each candidate and tensor, and times over the budget."""
+    """A file of `flashsigmoid bench --device cuda`: relative rms error against float64 of each candidate and tensor, and times over the budget."""
     records = [r for r in read_records(path).records if r.name in ("error_rms", "error_over_budget")]
     tensors = list(dict.fromkeys(str(r.tags["tensor"]) for r in records if r.name == "error_rms"))
     values = {(r.tags["problem"], r.tags["peer"], r.tags.get("tensor")): r for r in records}
@@ -124,6 +140,7 @@ KINDS: dict[str, Callable[[str | Path], str]] = {
     "speed": speed,
     "faults": faults,
     "gpu-speed": gpu_speed,
+    "decode": decode,
     "errors": errors,
     "theory": theory,
     "study": study,

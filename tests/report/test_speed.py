@@ -8,7 +8,7 @@ import pytest
 
 from flashsigmoid.record import Record, RecordWriter, read_records
 from flashsigmoid.report.speed import speeds, write_plot
-from flashsigmoid.report.tables import rewrite
+from flashsigmoid.report.tables import decode, rewrite
 
 
 @pytest.fixture
@@ -61,3 +61,19 @@ def test_the_figure_is_drawn(path: Path, tmp_path: Path, suffix: str) -> None:
     assert out.stat().st_size > 10_000
     with pytest.raises(ValueError, match="records must hold at least one time to be drawn, got none"):
         write_plot([Record(name="error_rms", value=1.0, tags={"kind": "ours"})], out)
+
+
+def test_a_table_of_decoding(tmp_path: Path) -> None:
+    path = tmp_path / "decode.jsonl"
+    with RecordWriter(path, settings={"dtype": "bfloat16"}) as writer:
+        for peer, ms, over, fraction in (("triton", 0.008, 1.25, 0.9), ("fa3", 0.01, 1.0, 0.7)):
+            tags = {"problem": "decode-b1-4k", "work": "decode", "peer": peer}
+            writer.write("time_ms", ms, unit="ms", **tags)
+            writer.write("speedup_over_softmax", over, **tags)
+            writer.write("read_fraction", fraction, **tags)
+        writer.write("time_ms", 1.0, problem="decode-b8-4k", work="decode", peer="fa3")
+        writer.write("speedup_over_softmax", 1.0, problem="decode-b8-4k", work="decode", peer="fa3")
+    assert decode(path).splitlines()[2:] == [
+        "| decode-b1-4k | 8.0\u00a0(1.25) | 10.0\u00a0(1.00) | 0.90 |",
+        "| decode-b8-4k |  | 1000.0\u00a0(1.00) | 0.00 |",
+    ]

@@ -36,10 +36,8 @@ def places(pages, pages_strides, sequence, n, stop, PAGE_SIZE: tl.constexpr, BLO
     else:
         table = pages + sequence.to(tl.int64) * pages_strides[0]
         row = (offs % PAGE_SIZE).to(tl.int64)
-        if PAGE_SIZE >= BLOCK:  # n is a multiple of BLOCK: one page
-            page = tl.full((BLOCK,), 0, tl.int64) + tl.load(table + (n // PAGE_SIZE) * pages_strides[1]).to(tl.int64)
-        else:
-            page = tl.load(table + (offs // PAGE_SIZE) * pages_strides[1], mask=offs < stop, other=0).to(tl.int64)
+        # of a block in one page too: a single number would be waited for in every turn of the loop
+        page = tl.load(table + (offs // PAGE_SIZE) * pages_strides[1], mask=offs < stop, other=0).to(tl.int64)
     return page, row
 
 

@@ -194,8 +194,8 @@ def _plan(
             "HAS_SLOPES": problem.slopes_shape is not None,
             "PAGE_SIZE": page_size,
             "IS_LONG": triton.cdiv(problem.seqlen_k, splits) > LONG[problem.dtype],
-            # where a block's pages are loaded before it, half of the stages are theirs
-            "num_stages": 2 * tile.num_stages - 1 if 0 < page_size < tile.block_n else tile.num_stages,
+            # the pages of a block are loaded before it: half of the stages are theirs
+            "num_stages": 2 * tile.num_stages - 1 if page_size else tile.num_stages,
         },
         sum_sizes=(problem.nheads, *lengths, *sides, part_stride),
         sum_constants=shared | {"SLOTS": min(_SLOTS, triton.next_power_of_2(splits)), "num_warps": 4},
