@@ -87,8 +87,22 @@ def gpu_speed(path: str | Path) -> str:
     return _table(["TFLOP/s (over the best softmax)", *peers], rows) + ceilings_text(file)
 
 
+def errors(path: str | Path) -> str:
+    """The same file: relative rms error against float64 of each candidate and tensor, and times over the budget."""
+    records = [r for r in read_records(path).records if r.name in ("error_rms", "error_over_budget")]
+    tensors = list(dict.fromkeys(str(r.tags["tensor"]) for r in records if r.name == "error_rms"))
+    values = {(r.tags["problem"], r.tags["peer"], r.tags.get("tensor")): r for r in records}
+    rows = []
+    for problem, peer in dict.fromkeys((r.tags["problem"], r.tags["peer"]) for r in records):
+        own = [values.get((problem, peer, tensor)) for tensor in tensors]
+        budget = values.get((problem, peer, None))
+        cells = [f"{r.value:.2e}" if r is not None else "" for r in own]
+        rows.append([f"{problem}, {peer}", *cells, _times(budget) if budget is not None else ""])
+    return _table(["relative rms error", *tensors, "times over the budget"], rows)
+
+
 def decode(path: str | Path) -> str:
-    """A file of `flashsigmoid bench decode`: microseconds of a step, speed over the best softmax, share of a copy's rate."""
+    """A file of `flashsigmoid bench decode`: microseconds of a step, over the best softmax, share of a copy's rate."""
     records = [r for r in read_records(path).records if r.tags.get("work") == "decode"]
     values = {(r.name, r.tags["problem"], r.tags["peer"]): r.value or 0.0 for r in records}
     peers, problems = (list(dict.fromkeys(r.tags[tag] for r in records)) for tag in ("peer", "problem"))
@@ -101,20 +115,6 @@ def decode(path: str | Path) -> str:
         best = max(values.get(("read_fraction", problem, peer), 0.0) for peer in peers)
         rows.append([str(problem), *cells, f"{best:.2f}"])
     return _table(["us (over the best softmax)", *map(str, peers), "cache read, of the copy rate"], rows)
-
-
-def errors(path: str | Path) -> str:
-    """A file of `flashsigmoid bench --device cuda`: relative rms error against float64 of each candidate and tensor, and times over the budget."""
-    records = [r for r in read_records(path).records if r.name in ("error_rms", "error_over_budget")]
-    tensors = list(dict.fromkeys(str(r.tags["tensor"]) for r in records if r.name == "error_rms"))
-    values = {(r.tags["problem"], r.tags["peer"], r.tags.get("tensor")): r for r in records}
-    rows = []
-    for problem, peer in dict.fromkeys((r.tags["problem"], r.tags["peer"]) for r in records):
-        own = [values.get((problem, peer, tensor)) for tensor in tensors]
-        budget = values.get((problem, peer, None))
-        cells = [f"{r.value:.2e}" if r is not None else "" for r in own]
-        rows.append([f"{problem}, {peer}", *cells, _times(budget) if budget is not None else ""])
-    return _table(["relative rms error", *tensors, "times over the budget"], rows)
 
 
 def faults(path: str | Path) -> str:
