@@ -22,7 +22,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..nn import Block, RotaryEmbedding, SigmoidAttention, SoftmaxAttention, SwiGLU
-from ..nn import alibi_slopes as alibi_slopes_of
 from .context_parallel import shard, sigmoid_attention, unshard
 from .layout import Order, chunks
 
@@ -32,37 +31,28 @@ AXES = ("dp", "cp", "tp")
 class ShardedAttention:
     """The `attention_fn` of a module whose heads are split over "tp" and whose sequence is sharded over "cp".
 
-    Called as `sigmoid_attention` is; the slopes of ALiBi are those of the module's heads among all heads, and dropout
-    counts sequences and heads in the whole batch.
+    Called as `sigmoid_attention` is; dropout counts sequences and heads in the whole batch.
 
     Args:
         mesh: with the axes "dp", "cp" and "tp".
-        nheads: query heads of the whole module.
         order, scheme: of `context_parallel.sigmoid_attention`.
         backend: of the op.
     """
 
-    def __init__(self, mesh: DeviceMesh, nheads: int, *, order: Order, scheme: str, backend: str) -> None:
-        self.nheads = nheads
+    def __init__(self, mesh: DeviceMesh, *, order: Order, scheme: str, backend: str) -> None:
         # read once: slicing a mesh takes longer than a short attention
         self.dp_rank, self.tp_rank = mesh.get_local_rank("dp"), mesh.get_local_rank("tp")
         self.options: dict[str, Any] = {"mesh": mesh["cp"], "order": order, "scheme": scheme, "backend": backend}
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, sigmoid_bias, alibi_slopes, **options: Any) -> Tensor:
-        heads, batch = q.shape[2], q.shape[0]
-        head = self.tp_rank * heads
-        if alibi_slopes is not None:
-            alibi_slopes = alibi_slopes_of(self.nheads, q.device)[head : head + heads]
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, sigmoid_bias, **options: Any) -> Tensor:
         if isinstance(sigmoid_bias, DTensor):
             # one for all heads: each rank has the gradient of its heads
             shared = all(placement.is_replicate() for placement in sigmoid_bias.placements)
             sigmoid_bias = sigmoid_bias.to_local(grad_placements=[Partial()] if shared else None)
         if isinstance(sigmoid_bias, Tensor) and sigmoid_bias.numel() == 1:
             sigmoid_bias = sigmoid_bias.reshape(())
-        origin = (self.dp_rank * batch, head)
-        return sigmoid_attention(
-            q, k, v, sigmoid_bias=sigmoid_bias, alibi_slopes=alibi_slopes, origin=origin, **self.options, **options
-        )
+        origin = (self.dp_rank * q.shape[0], self.tp_rank * q.shape[2])
+        return sigmoid_attention(q, k, v, sigmoid_bias=sigmoid_bias, origin=origin, **self.options, **options)
 
 
 class ShardedRotaryEmbedding(RotaryEmbedding):
@@ -140,8 +130,7 @@ def parallelize(
     for block in tree.blocks:
         if isinstance(block.attention, SoftmaxAttention) or (mesh.size() == 1 and backend == "auto"):
             continue
-        nheads = block.attention.nheads
-        block.attention.attention_fn = ShardedAttention(mesh, nheads, order=order, scheme=scheme, backend=backend)
+        block.attention.attention_fn = ShardedAttention(mesh, order=order, scheme=scheme, backend=backend)
         if isinstance(block.attention.rope, RotaryEmbedding) and cp.size() > 1:
             block.attention.rope = ShardedRotaryEmbedding(block.attention.rope, cp, order)
         if isinstance(block.attention.sigmoid_bias, nn.Parameter):
@@ -272,4 +261,5 @@ def _split_block(block: Block, tp: DeviceMesh) -> None:
         placement = Shard(0) if attention.sigmoid_bias.numel() > 1 else Replicate()
         attention.sigmoid_bias = nn.Parameter(distribute_tensor(attention.sigmoid_bias.detach(), tp, [placement]))
     attention.nheads //= tp.size()
+    attention.first_head = tp.get_local_rank() * attention.nheads
     attention.nheads_k //= tp.size()

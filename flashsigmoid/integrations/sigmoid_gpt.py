@@ -44,7 +44,7 @@ tags: [sigmoid-attention]
 ---
 # A GPT of sigmoid attention
 
-out = sigmoid(q k^T / sqrt(d) + b) v with b = {bias:.4f}, a constant ([arXiv:2409.04431](https://arxiv.org/abs/2409.04431)).
+out = sigmoid(q k^T / sqrt(d) + b) v with b = {bias:.4f}, a constant{by_slope} ([arXiv:2409.04431](https://arxiv.org/abs/2409.04431)).
 {parameters:,} parameters, {nlayers} layers of {dim}, context {seqlen}, {position}. It needs the package `flashsigmoid`.
 
     from flashsigmoid.integrations.transformers import register
@@ -115,7 +115,7 @@ class _Attention(SigmoidAttention):
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
         k, v = (x.transpose(1, 2) for x in cache.cache.update(k.transpose(1, 2), v.transpose(1, 2), cache.index))
-        bias: Any = self.sigmoid_bias
+        bias: Any = self.bias(q.device)
         options = self._options(q.device)
         if cache.grows:
             return sigmoid_attention(q, k, v, sigmoid_bias=bias, **options)
@@ -300,6 +300,9 @@ def export(model: GPT, tokenizer_json: str, out_dir: str | Path) -> Path:
         config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
     new.save_pretrained(out_dir)
     shape = new.config.gpt()
-    card = _CARD.format(**dataclasses.asdict(shape), bias=shape.bias, parameters=parameter_count(shape))
+    by_slope = ", for each head made larger by its slope (`nn.alibi_bias`)" if shape.alibi_bias else ""
+    card = _CARD.format(
+        **dataclasses.asdict(shape), bias=shape.bias, by_slope=by_slope, parameters=parameter_count(shape)
+    )
     (out_dir / "README.md").write_text(card, "utf-8")
     return out_dir

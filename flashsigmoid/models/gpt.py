@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import MLP, Block, RMSNorm, SigmoidAttention, SoftmaxAttention, SwiGLU
-from ..nn.attention import AttentionFn, KVCache
+from ..nn.attention import AttentionFn, KVCache, check_alibi_bias
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -41,6 +41,7 @@ class GPTConfig:
     window_size: tuple[int | None, int | None] = (None, None)  # (left, None): tokens back; None: all
     attention: Literal["sigmoid", "softmax"] = "sigmoid"  # the one field in which a pair differs
     sigmoid_bias: float | None = None  # b; None: -log(seqlen) of this config, whatever the input's length
+    alibi_bias: bool | None = None  # True: each head its own b, `nn.alibi_bias` of n = exp(-b); else b for all
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window_size", tuple(self.window_size))
@@ -72,10 +73,12 @@ class GPTConfig:
             )
         if self.sigmoid_bias is not None and not self.sigmoid_bias < math.inf:
             raise ValueError(f"sigmoid_bias must be a number below inf, or None, got {self.sigmoid_bias}")
+        if self.alibi_bias:
+            check_alibi_bias(self.position, self.bias)
 
     @property
     def bias(self) -> float:
-        """b of every attention: `sigmoid_bias`, or -log(seqlen)."""
+        """b of every attention: `sigmoid_bias`, or -log(seqlen); with alibi_bias what its heads' are computed from."""
         return -math.log(self.seqlen) if self.sigmoid_bias is None else self.sigmoid_bias
 
     @property
@@ -142,6 +145,7 @@ class GPT(nn.Module):
                 qk_norm=config.qk_norm,
                 position=config.position,
                 sigmoid_bias=config.bias,
+                alibi_bias=bool(config.alibi_bias),
                 causal=True,
                 window_size=config.window_size,
                 dropout_p=config.dropout_p,

@@ -11,5 +11,6 @@ from .norm import LayerScale as LayerScale
 from .norm import RMSNorm as RMSNorm
 from .position import CAPE as CAPE
 from .position import RotaryEmbedding as RotaryEmbedding
+from .position import alibi_bias as alibi_bias
 from .position import alibi_slopes as alibi_slopes
 from .position import sincos_positions as sincos_positions

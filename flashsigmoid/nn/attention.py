@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from ..backends.reference import visible
 from ..functional import sigmoid_attention, sigmoid_attention_varlen
 from ..kvcache import sigmoid_attention_with_kvcache
 from .norm import RMSNorm
-from .position import RotaryEmbedding, alibi_slopes
+from .position import RotaryEmbedding, alibi_slopes, head_biases
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -48,6 +49,16 @@ def kept_keys_bias(key_mask: Bool[Tensor, "batch seqlen_k"], dtype: torch.dtype,
     return -n.to(torch.promote_types(dtype, torch.float32)).log()
 
 
+def check_alibi_bias(position: str | None, sigmoid_bias: float | None, bias_mode: str = "fixed") -> None:
+    """Raises ValueError where a bias of every head cannot be that of its slope."""
+    if position != "alibi":
+        raise ValueError(f"position must be 'alibi' with alibi_bias=True, got {position!r}")
+    if sigmoid_bias is None or not -math.inf < sigmoid_bias <= 0.0:
+        raise ValueError(f"sigmoid_bias must be -log n for an n of at least 1 with alibi_bias=True, got {sigmoid_bias}")
+    if bias_mode == "learnable":
+        raise ValueError("bias_mode must be 'fixed' or 'per_head' with alibi_bias=True, got 'learnable'")
+
+
 class SigmoidAttention(nn.Module):
     """Multi-head sigmoid self-attention.
 
@@ -68,6 +79,8 @@ class SigmoidAttention(nn.Module):
             should rather fix -log(its training context length). Default: None.
         bias_mode: "fixed"; "learnable", one parameter that starts at sigmoid_bias; "per_head", nheads of
             them.
+        alibi_bias: with position "alibi", every head its own b, or its initial one: `nn.alibi_bias` of its slope and
+            of n = exp(-sigmoid_bias). Default: False, sigmoid_bias for all heads.
         causal: token i sees tokens up to i. Default: False.
         window_size: (left, right) in tokens, None unlimited. Default: (None, None).
         dropout_p: probability of dropping a weight while training. Default: 0.
@@ -78,7 +91,8 @@ class SigmoidAttention(nn.Module):
             `flashsigmoid.sigmoid_attention`.
 
     Raises:
-        ValueError: an option outside the rules above, or a learnable bias without its initial value.
+        ValueError: an option outside the rules above, a learnable bias without its initial value, or alibi_bias where
+            there is no ALiBi, no n of at least 1, or one parameter for all heads.
 
     Source: arXiv:2409.04431 (b = -log n, QK-norm); RoPE arXiv:2104.09864; ALiBi arXiv:2108.12409; gate
     arXiv:2505.06708.
@@ -96,6 +110,7 @@ class SigmoidAttention(nn.Module):
         rope_base: float = 10_000.0,
         sigmoid_bias: float | None = None,
         bias_mode: Literal["fixed", "learnable", "per_head"] = "fixed",
+        alibi_bias: bool = False,
         causal: bool = False,
         window_size: tuple[int | None, int | None] = (None, None),
         dropout_p: float = 0.0,
@@ -122,6 +137,8 @@ class SigmoidAttention(nn.Module):
                 f"sigmoid_bias must be given with bias_mode={bias_mode!r}, where it is the initial value "
                 "(-log of the training context length), got None"
             )
+        if alibi_bias:
+            check_alibi_bias(position, sigmoid_bias, bias_mode)
         if not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
 
@@ -129,6 +146,7 @@ class SigmoidAttention(nn.Module):
         self.head_dim = dim // nheads if head_dim is None else head_dim
         self.position, self.causal, self.window_size = position, causal, window_size
         self.dropout_p, self.attention_fn = dropout_p, attention_fn
+        self.first_head, self.all_heads = 0, nheads  # of a module that has some of a model's heads: which, for ALiBi
         inner, inner_k = nheads * self.head_dim, nheads_k * self.head_dim
 
         self.q_proj = nn.Linear(dim, inner, bias=proj_bias)
@@ -139,15 +157,23 @@ class SigmoidAttention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.rope = RotaryEmbedding(self.head_dim, rope_base) if position == "rope" else nn.Identity()
-        self.sigmoid_bias = sigmoid_bias
+        self.sigmoid_bias, self.alibi_bias = sigmoid_bias, alibi_bias and bias_mode == "fixed"
         if bias_mode != "fixed":
             shape = () if bias_mode == "learnable" else (nheads,)
-            self.sigmoid_bias = nn.Parameter(torch.full(shape, float(sigmoid_bias or 0.0)))
+            b = head_biases(nheads, float(sigmoid_bias or 0.0), causal) if alibi_bias else float(sigmoid_bias or 0.0)
+            self.sigmoid_bias = nn.Parameter(torch.empty(shape).copy_(torch.as_tensor(b)))
 
     @property
     def takes_cache(self) -> bool:
         """Whether forward can be given a cache: a causal module whose attention_fn is its own."""
         return self.causal and self.attention_fn is sigmoid_attention
+
+    def bias(self, device: torch.device) -> float | Tensor | None:
+        """b as the attention_fn gets it: sigmoid_bias, or under alibi_bias (nheads,) float32 on the device."""
+        if not self.alibi_bias:
+            return self.sigmoid_bias
+        assert isinstance(self.sigmoid_bias, float | int)
+        return self._of_heads(head_biases(self.all_heads, float(self.sigmoid_bias), self.causal, device))
 
     def new_cache(
         self, batch: int, capacity: int, *, dtype: torch.dtype | None = None, device: torch.device | None = None
@@ -214,7 +240,7 @@ class SigmoidAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """No denominator, so zeroing the value of a key masks it exactly, whatever the attention_fn."""
-        bias: float | Tensor | None = self.sigmoid_bias
+        bias = self.bias(q.device)
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
             if bias is None:
@@ -223,7 +249,7 @@ class SigmoidAttention(nn.Module):
 
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         """By the variable-length path. RoPE's angles go on from sequence to sequence, but differences count only."""
-        bias: Any = self.sigmoid_bias
+        bias: Any = self.bias(q.device)
         cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
         return sigmoid_attention_varlen(
             q, k, v,
@@ -237,22 +263,27 @@ class SigmoidAttention(nn.Module):
             v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
         options = self._options(q.device)
         del options["dropout_p"]
-        bias: Any = self.sigmoid_bias
+        bias: Any = self.bias(q.device)
         return sigmoid_attention_with_kvcache(
             q, cache.k, cache.v, k, v, cache_seqlens=cache.seqlens, sigmoid_bias=bias, **options
         )
+
+    def _of_heads(self, x: Tensor) -> Tensor:
+        """Of (all_heads,) those that are here, (nheads,)."""
+        return x if self.nheads == self.all_heads else x[self.first_head : self.first_head + self.nheads]
 
     def _options(self, device: torch.device) -> dict[str, Any]:
         return {
             "scale": self.head_dim**-0.5,
             "causal": self.causal,
             "window_size": self.window_size,
-            "alibi_slopes": alibi_slopes(self.nheads, device) if self.position == "alibi" else None,
+            "alibi_slopes": self._of_heads(alibi_slopes(self.all_heads, device)) if self.position == "alibi" else None,
             "dropout_p": self.dropout_p if self.training else 0.0,
         }
 
     def extra_repr(self) -> str:
         bias = "learnable" if isinstance(self.sigmoid_bias, Tensor) else self.sigmoid_bias
+        bias = f"{bias} by slopes" if self.alibi_bias else bias
         return (
             f"nheads={self.nheads}, nheads_k={self.nheads_k}, head_dim={self.head_dim}, "
             f"position={self.position}, sigmoid_bias={bias}, causal={self.causal}, "
@@ -299,7 +330,7 @@ class SoftmaxAttention(SigmoidAttention):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         mask = {} if key_mask is None else {"key_mask": key_mask}
-        return self.attention_fn(q, k, v, sigmoid_bias=self.sigmoid_bias, **self._options(q.device), **mask)
+        return self.attention_fn(q, k, v, sigmoid_bias=self.bias(q.device), **self._options(q.device), **mask)
 
 
 def softmax_attention(

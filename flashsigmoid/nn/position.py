@@ -135,6 +135,49 @@ def _alibi_slopes(nheads: int, device: torch.device) -> Tensor:
     return torch.cat((whole, between))[:nheads].exp2().float()
 
 
+def alibi_bias(
+    slopes: Float[Tensor, "*batch nheads"], seqlen: float, *, causal: bool = True
+) -> Float[Tensor, "*batch nheads"]:
+    """The b of each head with which its rows begin with a mass of about 1 under ALiBi, in float32.
+
+        b = -log n_m,   n_m = sum_{d < n} e^(-m d) = (1 - e^(-m n)) / (1 - e^(-m))               causal
+                        n_m = sum_{|d| <= (n - 1) / 2} e^(-m |d|) = 2 n_m'(n') - 1, n' = (n + 1) / 2   both sides
+
+    A head of slope m sees about n_m of the n keys, the last row of n causal ones, or the middle row of n. With
+    b = -log n, the limit of m to 0, its rows begin with a mass of n_m / n: of n = 2048 keys a slope of 1/2 sees 2.5.
+    The mass sum_d sigmoid(b - m d) is below 1 and above n_m / (n_m + 1).
+
+    Args:
+        slopes: m, (nheads,) or any other shape, as `alibi_slopes`; 0 gives -log n.
+        seqlen: n, keys of a row in training, at least 1; it need not be whole.
+        causal: whether a row sees one side. Default: True.
+
+    Raises:
+        ValueError: seqlen is below 1 or not finite.
+
+    Source: ours, from b = -log n of arXiv:2409.04431.
+    """
+    if not 1.0 <= seqlen < math.inf:
+        raise ValueError(f"seqlen must be at least 1 and finite, got {seqlen}")
+    m = slopes.to(_wide(slopes.device))
+    side = seqlen if causal else (seqlen + 1.0) / 2.0
+    seen = torch.where(m == 0.0, side, torch.expm1(-m * side) / torch.expm1(-m))
+    return -(seen if causal else 2.0 * seen - 1.0).log().float()
+
+
+def head_biases(
+    nheads: int, sigmoid_bias: float, causal: bool, device: torch.device | str | None = None
+) -> Float[Tensor, " nheads"]:
+    """`alibi_bias` of `alibi_slopes(nheads)` and n = exp(-sigmoid_bias), computed once."""
+    where = torch.get_default_device() if device is None else torch.device(device)
+    return _head_biases(nheads, sigmoid_bias, causal, where)
+
+
+@_remembered
+def _head_biases(nheads: int, sigmoid_bias: float, causal: bool, device: torch.device) -> Tensor:
+    return alibi_bias(_alibi_slopes(nheads, device), math.exp(-sigmoid_bias), causal=causal)
+
+
 def sincos_positions(
     size: int | tuple[int, int],
     dim: int,

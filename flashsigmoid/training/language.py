@@ -142,7 +142,7 @@ class LanguageModule(RunModule):
         said = explain(
             q,
             *(q[:, :, : model.kv_heads] for _ in "kv"),
-            sigmoid_bias=model.bias,
+            sigmoid_bias=q.new_empty(model.nheads, dtype=torch.float32) if model.alibi_bias else model.bias,
             causal=True,
             window_size=model.window_size,
             alibi_slopes=alibi_slopes(model.nheads, self.device) if alibi else None,

@@ -19,6 +19,7 @@ from flashsigmoid.distributed.plans import AXES, parallelize, shard_batch
 from flashsigmoid.models.gpt import GPT, GPTConfig
 from flashsigmoid.nn import RotaryEmbedding
 from flashsigmoid.nn import alibi_slopes as alibi_slopes_of
+from flashsigmoid.nn.position import head_biases
 
 BATCH, SEQLEN = 4, 32
 TINY = GPTConfig(vocab_size=64, seqlen=SEQLEN, nlayers=2, dim=32, nheads=4, nheads_k=2, mlp_dim=48)
@@ -27,6 +28,7 @@ MODELS = {
     "alibi": TINY,
     "rope": replace(TINY, position="rope", norm="hybrid", gate=True, window_size=(9, None)),
     "gelu": replace(TINY, mlp="gelu", layer_scale=0.1, nheads_k=4),
+    "bias of slopes": replace(TINY, alibi_bias=True),
     "bias of heads": TINY,
     "one bias": replace(TINY, norm="hybrid"),
 }
@@ -113,6 +115,7 @@ FAULTS = [
     ("slopes of the first heads", "alibi", (1, 1, 2)),
     ("RoPE by local positions", "rope", (1, 2, 1)),
     ("b of the first heads", "bias of heads", (1, 1, 2)),
+    ("b of the first slopes", "bias of slopes", (1, 1, 2)),
 ]
 
 
@@ -128,10 +131,15 @@ def losses_with_fault(
     def first_bias(*args: Any, sigmoid_bias: Tensor, origin: tuple[int, int], **options: Any) -> Tensor:
         return attend(*args, sigmoid_bias=sigmoid_bias - BIAS_STEP * origin[1], origin=origin, **options)
 
+    def bias_of_first_slopes(*args: Any, sigmoid_bias: Tensor, **options: Any) -> Tensor:
+        b = head_biases(TINY.nheads, TINY.bias, True)[: sigmoid_bias.shape[0]]
+        return attend(*args, sigmoid_bias=b, **options)
+
     wrong = {
         "slopes of the first heads": (plans, "sigmoid_attention", first_slopes),
         "RoPE by local positions": (plans.ShardedRotaryEmbedding, "forward", RotaryEmbedding.forward),
         "b of the first heads": (plans, "sigmoid_attention", first_bias),
+        "b of the first slopes": (plans, "sigmoid_attention", bias_of_first_slopes),
     }[fault]
     with mock.patch.object(*wrong):
         return losses_of(name, sizes, steps, dtype)

@@ -32,6 +32,8 @@ def largest_difference(losses: list[float], alone: list[float]) -> float:
         ("rope", (1, 1, 2), {}),
         ("gelu", (1, 1, 2), {"recompute": True}),
         ("bias of heads", (1, 1, 2), {}),
+        ("bias of slopes", (1, 1, 2), {}),
+        ("bias of slopes", (1, 2, 1), {}),
     ],
 )
 def test_two_processes_train_as_one(crew: Crew, name: str, sizes: tuple[int, int, int], layout: dict) -> None:

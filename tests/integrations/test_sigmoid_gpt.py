@@ -27,6 +27,7 @@ SHAPES = [
     {},
     {"position": "rope", "nheads_k": 1, "gate": True, "norm": "hybrid"},
     {"window_size": (4, None), "sigmoid_bias": -2.0},
+    {"alibi_bias": True},
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 GREEDY = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
@@ -53,7 +54,7 @@ def test_logits_and_tokens_are_those_of_our_own(shape):
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
 def test_a_padded_prompt_continues_as_it_does_alone(shape, cache):
     model = SigmoidGPTForCausalLM.from_gpt(gpt(**shape))
-    tokens, lengths = torch.randint(257, (3, 8)), [8, 3, 1]
+    tokens, lengths = torch.randint(1, 257, (3, 8)), [8, 3, 1]  # 0 pads, also where no mask is given
     mask = torch.stack([torch.arange(8) >= 8 - length for length in lengths]).long()
     batch = model.generate(tokens * mask, attention_mask=mask, **GREEDY, **cache)
     for row, prompt, length in zip(batch, tokens, lengths, strict=True):
@@ -149,13 +150,16 @@ def test_a_fresh_model_starts_as_ours():
 
 
 def test_the_config_comes_back(tmp_path):
-    config = SigmoidGPTConfig(dim=64, window_size=(5, None), sigmoid_bias=-3.0)
+    config = SigmoidGPTConfig(dim=64, window_size=(5, None), sigmoid_bias=-3.0, alibi_bias=True)
     config.save_pretrained(tmp_path)
     loaded = transformers.AutoConfig.from_pretrained(tmp_path)
     assert loaded.gpt() == config.gpt() == GPTConfig(
-        vocab_size=257, seqlen=128, nlayers=4, dim=64, nheads=4, window_size=(5, None), sigmoid_bias=-3.0
+        vocab_size=257, seqlen=128, nlayers=4, dim=64, nheads=4, window_size=(5, None), sigmoid_bias=-3.0,
+        alibi_bias=True,
     )  # fmt: skip
     assert json.loads((tmp_path / "config.json").read_text())["sigmoid_bias"] == -3.0
+    with pytest.raises(ValueError, match="position must be 'alibi' with alibi_bias=True, got 'rope'"):
+        SigmoidGPTConfig(position="rope", alibi_bias=True)
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "flash_attention_2", "flex_attention"])

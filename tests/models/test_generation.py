@@ -38,6 +38,7 @@ SHAPES = [
     {"position": "rope", "nheads_k": 1, "gate": True},
     {"window_size": (5, None), "norm": "hybrid", "layer_scale": 0.5},
     {"sigmoid_bias": -1.0, "qk_norm": False, "mlp": "gelu"},
+    {"alibi_bias": True},
     {"attention": "softmax"},
     {"attention": "softmax", "position": "rope", "nheads_k": 1, "window_size": (5, None)},
 ]

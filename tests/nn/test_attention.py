@@ -41,6 +41,9 @@ OPTIONS = [
         "bias_mode": "per_head",
     },
     {"nheads_k": 1, "position": "alibi", "causal": True, "window_size": (20, None), "proj_bias": True},
+    {"position": "alibi", "sigmoid_bias": -math.log(65), "alibi_bias": True},
+    {"position": "alibi", "causal": True, "nheads_k": 2, "sigmoid_bias": -math.log(64), "alibi_bias": True},
+    {"position": "alibi", "sigmoid_bias": -2.0, "alibi_bias": True, "bias_mode": "per_head"},
 ]
 
 
@@ -90,6 +93,14 @@ def written_out(module, x, options, weights_of_scores):
     return module.out_proj(out)
 
 
+def slope_bias(h, n, causal):
+    """-log of the sum over a row of what ALiBi leaves of a weight: its last row of causal ones, else its middle one."""
+    slope = 2.0 ** (-8.0 * (h + 1) / NHEADS)
+    here = n - 1 if causal else (n - 1) // 2
+    # float32, as the op gets it
+    return torch.tensor(-math.log(sum(math.exp(-slope * abs(here - j)) for j in range(n)))).item()
+
+
 def sigmoid_weights(module, options):
     def weights(scores, h, keep):
         b = options.get("sigmoid_bias")
@@ -98,6 +109,8 @@ def sigmoid_weights(module, options):
             b = module.sigmoid_bias
         elif mode == "per_head":
             b = module.sigmoid_bias[h]
+        elif options.get("alibi_bias"):
+            b = slope_bias(h, round(math.exp(-b)), options.get("causal", False))
         elif b is None:
             b = -math.log(scores.shape[-1])
         return torch.sigmoid(scores + b) * keep
@@ -194,6 +207,44 @@ def test_a_sequence_without_keys_gives_zeros_and_no_nan(cls):
     assert (result["out"][0] != 0).all()
 
 
+@pytest.mark.parametrize("mode", ["fixed", "per_head"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_by_alibi_bias_every_head_begins_with_a_row_mass_of_one(causal, mode):
+    """Queries of zero: a row of head h is sum_d sigmoid(b_h - m_h d). With one b the steepest head has a fourteenth."""
+    n, masses = 129, {}
+    for by_slope in (False, True):
+        options = {"position": "alibi", "sigmoid_bias": -math.log(n), "bias_mode": mode, "causal": causal}
+        module = SigmoidAttention(DIM, NHEADS, alibi_bias=by_slope, **options).double()
+        q, v = torch.zeros(1, n, NHEADS, 6), torch.ones(1, n, NHEADS, 1)
+        out = sigmoid_attention(
+            q,
+            q,
+            v,
+            sigmoid_bias=module.bias(q.device).float() if by_slope else -math.log(n),
+            causal=causal,
+            alibi_slopes=alibi_slopes(NHEADS),
+            backend="reference",
+        )
+        masses[by_slope] = out[0, n - 1 if causal else n // 2, :, 0].tolist()
+    for h, mass in enumerate(masses[True]):
+        keys = math.exp(-slope_bias(h, n, causal))
+        assert keys / (keys + 1) < mass < 1.0
+        row = [math.exp(-(2.0 ** (-8.0 * (h + 1) / NHEADS)) * abs((n - 1 if causal else n // 2) - j)) for j in range(n)]
+        assert_close(mass, sum(1 / (1 + keys / x) for x in row))
+    assert masses[False][0] < 0.08
+
+
+def test_alibi_bias_is_a_constant_that_no_checkpoint_holds_and_no_cast_rounds():
+    options = {"position": "alibi", "sigmoid_bias": -math.log(48), "causal": True}
+    module, plain = (SigmoidAttention(DIM, NHEADS, alibi_bias=by_slope, **options) for by_slope in (True, False))
+    assert module.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(2, 48, DIM)
+    assert not torch.equal(module(x), plain(x))
+    assert torch.equal(module.bias(x.device), copy.deepcopy(module).bfloat16().bias(x.device))
+    assert torch.equal(module(x[:, :20]), module(x)[:, :20])  # that of training at every length
+
+
 def test_a_fixed_bias_is_not_changed_by_a_key_mask():
     module = make(SigmoidAttention, sigmoid_bias=-2.0)
     seen = []
@@ -252,6 +303,17 @@ def test_dropout_acts_in_training_only(cls):
         ({"bias_mode": "free"}, "bias_mode must be .* got 'free'"),
         ({"bias_mode": "learnable"}, "sigmoid_bias must be given with bias_mode='learnable'.* got None"),
         ({"bias_mode": "per_head"}, "sigmoid_bias must be given with bias_mode='per_head'.* got None"),
+        ({"alibi_bias": True, "sigmoid_bias": -3.0}, "position must be 'alibi' with alibi_bias=True, got None"),
+        ({"alibi_bias": True, "position": "alibi"}, "sigmoid_bias must be -log n .* got None"),
+        ({"alibi_bias": True, "position": "alibi", "sigmoid_bias": 0.1}, "sigmoid_bias must be -log n .* got 0.1"),
+        (
+            {"alibi_bias": True, "position": "alibi", "sigmoid_bias": -math.inf},
+            "sigmoid_bias must be -log n .* got -inf",
+        ),
+        (
+            {"alibi_bias": True, "position": "alibi", "sigmoid_bias": -3.0, "bias_mode": "learnable"},
+            "bias_mode must be 'fixed' or 'per_head' with alibi_bias=True, got 'learnable'",
+        ),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
     ],
     ids=str,

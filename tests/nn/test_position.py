@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from flashsigmoid.nn import CAPE, RotaryEmbedding, alibi_slopes, sincos_positions
+from flashsigmoid.nn import CAPE, RotaryEmbedding, alibi_bias, alibi_slopes, sincos_positions
 
 
 def test_a_rotated_product_depends_on_the_distance_only():
@@ -82,6 +82,23 @@ def test_alibi_slopes_of_other_numbers_of_heads(nheads, power):
 def test_alibi_slopes_error():
     with pytest.raises(ValueError, match="nheads must be positive, got 0"):
         alibi_slopes(0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("n", [1, 3, 129, 2049])
+def test_alibi_bias_counts_the_keys_that_a_slope_lets_through(n, causal):
+    # 0 lets all through, and a negative slope, which favours far keys, more than all
+    slopes = torch.cat((alibi_slopes(6), torch.tensor([0.0, 1e-9, -(2.0**-6)])))
+    distance = torch.arange(n, dtype=torch.float64) - (0 if causal else n // 2)
+    expected = -torch.logsumexp(-slopes.double()[:, None] * distance.abs(), -1)
+    assert_close(alibi_bias(slopes, n, causal=causal), expected.float())
+    assert_close(alibi_bias(slopes, n, causal=causal)[6].item(), -math.log(n))
+
+
+@pytest.mark.parametrize("n", [0.5, math.inf, math.nan])
+def test_alibi_bias_errors(n):
+    with pytest.raises(ValueError, match=f"seqlen must be at least 1 and finite, got {n}"):
+        alibi_bias(alibi_slopes(4), n)
 
 
 def test_sincos_1d():

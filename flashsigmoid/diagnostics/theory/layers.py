@@ -62,7 +62,7 @@ def layer_bound(
         q, stretch_q = _projected(module.q_proj, module.q_norm, module.nheads, x)
         k, stretch_k = _projected(module.k_proj, module.k_norm, module.nheads_k, x)
         v, _ = _projected(module.v_proj, nn.Identity(), module.nheads_k, x)
-        bias = module.sigmoid_bias
+        bias = module.bias(x.device)
         if key_mask is not None:
             v = v.masked_fill(~key_mask[:, :, None, None], 0.0)
             if bias is None:
