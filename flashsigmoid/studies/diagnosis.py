@@ -17,6 +17,7 @@ from .trials import BYTES, Bench, Budget, Device, Trial, described, run_trials, 
 
 POSITIONS = ("sincos", "rope", "alibi")
 KINDS = ("sigmoid", "no-bias", "softmax")  # b = -log n; b = 0; the twin
+MATCHED = "matched"  # b of each head by its slope, which ALiBi alone has
 LENGTHS = (1, 2, 4, 8)  # evaluated at these multiples of the training length
 
 QUICK = Budget(steps=200, batch=16, seqlen=64, lr=3e-3)
@@ -57,6 +58,7 @@ def model_config(position: str, kind: str, *, qk_norm: bool, layer_scale: bool, 
         layer_scale=1e-4 if layer_scale else None,
         attention="softmax" if kind == "softmax" else "sigmoid",
         sigmoid_bias=0.0 if kind == "no-bias" else -math.log(budget.seqlen),
+        alibi_bias=True if kind == MATCHED else None,
     )
 
 
@@ -85,8 +87,9 @@ def diagnosis(
 ) -> Path:
     """One layer, by position encoding, bias, LayerScale and QK-norm: |A V| at the start, the loss at 1 to 8 times n.
 
-    36 arms, `POSITION-KIND[-no-qk-norm][-layer-scale]`, with POSITION sincos, rope or alibi and KIND sigmoid (b = -log
-    n), no-bias (b = 0) or softmax; they differ in nothing else. Bytes of the embedded Shakespeare.
+    40 arms, `POSITION-KIND[-no-qk-norm][-layer-scale]`, with POSITION sincos, rope or alibi and KIND sigmoid (b = -log
+    n), no-bias (b = 0), softmax or, with ALiBi, matched (`nn.alibi_bias`); they differ in nothing else. Bytes of the
+    embedded Shakespeare.
 
     Command: flashsigmoid study diagnosis (--quick). Hardware: 1 GPU (2 CPU cores). Time: not yet measured for the full
     one (about 4 minutes of an idle core). Full: three seeds, n = 512, 1,000 steps of 16, 512 channels. Quick: one seed,
@@ -110,7 +113,7 @@ def diagnosis(
     for position in POSITIONS:
         for qk_norm in (True, False):
             for layer_scale in (False, True):
-                for kind in KINDS:
+                for kind in (*KINDS, MATCHED) if position == "alibi" else KINDS:
                     config = model_config(
                         position, kind, qk_norm=qk_norm, layer_scale=layer_scale, budget=budget, dim=dim
                     )

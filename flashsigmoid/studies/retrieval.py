@@ -84,6 +84,8 @@ def arms(seqlen: int) -> dict[str, Arm]:
         "gated-sigmoid": Arm(fields={"gate": True}),
         "sigmoid-hybrid": Arm(fields={"norm": "hybrid"}),
         "sigmoid-alibi": Arm(fields={"position": "alibi"}),
+        "sigmoid-alibi-matched": Arm(fields={"position": "alibi", "alibi_bias": True}),
+        "sigmoid-alibi-matched-hybrid": Arm(fields={"position": "alibi", "alibi_bias": True, "norm": "hybrid"}),
         "softmax-alibi": Arm(fields={"attention": "softmax", "position": "alibi"}),
         "sigmoid-no-bias": Arm(fields={"sigmoid_bias": 0.0}),
     }

@@ -14,11 +14,11 @@ from torch import Tensor
 from flashsigmoid import sigmoid_attention
 from flashsigmoid.diagnostics import sink_mass
 from flashsigmoid.models.gpt import GPT, GPTConfig
-from flashsigmoid.nn import softmax_attention
+from flashsigmoid.nn import alibi_bias, alibi_slopes, softmax_attention
 from flashsigmoid.record import read_records
 from flashsigmoid.report.studies import study_note, study_rows, write_study
 from flashsigmoid.studies import neighbours, retrieval, sinks
-from flashsigmoid.studies.diagnosis import KINDS, POSITIONS, QUICK, SinCosEmbedding, build, model_config
+from flashsigmoid.studies.diagnosis import KINDS, MATCHED, POSITIONS, QUICK, SinCosEmbedding, build, model_config
 from flashsigmoid.studies.trials import IGNORED
 
 
@@ -171,6 +171,18 @@ def test_a_pair_of_the_diagnosis_differs_in_its_attention_only(position: str) ->
     permuted = tokens[:, torch.tensor([*range(14, -1, -1), 15])]
     with torch.no_grad():
         assert not torch.allclose(model(tokens)[:, -1], model(permuted)[:, -1], atol=1e-3)
+
+
+def test_only_alibi_can_match_its_bias_and_no_setting_of_another_arm_changes() -> None:
+    options = {"qk_norm": True, "layer_scale": False, "budget": QUICK, "dim": 128}
+    plain, matched = (GPT(model_config("alibi", kind, **options)).blocks[0] for kind in ("sigmoid", MATCHED))
+    bias = matched.get_submodule("attention").bias(torch.device("cpu"))
+    assert bias.tolist() == alibi_bias(alibi_slopes(4), QUICK.seqlen).tolist()
+    assert plain.get_submodule("attention").bias(torch.device("cpu")) == -math.log(QUICK.seqlen)
+    with pytest.raises(ValueError, match="position must be 'alibi' with alibi_bias=True, got 'rope'"):
+        model_config("rope", MATCHED, **options)
+    # files of trials from before there was the setting compare equal to it
+    assert model_config("alibi", "sigmoid", **options).alibi_bias is None
 
 
 def test_weights_of_a_model_are_those_of_its_attention() -> None:
