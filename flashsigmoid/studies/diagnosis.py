@@ -93,8 +93,8 @@ def diagnosis(
 
     Command: flashsigmoid study diagnosis (--quick). Hardware: 1 GPU (2 CPU cores). Time: not yet measured for the full
     one (about 4 minutes of an idle core). Full: three seeds, n = 512, 1,000 steps of 16, 512 channels. Quick: one seed
-    unless others are asked for, n = 64, 200 steps of 16, 128 channels. Expected: quick, |A V| is 16 to 20 times larger without b than with it, and
-    the loss differs by less than 0.15 nats per byte; full not yet measured.
+    unless others are asked for, n = 64, 200 steps of 16, 128 channels. Expected: quick, |A V| is 16 to 20 times larger
+    without b than with it, and the loss differs by less than 0.15 nats per byte; full not yet measured.
 
     Args:
         out_dir: folder of the study.
