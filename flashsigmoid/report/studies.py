@@ -31,6 +31,7 @@ from .summary import number_text
 from .synthetic import k_summation_figure, k_summation_rows, pair_repeat_figure, pair_repeat_rows
 
 Rows = list[dict[str, str]]
+_DIAGNOSED = {**KINDS, "matched": "b by slope"}
 _POSITIONS = {"sincos": "sin-cos", "rope": "RoPE", "alibi": "ALiBi"}
 
 
@@ -103,6 +104,8 @@ def _read(path: str | Path, makers: Mapping[str, object]) -> RecordFile:
 def _diagnosis_rows(file: RecordFile) -> Rows:
     rows = []
     last = max(tags_of(file.records, "val/loss", "length"))
+    there = tags_of(file.records, "val/loss", "kind")
+    kinds = {kind: text for kind, text in _DIAGNOSED.items() if kind in there}
     for position, position_text in _POSITIONS.items():
         for qk_norm in (True, False):
             for layer_scale in (None, 1e-4):
@@ -112,10 +115,10 @@ def _diagnosis_rows(file: RecordFile) -> Rows:
                     "QK-norm": "yes" if qk_norm else "no",
                     "LayerScale": "yes" if layer_scale else "no",
                 }
-                norms = [values_of(file.records, "attn_norm", 0, kind=kind, **same) for kind in KINDS]
-                row[f"first |A V|: {' / '.join(KINDS.values())}"] = beside_text(norms, number_text)
+                norms = [values_of(file.records, "attn_norm", 0, kind=kind, **same) for kind in kinds]
+                row[f"first |A V|: {' / '.join(kinds.values())}"] = beside_text(norms, number_text)
                 for length, name in ((1, "loss at n"), (last, f"loss at {last} n")):
-                    losses = [values_of(file.records, "val/loss", kind=kind, length=length, **same) for kind in KINDS]
+                    losses = [values_of(file.records, "val/loss", kind=kind, length=length, **same) for kind in kinds]
                     row[name] = beside_text(losses, loss_text)
                 if any(norms):
                     rows.append(row)
