@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import triton
 from .gpu import too_long
-from .op import _is_plain as is_plain
+from .op import is_plain
 from .problem import Problem, _gpu_arch, make_problem
 
 # queries of "auto": none until a GPU has run the kernel; then those that are no chunk of prefill, which dense kernels
