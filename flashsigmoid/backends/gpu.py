@@ -145,7 +145,8 @@ class Launch:
         if descriptors:
             self._put(loaded)
         try:
-            if _is_watched(knobs.launch_enter_hook, knobs.launch_exit_hook):
+            enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+            if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler, say, has hooked in
                 self._compiled[(programs, 1, 1)](*(descriptors or loaded), *tensors, *self._rest)
                 return
             # the same without what only hooks read, and by addresses, which Triton need not ask the driver about
@@ -175,8 +176,3 @@ class Launch:
     def _put(self, loaded: tuple[Tensor, ...]) -> None:
         for descriptor, x in itertools.zip_longest(self._descriptors or (), loaded):
             descriptor.base = x
-
-
-def _is_watched(enter: Any, leave: Any) -> bool:
-    """Whether somebody, a profiler say, has hooked into Triton's launches."""
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -180,7 +180,7 @@ def test_a_change_makes_another_call(name, taken) -> None:
 def test_a_key_that_forgets_would_be_caught(monkeypatch) -> None:
     """Planted: a key without tensors and options. What `find` itself sends the long way is not taken even then."""
     call = base()
-    monkeypatch.setattr(known, "_key", lambda tensors, *rest: ())
+    monkeypatch.setattr(known, "_key", lambda *described: ())
     make(call)
     wrong = {name for name, change in KEYED.items() if find(change(call)) is find(call)}
     assert wrong == KEYED.keys() - {"tensor b", "alibi_slopes", "dropout_p"}
