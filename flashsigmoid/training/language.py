@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from ..diagnostics.probes import probe_attention
-from ..distributed.plans import parallelize, shard_batch, unshard_batch
+from ..distributed.plans import check_compiled, parallelize, shard_batch, unshard_batch
 from ..distributed.processes import MeshSizes, is_first
 from ..functional import explain
 from ..models.generation import generate
@@ -59,6 +59,8 @@ class LanguageModule(RunModule):
     def __init__(self, run: LanguageRun, data: LanguageData, model: nn.Module | None = None) -> None:
         softmax = {"attention_fn": fused_softmax_attention} if run.model.attention == "softmax" else {}
         super().__init__(run, GPT(run.model, **softmax) if model is None else model)
+        for block in getattr(self.model, "blocks", ()):
+            block.recompute = run.recompute
         self.data = data
         # only what trains and validates is compiled: prompts of any length would each be compiled anew
         self._nats = torch.compile(nats_of, dynamic=False) if run.compile else nats_of
@@ -70,11 +72,11 @@ class LanguageModule(RunModule):
         """Whether it can be trained on a mesh.
 
         Raises:
-            ValueError: compile; a batch that dp does not divide, or a context that cp does not.
+            ValueError: a batch that dp does not divide, or a context that cp does not; as `check_compiled`.
         """
         run = self.run
-        if run.compile and sizes.size > 1:
-            raise ValueError("compile must be False on a mesh, got True")
+        if run.compile:
+            check_compiled(sizes.tp, sizes.cp, run.recompute)
         if run.batch % sizes.dp:
             raise ValueError(f"batch must be a multiple of dp={sizes.dp}, got {run.batch}")
         if sizes.cp > 1 and run.model.seqlen % (2 * sizes.cp):
@@ -83,7 +85,9 @@ class LanguageModule(RunModule):
     def configure_model(self) -> None:
         """Lightning's hook: over the mesh, where there is one."""
         if self.device_mesh is not None:
-            parallelize(self.model, self.device_mesh)
+            run = self.run
+            several = self.mesh is not None  # one rank alone compiles more than blocks
+            parallelize(self.model, self.device_mesh, recompute=run.recompute, compile=run.compile and several)
 
     def _part_nats(self, tokens: Tensor) -> Tensor:
         """Of a mesh: the loss of the targets that this rank has, (its windows, its tokens), float32."""

@@ -43,6 +43,7 @@ class Case:
     scale: float | None = None
     backend: str = "blocked"
     cu_seqlens: tuple[int, ...] = ()  # packed: where sequences end, of n rows
+    drawn: int | None = None  # the dropout seed, where another generator than the CPU's draws it
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k, v, dout and the options of the whole call, the same in every process."""
@@ -78,8 +79,13 @@ class Case:
     @property
     def seed(self) -> Tensor:
         """Of dropout: what the op draws from torch's generator at `SEED`."""
-        torch.manual_seed(SEED)
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
+        return torch.tensor([seed_drawn("cpu") if self.drawn is None else self.drawn])
+
+
+def seed_drawn(device: str) -> int:
+    """By the generator of a device."""
+    torch.manual_seed(SEED)
+    return int(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device))
 
 
 def device() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -32,6 +33,7 @@ MODELS = {
 }
 REFUSED = {
     "no bias": TINY,
+    "compiled": TINY,
     "softmax": replace(TINY, attention="softmax"),
     "three heads": replace(TINY, dim=33, nheads=3, nheads_k=3),
     "odd vocabulary": replace(TINY, vocab_size=65),
@@ -120,18 +122,18 @@ def losses_with_fault(
     fault: str, name: str, sizes: tuple[int, int, int], steps: int, dtype: torch.dtype
 ) -> list[float]:
     """`losses_of` with one of `FAULTS`."""
-    attend = plans.sigmoid_attention
+    attend = plans.sigmoid_attention_shard
 
     def first_slopes(*args: Any, alibi_slopes: Tensor, **options: Any) -> Tensor:
         return attend(*args, alibi_slopes=alibi_slopes_of(TINY.nheads)[: alibi_slopes.shape[0]], **options)
 
-    def first_bias(*args: Any, sigmoid_bias: Tensor, origin: tuple[int, int], **options: Any) -> Tensor:
+    def first_bias(*args: Any, sigmoid_bias: Tensor, origin: tuple[int, ...], **options: Any) -> Tensor:
         return attend(*args, sigmoid_bias=sigmoid_bias - BIAS_STEP * origin[1], origin=origin, **options)
 
     wrong = {
-        "slopes of the first heads": (plans, "sigmoid_attention", first_slopes),
+        "slopes of the first heads": (plans, "sigmoid_attention_shard", first_slopes),
         "RoPE by local positions": (plans.ShardedRotaryEmbedding, "forward", RotaryEmbedding.forward),
-        "b of the first heads": (plans, "sigmoid_attention", first_bias),
+        "b of the first heads": (plans, "sigmoid_attention_shard", first_bias),
     }[fault]
     with mock.patch.object(*wrong):
         return losses_of(name, sizes, steps, dtype)
@@ -145,3 +147,15 @@ def losses_alone(name: str, steps: int, dtype: torch.dtype) -> list[float]:
 def release() -> None:
     """Forget the meshes: a group that outlives destroy_process_group aborts the process."""
     mesh_of.cache_clear()
+
+
+def losses_compiled(
+    name: str, sizes: tuple[int, int, int], steps: int, dtype: torch.dtype, **options: Any
+) -> tuple[list[float], int]:
+    """`losses_of` by compiled blocks, and how many graphs they became; the compiler warns of its own doings."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = losses_of(name, sizes, steps, dtype, compile=True, **options)
+    return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -173,7 +173,7 @@ def test_the_error_of_one_rank_is_said_by_it_alone(tmp_path, text, ranks):
     [
         ("dp=3", {}, "mesh must have as many ranks as there are processes, 2, got dp=3,cp=1,tp=1"),
         ("dp=2", {"batch": 3}, "batch must be a multiple of dp=2, got 3"),
-        ("dp=2", {"compile": True}, "compile must be False on a mesh, got True"),
+        ("tp=2", {"compile": True}, "compile must be False with tp above 1, whose tensors break its graphs, got tp=2"),
         ("fsdp=2", {}, "mesh must be like dp=2,cp=2,tp=1, got 'fsdp=2'"),
     ],
 )
