@@ -79,7 +79,7 @@ class Call:
 
     def fwd(self, tile: Tile | None = None) -> Tensor:
         q, problem = self.qkv[0], self.problem
-        out = q.new_empty(*q.shape[:-1], problem.head_dim_v)
+        out = q.new_empty(*q.shape[:-1], problem.head_dim_v, dtype=problem.result_dtype)
         plan = _plan(problem, "fwd", tile, _precision(problem), _have_dense_rows(*self.qkv))
         tensors = (out, self.bias, self.slopes, self.seed, *self.cu_seqlens)
         strides = (*self.bias_strides, *self.slopes_strides, *self.origin)
@@ -102,12 +102,13 @@ class Call:
         plan = _plan(problem, part, tile, _precision(problem), _have_dense_rows(dout, q, k, v))
         nheads, rows, programs = problem.nheads, problem.seqlen_q, 0
         dq = dk = dv = row_sums = slope_sums = None
+        result: dict[str, Any] = {"memory_format": torch.contiguous_format, "dtype": problem.result_dtype}
         if part != "dq":
             programs += plan.blocks_k * self.programs // problem.group
-            dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+            dk, dv = (torch.empty_like(x, **result) for x in (k, v))
         if part != "dkdv":
             programs += plan.blocks_q * self.programs
-            dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+            dq = torch.empty_like(q, **result)
             shape = q.shape[:2] if problem.is_packed else (problem.batch, nheads, rows)
             # no program comes to packed rows behind the last sequence
             new = q.new_zeros if problem.is_packed else q.new_empty
