@@ -26,6 +26,7 @@ from ..nn import alibi_slopes as alibi_slopes_of
 from ..nn.recompute import Recompute, check_recompute
 from .context_parallel import shard, sigmoid_attention, unshard
 from .layout import Order, chunks
+from .softmax import ShardedSoftmax
 
 AXES = ("dp", "cp", "tp")
 
@@ -124,7 +125,7 @@ def parallelize(
     Args:
         model: with .embedding, .blocks, .norm and .head.
         mesh: with the axes "dp", "cp" and "tp", each of any size.
-        order, scheme, backend: of `context_parallel.sigmoid_attention`.
+        order, scheme, backend: of `context_parallel.sigmoid_attention`; of softmax only order matters.
         mp_policy: dtypes of FSDP's all-gathers and reduce-scatters. Default: those of the weights.
         recompute: what of each block the backward computes again, what it receives included. "full": all but its
             input; "selective": all but its input and q, k, v of its projections. Default: "none".
@@ -132,8 +133,8 @@ def parallelize(
 
     Raises:
         ValueError: other axes; heads, hidden channels or vocabulary that tp does not divide; a bias that depends on the
-            length at hand; softmax attention with cp or tp above 1; compile with tp above 1, or with recompute and
-            cp above 1.
+            length at hand; softmax attention that is not causal with cp above 1; compile with tp above 1, or with
+            recompute and cp above 1.
 
     Source: arXiv:1909.08053 (heads and MLP), arXiv:2205.05198 (tokens between), arXiv:2304.11277 (FSDP).
     """
@@ -151,10 +152,13 @@ def parallelize(
     sharded = mesh["dp", "cp"]._flatten("dp_cp")
     is_sharded = sharded.size() > 1 or mp_policy is not None
     for block in tree.blocks:
-        if isinstance(block.attention, SoftmaxAttention) or (mesh.size() == 1 and backend == "auto"):
+        nheads, is_softmax = block.attention.nheads, isinstance(block.attention, SoftmaxAttention)
+        if mesh.size() == 1 and (is_softmax or backend == "auto"):
             continue
-        nheads = block.attention.nheads
-        attend = ShardedAttention(mesh, nheads, order=order, scheme=scheme, backend=backend)
+        if is_softmax:
+            attend = ShardedSoftmax(mesh, nheads, order=order, attention_fn=block.attention.attention_fn)
+        else:
+            attend = ShardedAttention(mesh, nheads, order=order, scheme=scheme, backend=backend)
         # what ranks exchange is in no graph
         block.attention.attention_fn = torch.compiler.disable(attend) if compile and cp.size() > 1 else attend
         if isinstance(block.attention.rope, RotaryEmbedding) and cp.size() > 1:
@@ -258,11 +262,10 @@ def check_compiled(tp: int, cp: int, recompute: Recompute) -> None:
 
 def _check_block(block: Block, tp: int, cp: int) -> None:
     attention, mlp = cast(SigmoidAttention, block.attention), cast(Any, block.mlp)
-    if isinstance(attention, SoftmaxAttention):
-        if tp > 1 or cp > 1:
-            raise ValueError(f"softmax attention must have tp=1 and cp=1, got tp={tp}, cp={cp}")
-        return
-    if attention.sigmoid_bias is None:
+    is_softmax = isinstance(attention, SoftmaxAttention)
+    if is_softmax and cp > 1 and not attention.causal:
+        raise ValueError(f"softmax attention must be causal with cp above 1, got cp={cp}")
+    if not is_softmax and attention.sigmoid_bias is None:
         raise ValueError("sigmoid_bias must be given, -log of the training context length, got None")
     hidden = mlp.up_proj.out_features
     for name, size in (("nheads", attention.nheads), ("nheads_k", attention.nheads_k), ("hidden channels", hidden)):

@@ -139,7 +139,8 @@ class LanguageModule(RunModule):
         alibi = model.position == "alibi"
         if model.attention == "softmax":
             options = {"alibi": alibi, "window_size": model.window_size, "dropout_p": model.dropout_p}
-            return softmax_kernel(self.device, square=True, **options)
+            square = self.mesh is None or self.mesh["cp"].size() == 1
+            return softmax_kernel(self.device, square=square, **options)
         dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
         head_dim, like = model.dim // model.nheads, {"dtype": dtype, "device": self.device}
         q = torch.empty(self.run.batch, model.seqlen, model.nheads, head_dim, **like)

@@ -30,11 +30,12 @@ MODELS = {
     "gelu": replace(TINY, mlp="gelu", layer_scale=0.1, nheads_k=4),
     "bias of heads": TINY,
     "one bias": replace(TINY, norm="hybrid"),
+    "softmax": replace(TINY, attention="softmax"),
+    "softmax, rope": replace(TINY, attention="softmax", position="rope", window_size=(9, None)),
 }
 REFUSED = {
     "no bias": TINY,
     "compiled": TINY,
-    "softmax": replace(TINY, attention="softmax"),
     "three heads": replace(TINY, dim=33, nheads=3, nheads_k=3),
     "odd vocabulary": replace(TINY, vocab_size=65),
 }
