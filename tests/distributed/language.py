@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from flashsigmoid.distributed import plans
+from flashsigmoid.distributed.initialize import initialize
 from flashsigmoid.distributed.plans import AXES, parallelize, shard_batch
 from flashsigmoid.models.gpt import GPT, GPTConfig
 from flashsigmoid.nn import RotaryEmbedding
@@ -160,3 +161,15 @@ def losses_compiled(
         warnings.simplefilter("ignore")
         losses = losses_of(name, sizes, steps, dtype, compile=True, **options)
     return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def weights_from_meta(name: str, sizes: tuple[int, int, int]) -> list[str]:
+    """Which weights of a model from the meta device differ by as much as a bit from those of one process."""
+    with torch.device("meta"):
+        model = GPT(MODELS[name])
+    parallelize(model, mesh_of(sizes))
+    torch.manual_seed(3)
+    initialize(model, "cpu")
+    whole = dict(model_of(name, torch.float32).named_parameters())
+    parts = {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in model.named_parameters()}
+    return [key for key, x in parts.items() if not torch.equal(x, whole[key])]

@@ -11,6 +11,7 @@ from distributed.crew import Crew
 from distributed.language import MODELS, losses_alone
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from flashsigmoid.distributed.initialize import initialize
 from flashsigmoid.distributed.plans import AXES
 from flashsigmoid.record import RecordWriter
 
@@ -42,6 +43,19 @@ def test_two_processes_train_as_one(crew: Crew, name: str, sizes: tuple[int, int
     both = crew.run(language.losses_of, name, sizes, STEPS, torch.float64, **layout)
     assert both[0] == both[1]
     assert largest_difference(both[0], alone) <= 1e-9
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("rope", (2, 1, 1)), ("gelu", (1, 1, 2))])
+def test_a_model_from_the_meta_device_has_the_weights_of_one_process(crew: Crew, name: str, sizes) -> None:
+    assert crew.run(language.weights_from_meta, name, sizes) == [[], []]
+
+
+def test_a_parameter_that_nobody_initialises_is_an_error() -> None:
+    with torch.device("meta"):
+        model = language.GPT(MODELS["alibi"])
+        model._attentions()[1].sigmoid_bias = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"no parameters of other kinds, got \['blocks.1.attention.sigmoid_bias'\]"):
+        initialize(model, "cpu")
 
 
 @pytest.mark.long
@@ -99,6 +113,7 @@ def test_what_a_mesh_cannot_divide_is_one_clear_error(crew: Crew, name: str, siz
 def test_meshes_of_four_processes_train_as_one_for_a_hundred_steps() -> None:
     """Leaves benchmarks/results/parallel-losses.jsonl: the largest relative difference from the single process."""
     crew = Crew(4)
+    assert crew.run(language.weights_from_meta, "alibi", (2, 1, 2)) == [[]] * 4
     command = f"python -m pytest -m long {Path(__file__).relative_to(RESULTS.parents[1])}"
     meshes = ((4, 1, 1), (1, 4, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2))
     with RecordWriter(RESULTS / "parallel-losses.jsonl", {"steps": 100, "dtype": "float64"}, command) as writer:
