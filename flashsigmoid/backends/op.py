@@ -6,8 +6,10 @@ past the dispatcher where nothing listens to it. Imports torch only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,6 +48,23 @@ torch.library.define(
 )
 
 
+def forward_part(*inputs) -> Tensor:
+    """What flashsigmoid::fwd computes, as a summand: float32 (float64), not rounded to the dtype of q. No autograd."""
+    problem, backend = make(*inputs)
+    return compute_fwd(_partial(problem), backend, *inputs[:_TENSOR_COUNT])
+
+
+def backward_part(dout: Tensor, *inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What flashsigmoid::bwd computes, in the same way; the gradient of a bias or of slopes too."""
+    problem, backend = make(*inputs)
+    return compute_bwd(_partial(problem), backend, dout, *inputs[:_TENSOR_COUNT])
+
+
+@functools.lru_cache(maxsize=4096)
+def _partial(problem: Problem) -> Problem:
+    return replace(problem, is_partial=True)
+
+
 def full_precision(device: str) -> AbstractContextManager[object]:
     """Autocast off: it would round the scores inside a backend."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -70,7 +89,7 @@ def _bwd(dout, *inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 def compute_fwd(problem: Problem, backend: str, q, k, v, bias, slopes, seed, cu_q, cu_k) -> Tensor:
     if problem.is_empty:
-        return q.new_zeros(*q.shape[:-1], problem.head_dim_v)
+        return q.new_zeros(*q.shape[:-1], problem.head_dim_v, dtype=problem.result_dtype)
     with full_precision(problem.device):
         module = select(problem, backend, "forward", (q, k, v))
         if cu_q is None:
@@ -95,11 +114,11 @@ def compute_bwd(
     if bias is not None and problem.needs_sums:
         assert row_sums is not None
         dbias = row_sums if problem.has_row_bias else packed.sum_heads(row_sums, cu_q)
-        dbias = _reduce_to(dbias, bias)
+        dbias = _reduce_to(dbias, bias, problem)
     dslopes = q.new_empty(0)
     if slopes is not None and problem.needs_sums:
         assert slope_sums is not None
-        dslopes = _reduce_to(packed.sum_heads(slope_sums, cu_q), slopes)
+        dslopes = _reduce_to(packed.sum_heads(slope_sums, cu_q), slopes, problem)
     return dq, dk, dv, dbias, dslopes
 
 
@@ -115,8 +134,9 @@ def _fwd_fp8(q, k, v, q_scale, k_scale, v_scale, bias, slopes, *scalars) -> Tens
     return forward_fp8(problem, q, k, v, (q_scale, k_scale, v_scale), bias, slopes, out_dtype)
 
 
-def _reduce_to(grad: Tensor, like: Tensor) -> Tensor:
-    return grad.sum_to_size(like.shape).to(like.dtype).contiguous()
+def _reduce_to(grad: Tensor, like: Tensor, problem: Problem) -> Tensor:
+    dtype = grad.dtype if problem.is_partial else like.dtype
+    return grad.sum_to_size(like.shape).to(dtype).contiguous()
 
 
 @torch.library.register_fake("flashsigmoid::fwd")

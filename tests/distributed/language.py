@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from flashsigmoid.distributed import plans
+from flashsigmoid.distributed.initialize import initialize
 from flashsigmoid.distributed.plans import AXES, parallelize, shard_batch
 from flashsigmoid.models.gpt import GPT, GPTConfig
 from flashsigmoid.nn import RotaryEmbedding
@@ -29,10 +31,12 @@ MODELS = {
     "gelu": replace(TINY, mlp="gelu", layer_scale=0.1, nheads_k=4),
     "bias of heads": TINY,
     "one bias": replace(TINY, norm="hybrid"),
+    "softmax": replace(TINY, attention="softmax"),
+    "softmax, rope": replace(TINY, attention="softmax", position="rope", window_size=(9, None)),
 }
 REFUSED = {
     "no bias": TINY,
-    "softmax": replace(TINY, attention="softmax"),
+    "compiled": TINY,
     "three heads": replace(TINY, dim=33, nheads=3, nheads_k=3),
     "odd vocabulary": replace(TINY, vocab_size=65),
 }
@@ -120,18 +124,18 @@ def losses_with_fault(
     fault: str, name: str, sizes: tuple[int, int, int], steps: int, dtype: torch.dtype
 ) -> list[float]:
     """`losses_of` with one of `FAULTS`."""
-    attend = plans.sigmoid_attention
+    attend = plans.sigmoid_attention_shard
 
     def first_slopes(*args: Any, alibi_slopes: Tensor, **options: Any) -> Tensor:
         return attend(*args, alibi_slopes=alibi_slopes_of(TINY.nheads)[: alibi_slopes.shape[0]], **options)
 
-    def first_bias(*args: Any, sigmoid_bias: Tensor, origin: tuple[int, int], **options: Any) -> Tensor:
+    def first_bias(*args: Any, sigmoid_bias: Tensor, origin: tuple[int, ...], **options: Any) -> Tensor:
         return attend(*args, sigmoid_bias=sigmoid_bias - BIAS_STEP * origin[1], origin=origin, **options)
 
     wrong = {
-        "slopes of the first heads": (plans, "sigmoid_attention", first_slopes),
+        "slopes of the first heads": (plans, "sigmoid_attention_shard", first_slopes),
         "RoPE by local positions": (plans.ShardedRotaryEmbedding, "forward", RotaryEmbedding.forward),
-        "b of the first heads": (plans, "sigmoid_attention", first_bias),
+        "b of the first heads": (plans, "sigmoid_attention_shard", first_bias),
     }[fault]
     with mock.patch.object(*wrong):
         return losses_of(name, sizes, steps, dtype)
@@ -145,3 +149,27 @@ def losses_alone(name: str, steps: int, dtype: torch.dtype) -> list[float]:
 def release() -> None:
     """Forget the meshes: a group that outlives destroy_process_group aborts the process."""
     mesh_of.cache_clear()
+
+
+def losses_compiled(
+    name: str, sizes: tuple[int, int, int], steps: int, dtype: torch.dtype, **options: Any
+) -> tuple[list[float], int]:
+    """`losses_of` by compiled blocks, and how many graphs they became; the compiler warns of its own doings."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = losses_of(name, sizes, steps, dtype, compile=True, **options)
+    return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def weights_from_meta(name: str, sizes: tuple[int, int, int]) -> list[str]:
+    """Which weights of a model from the meta device differ by as much as a bit from those of one process."""
+    with torch.device("meta"):
+        model = GPT(MODELS[name])
+    parallelize(model, mesh_of(sizes))
+    torch.manual_seed(3)
+    initialize(model, "cpu")
+    whole = dict(model_of(name, torch.float32).named_parameters())
+    parts = {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in model.named_parameters()}
+    return [key for key, x in parts.items() if not torch.equal(x, whole[key])]

@@ -108,11 +108,15 @@ class Call:
         plan = _plan(problem, "fwd", tile, _precision(problem), _have_dense_rows(*self.qkv))
         launch = plan.find(_fwd_kernel, self.qkv, self.sides, 1, (*self.strides, *self.origin), 1.0 / plan.formula.gain)
         programs, shape = plan.blocks_q * self.programs, (*q.shape[:-1], problem.head_dim_v)
-        is_like_q = shape == q.shape
+        dtype = problem.result_dtype
+        is_like_q = shape == q.shape and dtype == q.dtype
 
         def run(q, k, v, *sides):
             # of its two ways torch takes less time for the first
-            out = torch.empty_like(q, memory_format=torch.contiguous_format) if is_like_q else q.new_empty(shape)
+            if is_like_q:
+                out = torch.empty_like(q, memory_format=torch.contiguous_format)
+            else:
+                out = q.new_empty(shape, dtype=dtype)
             launch.run(programs, (q, k, v), (out, *sides))
             return out
 
@@ -139,6 +143,7 @@ class Call:
         sums_shape = self.qkv[0].shape[:2] if is_packed else (problem.batch, nheads, rows)
         # no program comes to packed rows behind the last sequence
         new_sums = torch.zeros if is_packed else torch.empty
+        result: dict[str, Any] = {"memory_format": torch.contiguous_format, "dtype": problem.result_dtype}
         launch = plan.find(
             _bwd_kernel, loaded, self.sides, 3, (*self.strides, *sums_strides, *self.origin), problem.scale
         )
@@ -151,10 +156,10 @@ class Call:
         def run(dout, q, k, v, bias, slopes, *others):
             dq = dk = dv = row_sums = slope_sums = None
             if part != "dq":
-                dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-                dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+                dk = torch.empty_like(k, **result)
+                dv = torch.empty_like(v, **result)
             if part != "dkdv":
-                dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+                dq = torch.empty_like(q, **result)
                 if bias is not None:
                     row_sums = new_sums(sums_shape, dtype=torch.float32, device=q.device)
                 if slopes is not None:
