@@ -95,9 +95,9 @@ def test_norms_are_those_of_plain_autograd(attention: str) -> None:
     for name, out in outs.items():
         if name.endswith("rope"):  # of queries and of keys: both count, the last alone is here
             continue
-        assert notes.found["probe_output", name, 0] == spread(out), name
+        assert notes.found["probe_output", name, 1] == spread(out), name
         assert out.grad is not None
-        assert notes.found["probe_output_grad", name, 0] == spread(out.grad), name
+        assert notes.found["probe_output_grad", name, 1] == spread(out.grad), name
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
         expected = {"param": parameter, "param_grad": parameter.grad, **state}
@@ -105,7 +105,7 @@ def test_norms_are_those_of_plain_autograd(attention: str) -> None:
         assert expected.keys() == {"param", "param_grad", "exp_avg", "exp_avg_sq"}
         for key, x in expected.items():
             if x is not None:  # softmax has no gradient of b, and there is no such parameter here
-                assert notes.found[f"probe_{key}", name, 0] == spread(x), (key, name)
+                assert notes.found[f"probe_{key}", name, 1] == spread(x), (key, name)
     assert {layer for name, layer, _ in notes.found if name == "probe_param"} == {*dict(model.named_parameters())}
 
 
@@ -125,9 +125,9 @@ def test_numbers_of_attention_are_those_of_a_probe(attention: str, position: str
             "effective_keys": probe.effective_keys, "saturation": probe.saturation,
         }  # fmt: skip
         for name, value in expected.items():
-            found = notes.found[f"probe_{name}/layer_{i}", f"blocks.{i}.attention", 0]
+            found = notes.found[f"probe_{name}/layer_{i}", f"blocks.{i}.attention", 1]
             assert found == (pytest.approx(value, rel=1e-5),), name
-        assert 0.0 < notes.found[f"probe_attn_grad/layer_{i}", f"blocks.{i}.attention", 0][0] < math.inf
+        assert 0.0 < notes.found[f"probe_attn_grad/layer_{i}", f"blocks.{i}.attention", 1][0] < math.inf
 
 
 def test_gain_is_what_the_jacobian_does_to_the_gradient_and_below_its_norm_and_the_bound() -> None:
@@ -146,7 +146,7 @@ def test_gain_is_what_the_jacobian_does_to_the_gradient_and_below_its_norm_and_t
     jacobian = torch.autograd.functional.jacobian(layer, inputs).reshape(48, 48)
     pulled = jacobian.T @ direction.flatten()
     (gain,), (bound,), (share,) = (
-        notes.found[f"probe_{key}/layer_0", "1", 0] for key in ("gain", "bound", "bound_share")
+        notes.found[f"probe_{key}/layer_0", "1", 1] for key in ("gain", "bound", "bound_share")
     )
     assert gain == pytest.approx(float(pulled.norm() / direction.norm()), rel=1e-4)
     assert gain <= float(torch.linalg.matrix_norm(jacobian, 2)) * (1 + 1e-5) <= bound
@@ -175,7 +175,7 @@ def test_training_goes_on_to_the_same_bits_and_nothing_is_left() -> None:
         every = list(model.modules())
         assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in every)
         assert not optimizer._optimizer_step_post_hooks
-    assert {at for _, _, at in notes.found} == {0, 2, 4}
+    assert {at for _, _, at in notes.found} == {1, 3, 5}
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
@@ -228,10 +228,10 @@ def test_models_of_others_are_watched(make: Any) -> None:
         getattr(out, "logits", out).square().mean().backward()
         optimizer.step()
     for i, name in enumerate(names):
-        assert notes.found[f"probe_row_mass/layer_{i}", name, 0][0] == pytest.approx(1.0, rel=1e-4)
-        assert notes.found[f"probe_attn_grad/layer_{i}", name, 0][0] > 0.0
-    assert {"probe_output", "probe_output_grad", "probe_param", "probe_param_grad"} <= notes.names(0)
-    assert "probe_momentum_buffer" in notes.names(0)
+        assert notes.found[f"probe_row_mass/layer_{i}", name, 1][0] == pytest.approx(1.0, rel=1e-4)
+        assert notes.found[f"probe_attn_grad/layer_{i}", name, 1][0] > 0.0
+    assert {"probe_output", "probe_output_grad", "probe_param", "probe_param_grad"} <= notes.names(1)
+    assert "probe_momentum_buffer" in notes.names(1)
 
 
 @pytest.mark.parametrize(
