@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 
 from ..record import Record
 from .arms import Arm
@@ -75,26 +76,29 @@ def _norms_drawing(arms: Sequence[Arm], name: str, title: str, caption: str) -> 
                     label=block if ends else None,
                 )
             axes.set_yscale("log", nonpositive="mask")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             axes.set_xlabel("step")
             axes.legend(loc="best", handlelength=1.4)
 
         return Panel(arm.label, draw)
 
-    about = f"{caption}, by block: the mean, and up to the largest of all."
+    about = f"{caption}, those of a block together: the mean, and up to the largest of all."
     return Drawing(name.replace("_", "-"), title, about, tuple(panel(*each) for each in shown.values()))
 
 
 def _by_block(arm: Arm, name: str) -> dict[str, dict[int, list[Record]]]:
-    """The records of modules or parameters by block and step; a block is named up to its number, the rest by itself."""
+    """The records of modules or parameters by block and step. What is in no numbered block is left out, if some are."""
     found: dict[str, dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for run in arm.runs:
         for record in run.file.records:
             if record.name == name and record.value is not None and record.step is not None:
                 found[_block(str(record.tags["layer"]))][record.step].append(record)
-    return found
+    numbered = {block: records for block, records in found.items() if block[-1:].isdecimal()}
+    return numbered or found
 
 
 def _block(layer: str) -> str:
+    """A name up to its first number, as blocks.3; without one its first part."""
     parts = layer.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
     return ".".join(parts[: number + 1])
