@@ -76,7 +76,8 @@ def _norms_drawing(arms: Sequence[Arm], name: str, title: str, caption: str) -> 
                     label=block if ends else None,
                 )
             axes.set_yscale("log", nonpositive="mask")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                ticks(FuncFormatter(lambda y, _: f"{y:g}"))
             axes.set_xlabel("step")
             axes.legend(loc="best", handlelength=1.4)
 

@@ -252,7 +252,7 @@ def test_bad_arguments_are_one_clear_error(options: dict[str, Any], message: str
 
 @pytest.mark.long
 def test_what_watching_every_tenth_step_costs(tmp_path) -> None:
-    """Recorded, not judged. Plain and watched steps take turns, ten by ten; on a CPU its own seconds, not the clock's."""
+    """Recorded, not judged. Plain and watched steps take turns, ten by ten; on a CPU by its own seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
