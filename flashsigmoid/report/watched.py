@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..record import Record
 from .arms import Arm
@@ -76,8 +76,9 @@ def _norms_drawing(arms: Sequence[Arm], name: str, title: str, caption: str) -> 
                     label=block if ends else None,
                 )
             axes.set_yscale("log", nonpositive="mask")
-            for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                ticks(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("step")
             axes.legend(loc="best", handlelength=1.4)
 
