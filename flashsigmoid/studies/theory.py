@@ -136,7 +136,7 @@ def tightness(out_dir: str | Path, *, quick: bool = False, command: str | None =
 
     Args:
         out_dir: folder of the study.
-        quick: 1,000 random and 20 adversarial cases, a few seconds; else 10,000 and 200, five minutes.
+        quick: 1,000 random and 8 adversarial cases, a few seconds; else 10,000 and 200, five minutes.
         command: how this came about. Default: that of the process.
 
     Returns:
@@ -145,7 +145,7 @@ def tightness(out_dir: str | Path, *, quick: bool = False, command: str | None =
         both count.
     """
     path = Path(out_dir) / "tightness.jsonl"
-    random, adversarial = (1000, 20) if quick else (10_000, 200)
+    random, adversarial = (1000, 8) if quick else (10_000, 200)
     ratios: dict[tuple[str, str], list[float]] = {}
 
     def compare(cases: str, norms: Tensor, x: Tensor, weights: regular.Weights) -> None:
