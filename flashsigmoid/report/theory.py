@@ -235,6 +235,8 @@ def _numerics_figure(records: Sequence[Record]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         _finish(axes, f"relative error {title}, b = -log n", "n, keys", "relative error")
+    if (second := panels[1].get_legend()) is not None:  # the same as the first, and in the way
+        second.remove()
     return drawn
 
 
