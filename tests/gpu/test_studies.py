@@ -20,7 +20,8 @@ from flashsigmoid.models.gpt import GPT, GPTConfig
 from flashsigmoid.record import read_records
 from flashsigmoid.studies import k_summation, load, pair_repeat, retrieval
 from flashsigmoid.studies.encoder import Encoder
-from flashsigmoid.studies.trials import Draw, text_bytes, text_draw, token_loss
+from flashsigmoid.studies.text import text_bytes, text_draw
+from flashsigmoid.studies.trials import Draw, token_loss
 from flashsigmoid.training.optim import adamw
 
 DEVICE = "cuda"
