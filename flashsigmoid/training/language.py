@@ -276,6 +276,7 @@ def train(run: LanguageRun, out_dir: str | Path, **options: Unpack[Options]) -> 
             max_minutes: save and stop after so many, counted from the call. Default: None, no limit.
             mesh: as "dp=2,cp=2,tp=1", over the processes that a launcher started. Default: all of them along dp.
             timeout_s: longest wait for another rank of the mesh. Default: 600.
+            probe_every: measure norms and attention everywhere in one of so many steps, see `Watch`. Default: 0, never.
             max_skipped: so many steps in a row without a finite gradient, each skipped, end the run. Default: 10.
 
     Returns:
