@@ -51,12 +51,17 @@ torch.library.define(
 def forward_part(*inputs) -> Tensor:
     """What flashsigmoid::fwd computes, as a summand: float32 (float64), not rounded to the dtype of q. No autograd."""
     problem, backend = _problem(*inputs)
+    if not _PLAIN.issuperset(map(type, inputs[:_TENSOR_COUNT])):  # without contents, in a simulation
+        return torch.ops.flashsigmoid.fwd(*inputs).to(problem.compute_dtype)
     return _compute_fwd(_partial(problem), backend, *inputs[:_TENSOR_COUNT])
 
 
 def backward_part(dout: Tensor, *inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What flashsigmoid::bwd computes, in the same way; the gradient of a bias or of slopes too."""
     problem, backend = _problem(*inputs)
+    if not _PLAIN.issuperset(map(type, inputs[:_TENSOR_COUNT])):
+        grads = torch.ops.flashsigmoid.bwd(dout, *inputs)
+        return tuple(x.to(problem.compute_dtype) for x in grads)  # pyright: ignore[reportReturnType]
     return _compute_bwd(_partial(problem), backend, dout, *inputs[:_TENSOR_COUNT])
 
 
