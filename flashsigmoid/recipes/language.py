@@ -149,8 +149,8 @@ def paper_7b() -> LanguageRun:
 
     Its state leaves no room for the activations of more than a few thousand tokens.
 
-    Paper: arXiv:2409.04431 (32 layers of 4096). Command: flashsigmoid train paper_7b --mesh cp=8 --set recompute=selective.
-    Hardware, wall time, expected: not yet measured (paper: parity with softmax).
+    Paper: arXiv:2409.04431 (32 layers of 4096). Command: flashsigmoid train paper_7b --mesh cp=8 --set
+    recompute=selective. Hardware, wall time, expected: not yet measured (paper: parity with softmax).
     """
     run = paper_1b()
     return replace(
