@@ -12,15 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from flashsigmoid.distributed import plans
 from flashsigmoid.distributed.initialize import initialize
 from flashsigmoid.distributed.plans import AXES, parallelize, shard_batch
+from flashsigmoid.distributed.simulate import Sent
 from flashsigmoid.models.gpt import GPT, GPTConfig
 from flashsigmoid.nn import RotaryEmbedding
 from flashsigmoid.nn import alibi_slopes as alibi_slopes_of
+from flashsigmoid.nn.recompute import Recompute
 
 BATCH, SEQLEN = 4, 32
 TINY = GPTConfig(vocab_size=64, seqlen=SEQLEN, nlayers=2, dim=32, nheads=4, nheads_k=2, mlp_dim=48)
@@ -173,3 +176,16 @@ def weights_from_meta(name: str, sizes: tuple[int, int, int]) -> list[str]:
     whole = dict(model_of(name, torch.float32).named_parameters())
     parts = {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in model.named_parameters()}
     return [key for key, x in parts.items() if not torch.equal(x, whole[key])]
+
+
+def sent_of(name: str, sizes: tuple[int, int, int], recompute: Recompute) -> tuple[int, int]:
+    """Bytes that this rank sends in one step as `simulate` takes it: point to point, and in collectives."""
+    mesh, config = mesh_of(sizes), MODELS[name]
+    model = parallelize(
+        model_of(name, torch.float32), mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),
+        recompute=recompute,
+    )  # fmt: skip
+    tokens = torch.zeros(1, config.seqlen // sizes[1], dtype=torch.int64)
+    with Sent(sizes[0] * sizes[1]) as sent:
+        F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
+    return sent.point_to_point, sent.collective
