@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends import Explanation, op, packed, reference, triton
+from .backends import Explanation, known, op, packed, reference, triton
 from .backends.problem import BackendUnsupported, make_problem
 from .backends.rules import Window, autocast, split_bias, validate, validate_number
 
@@ -369,6 +369,11 @@ def attend(
 ) -> Tensor:
     """What every call comes to, beyond autocast: validation, then the op, or the reference."""
     given = (sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend)
+    key = None
+    if cu_seqlens is None and seed is None:
+        key, call = known.find(q, k, v, *given, q_offset, origin)
+        if call is not None:
+            return call(q, k, v)
     validate(q, k, v, *given, cu_seqlens=cu_seqlens)
     bias, number = split_bias(sigmoid_bias)
     if dropout_p > 0 and seed is None:
@@ -376,11 +381,15 @@ def attend(
     left, right = window_size
     if backend != "reference":
         _refuse_tangents(q, k, v, bias, alibi_slopes)
-        return op.forward(
+        inputs = (
             q, k, v, bias, alibi_slopes, seed, *(cu_seqlens or (None, None)),
             number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, *max_seqlens,
             op.needs_sums(bias, alibi_slopes), backend,
         )  # fmt: skip
+        out = op.forward(*inputs)
+        if key is not None:
+            known.remember(key, inputs)
+        return out
     problem = make_problem(
         q,
         k,

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from flashsigmoid import backends
+from flashsigmoid.backends import known
 
 ALLOCATORS = (
     (torch, "empty"),
@@ -100,3 +101,4 @@ def nothing_remembered() -> Iterator[None]:
     """What a test changes of the backends decides its own calls, and no later ones."""
     yield
     backends._remembered.cache_clear()
+    known.forget()

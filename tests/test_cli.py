@@ -426,7 +426,7 @@ def test_a_theory_is_recorded_drawn_and_printed(flashsigmoid, tmp_path):
     assert outcome.code == 0, outcome.err
     assert "lopsided" in outcome.out
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["universal.jsonl", "universal.png"]
-    assert_one_error(flashsigmoid("theory", "magic"), 2, "'magic' is not one of 'bias', 'regularity', 'universal'")
+    assert_one_error(flashsigmoid("theory", "magic"), 2, "'magic' is not one of 'bias', 'regularity', 'tightness'")
 
 
 @pytest.mark.parametrize("recipe", ["simclr_digits", pytest.param("byol_digits", marks=pytest.mark.long), "mae_digits"])

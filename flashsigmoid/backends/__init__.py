@@ -21,7 +21,7 @@ NAMES = (*AUTO, "reference")
 
 
 class Backend(Protocol):
-    """The names every backend module shows."""
+    """The names every backend module shows; whose launches can be prepared also shows `prepare`, as `triton` does."""
 
     NAME: str
     PACKED: bool  # forward and backward take cu_seqlens=(cu_seqlens_q, cu_seqlens_k) and packed rows

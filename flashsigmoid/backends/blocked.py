@@ -68,7 +68,8 @@ def forward(
 ) -> Tensor:
     """O = sum over key blocks of sigmoid(scale Q K^T + b) V."""
     call = _Call(problem, q, k, v, bias, slopes, seed)
-    out = q.new_empty(problem.batch, problem.seqlen_q, problem.nheads, problem.head_dim_v)
+    shape = (problem.batch, problem.seqlen_q, problem.nheads, problem.head_dim_v)
+    out = q.new_empty(shape, dtype=problem.result_dtype)
     for slab in call.slabs:
         tiles = _Tiles(call, slab)
         for block in call.row_blocks:
@@ -98,8 +99,8 @@ def backward(
     # a key head's gradient is the sum over its query heads, each of which is computed on its own
     dq, dk, dv = (x.new_empty(*x.shape[:2], problem.nheads, x.shape[3]) for x in (call.q, call.k, call.v))
     if problem.group == 1:
-        dk, dv = dk.to(q.dtype), dv.to(q.dtype)
-    dq = dq.to(q.dtype)
+        dk, dv = dk.to(problem.result_dtype), dv.to(problem.result_dtype)
+    dq = dq.to(problem.result_dtype)
     heads = (problem.batch, problem.nheads)
     row_sums = None if bias is None else call.q.new_zeros(*heads, problem.seqlen_q)
     dslopes = None if slopes is None else call.q.new_zeros(heads)
@@ -136,7 +137,7 @@ def backward(
         for row_block, dq_block in zip(call.row_blocks, dq_blocks, strict=True):
             slab.put(dq, row_block, dq_block)
     if problem.group > 1:
-        dk, dv = (x.unflatten(2, (problem.nheads_k, problem.group)).sum(3).to(q.dtype) for x in (dk, dv))
+        dk, dv = (x.unflatten(2, (problem.nheads_k, problem.group)).sum(3).to(problem.result_dtype) for x in (dk, dv))
     return dq, dk, dv, row_sums, None if dslopes is None else dslopes[..., None]
 
 

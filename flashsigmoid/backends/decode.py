@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import triton
 from .gpu import too_long
-from .op import _is_plain as is_plain
+from .op import is_plain
 from .problem import Problem, _gpu_arch, make_problem
 
 # queries that "auto" takes it for: those that are no chunk of prefill, which dense kernels compute in larger blocks

@@ -18,7 +18,23 @@ LONG = {torch.float16: 2**16, torch.bfloat16: 2**19, torch.float32: 0}
 
 LARGEST = 2**30  # positions are 32-bit integers
 
-_threads = threading.local()
+# from loaded and other tensors: descriptors of the loaded or None, further arguments, constants; it holds no tensor
+Describe = Callable[
+    [tuple[Tensor, ...], tuple[Tensor | None, ...]], tuple[tuple[Any, ...] | None, tuple[Any, ...], dict[str, Any]]
+]
+
+_MOST = 4096  # launches that a plan remembers
+
+
+class Threads(threading.local):
+    """What a thread has of its own."""
+
+    def __init__(self) -> None:
+        self.token = object()  # to be known by; the identifier of a thread that ended may come again
+        self.devices: set[int] = set()  # where it has a context
+
+
+threads = Threads()
 _HERE = nullcontext()
 
 
@@ -31,10 +47,9 @@ def on_device(x: Tensor):
     if not x.is_cuda:
         return _HERE
     index = x.device.index
-    ready = _threads.__dict__.setdefault("devices", set())
-    if index not in ready:
+    if index not in threads.devices:
         torch.zeros(1, device=x.device)  # a launch of the runtime makes the context current
-        ready.add(index)
+        threads.devices.add(index)
     return _HERE if torch.cuda.current_device() == index else torch.cuda.device(index)
 
 
@@ -80,56 +95,84 @@ def launch(
     programs: int,
     loaded: tuple[Tensor, ...],
     tensors: tuple[Tensor | None, ...],
-    describe: Callable[[], tuple[tuple[Any, ...] | None, tuple[Any, ...], dict[str, Any]]],
+    describe: Describe,
 ) -> None:
-    """Run kernel[(programs,)] on descriptors of `loaded`, or on them, then `tensors`, then what `describe` says.
+    """Run kernel[(programs,)] on descriptors of `loaded`, or on them, then `tensors`, then what `describe` says."""
+    find_launch(triton, launches, key, kernel, loaded, describe).run(programs, loaded, tensors)
 
-    Of Triton's way to a kernel most is finding it, some 50 us: a launch that is known goes straight to it. `describe`
-    gives (descriptors or None, further arguments, constants), which `key` and the strides of `loaded` decide; `triton`
-    is the module, which is imported by who has kernels only.
+
+def find_launch(
+    triton: Any,
+    launches: dict[Any, Launch],
+    key: Sequence[Any],
+    kernel: Any,
+    loaded: tuple[Tensor, ...],
+    describe: Describe,
+) -> Launch:
+    """The kernel's launch on tensors laid out like `loaded` and of the same key, in this thread.
+
+    `triton` is the module, which is imported by who has kernels only.
     """
     described = [(x.stride(), x.data_ptr() % 16) for x in loaded]
-    where = (threading.get_ident(), loaded[0].device, *described, *key)
+    where = (threads.token, loaded[0].device, *described, *key)
     known = launches.get(where)
-    if known is not None:
-        known.run(triton, programs, loaded, tensors)
-        return
-    descriptors, rest, constants = describe()
-    compiled = kernel[(programs,)](*(descriptors or loaded), *tensors, *rest, **constants)
-    if compiled is not None:  # the interpreter compiles nothing
-        names = kernel.arg_names[len(loaded) + len(tensors) + len(rest) :]
-        launches[where] = Launch(compiled, descriptors, (*rest, *(constants[name] for name in names)))
+    if known is None or known.kernel is not kernel:
+        if len(launches) >= _MOST:
+            launches.clear()
+        known = launches[where] = Launch(triton, kernel, describe)
+    return known
 
 
 class Launch:
-    """A compiled kernel and its arguments after the tensors, of one thread."""
+    """A kernel on tensors of one layout in one thread; it holds none of them.
 
-    def __init__(self, compiled: Any, descriptors: tuple[Any, ...] | None, rest: tuple[Any, ...]):
-        self.compiled = compiled
-        self.descriptors = descriptors  # those of the first launch, checked then
-        self.rest = rest
-        self._put(())
+    Of Triton's way to a kernel most is finding it, some 50 us: only the first run goes that way.
+    """
 
-    def run(self, triton: Any, programs: int, loaded: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> None:
-        """The same on other tensors of the same strides; none of them is held afterwards."""
-        args = (*(self.descriptors or loaded), *tensors, *self.rest)
-        compiled, knobs = self.compiled, triton.knobs.runtime
-        self._put(loaded)
+    def __init__(self, triton: Any, kernel: Any, describe: Describe):
+        self.kernel, self._triton, self._describe = kernel, triton, describe
+        self._compiled: Any = None
+
+    def run(self, programs: int, loaded: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> None:
+        """Launch the kernel where the tensors are; `loaded` may be passed in descriptors."""
+        if self._compiled is None:
+            with on_device(loaded[0]):
+                return self._compile(programs, loaded, tensors)
+        if self._index != torch._C._cuda_getDevice():
+            with torch.cuda.device(self._index):
+                return self.run(programs, loaded, tensors)
+        knobs, descriptors = self._knobs, self._descriptors
+        if descriptors:
+            self._put(loaded)
         try:
-            if _is_watched(knobs.launch_enter_hook) or _is_watched(knobs.launch_exit_hook):
-                compiled[(programs, 1, 1)](*args)
-            else:  # the same without what only hooks read, another 6 us
-                stream = triton.runtime.driver.active.get_current_stream(loaded[0].device.index)
-                run, handle = compiled.run, compiled.function
-                run(programs, 1, 1, stream, handle, compiled.packed_metadata, None, None, None, *args)
+            enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+            if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler, say, has hooked in
+                self._compiled[(programs, 1, 1)](*(descriptors or loaded), *tensors, *self._rest)
+                return
+            # the same without what only hooks read, and by addresses, which Triton need not ask the driver about
+            first = descriptors or [x.data_ptr() for x in loaded]
+            others = [None if x is None else x.data_ptr() for x in tensors]
+            stream = self._get_stream(self._index)
+            self._run(programs, 1, 1, stream, *self._handles, None, None, None, *first, *others, *self._rest)
         finally:
-            self._put(())
+            if descriptors:
+                self._put(())
+
+    def _compile(self, programs: int, loaded: tuple[Tensor, ...], tensors: tuple[Tensor | None, ...]) -> None:
+        descriptors, rest, constants = self._describe(loaded, tensors)
+        compiled = self.kernel[(programs,)](*(descriptors or loaded), *tensors, *rest, **constants)
+        if compiled is None:  # the interpreter compiles nothing
+            return
+        names = self.kernel.arg_names[len(loaded) + len(tensors) + len(rest) :]
+        self._rest = (*rest, *(constants[name] for name in names))
+        self._descriptors = descriptors  # checked now; later ones differ in their tensors only
+        self._put(())
+        self._index = loaded[0].device.index
+        self._knobs = self._triton.knobs.runtime
+        self._get_stream = self._triton.runtime.driver.active.get_current_stream
+        self._compiled, self._run = compiled, compiled.run
+        self._handles = (compiled.function, compiled.packed_metadata)
 
     def _put(self, loaded: tuple[Tensor, ...]) -> None:
-        for descriptor, x in itertools.zip_longest(self.descriptors or (), loaded if self.descriptors else ()):
+        for descriptor, x in itertools.zip_longest(self._descriptors or (), loaded):
             descriptor.base = x
-
-
-def _is_watched(hook: Any) -> bool:
-    """Whether somebody, a profiler say, has hooked into Triton's launches."""
-    return bool(getattr(hook, "calls", hook))

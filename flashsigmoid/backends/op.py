@@ -6,8 +6,10 @@ past the dispatcher where nothing listens to it. Imports torch only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ _TENSORS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
 _TENSOR_COUNT = len(_TENSORS.split(", "))
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_PLAIN = {Tensor, torch.nn.Parameter}
 SCALAR_NAMES = tuple(field.split()[1] for field in _SCALARS.split(", "))
 
 torch.library.define(
@@ -46,6 +48,33 @@ torch.library.define(
 )
 
 
+def forward_part(*inputs) -> Tensor:
+    """What flashsigmoid::fwd computes, as a summand: float32 (float64), not rounded to the dtype of q. No autograd."""
+    problem, backend = make(*inputs)
+    if _is_simulated(inputs[:_TENSOR_COUNT]):
+        return torch.ops.flashsigmoid.fwd(*inputs).to(problem.compute_dtype)
+    return compute_fwd(_partial(problem), backend, *inputs[:_TENSOR_COUNT])
+
+
+def backward_part(dout: Tensor, *inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What flashsigmoid::bwd computes, in the same way; the gradient of a bias or of slopes too."""
+    problem, backend = make(*inputs)
+    if _is_simulated(inputs[:_TENSOR_COUNT]):
+        grads = torch.ops.flashsigmoid.bwd(dout, *inputs)
+        return tuple(x.to(problem.compute_dtype) for x in grads)  # pyright: ignore[reportReturnType]
+    return compute_bwd(_partial(problem), backend, dout, *inputs[:_TENSOR_COUNT])
+
+
+def _is_simulated(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether they are tensors without contents."""
+    return any(x is not None and x.__class__ not in _PLAIN for x in tensors)
+
+
+@functools.lru_cache(maxsize=4096)
+def _partial(problem: Problem) -> Problem:
+    return replace(problem, is_partial=True)
+
+
 def full_precision(device: str) -> AbstractContextManager[object]:
     """Autocast off: it would round the scores inside a backend."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -53,7 +82,7 @@ def full_precision(device: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _problem(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Problem, str]:
+def make(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Problem, str]:
     """The problem, and the backend that was asked for."""
     named = dict(zip(SCALAR_NAMES, scalars, strict=True))
     backend = named.pop("backend")
@@ -61,16 +90,16 @@ def _problem(q, k, v, bias, slopes, seed, cu_q, cu_k, *scalars) -> tuple[Problem
 
 
 def _fwd(*inputs) -> Tensor:
-    return _compute_fwd(*_problem(*inputs), *inputs[:_TENSOR_COUNT])
+    return compute_fwd(*make(*inputs), *inputs[:_TENSOR_COUNT])
 
 
 def _bwd(dout, *inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _compute_bwd(*_problem(*inputs), dout, *inputs[:_TENSOR_COUNT])
+    return compute_bwd(*make(*inputs), dout, *inputs[:_TENSOR_COUNT])
 
 
-def _compute_fwd(problem: Problem, backend: str, q, k, v, bias, slopes, seed, cu_q, cu_k) -> Tensor:
+def compute_fwd(problem: Problem, backend: str, q, k, v, bias, slopes, seed, cu_q, cu_k) -> Tensor:
     if problem.is_empty:
-        return q.new_zeros(*q.shape[:-1], problem.head_dim_v)
+        return q.new_zeros(*q.shape[:-1], problem.head_dim_v, dtype=problem.result_dtype)
     with full_precision(problem.device):
         module = select(problem, backend, "forward", (q, k, v))
         if cu_q is None:
@@ -78,7 +107,7 @@ def _compute_fwd(problem: Problem, backend: str, q, k, v, bias, slopes, seed, cu
         return packed.forward(module, problem, q, k, v, bias, slopes, seed, (cu_q, cu_k))
 
 
-def _compute_bwd(
+def compute_bwd(
     problem: Problem, backend: str, dout, q, k, v, bias, slopes, seed, cu_q, cu_k
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if problem.is_empty:
@@ -95,11 +124,11 @@ def _compute_bwd(
     if bias is not None and problem.needs_sums:
         assert row_sums is not None
         dbias = row_sums if problem.has_row_bias else packed.sum_heads(row_sums, cu_q)
-        dbias = _reduce_to(dbias, bias)
+        dbias = _reduce_to(dbias, bias, problem)
     dslopes = q.new_empty(0)
     if slopes is not None and problem.needs_sums:
         assert slope_sums is not None
-        dslopes = _reduce_to(packed.sum_heads(slope_sums, cu_q), slopes)
+        dslopes = _reduce_to(packed.sum_heads(slope_sums, cu_q), slopes, problem)
     return dq, dk, dv, dbias, dslopes
 
 
@@ -115,8 +144,9 @@ def _fwd_fp8(q, k, v, q_scale, k_scale, v_scale, bias, slopes, *scalars) -> Tens
     return forward_fp8(problem, q, k, v, (q_scale, k_scale, v_scale), bias, slopes, out_dtype)
 
 
-def _reduce_to(grad: Tensor, like: Tensor) -> Tensor:
-    return grad.sum_to_size(like.shape).to(like.dtype).contiguous()
+def _reduce_to(grad: Tensor, like: Tensor, problem: Problem) -> Tensor:
+    dtype = grad.dtype if problem.is_partial else like.dtype
+    return grad.sum_to_size(like.shape).to(dtype).contiguous()
 
 
 @torch.library.register_fake("flashsigmoid::fwd")
@@ -147,28 +177,28 @@ def _gradients(q, k, v, bias, slopes, needs_sums: bool) -> tuple[Tensor, Tensor,
 def forward(*inputs) -> Tensor:
     """flashsigmoid::fwd; in plain eager mode past the dispatcher, which costs more than the kernels of a short call."""
     tensors = inputs[:_TENSOR_COUNT]
-    if not _is_plain(tensors):
+    if not is_plain(tensors):
         if _is_eager() and _is_transformed():
             return _Transformed.apply(inputs[_TENSOR_COUNT:], *tensors)  # pyright: ignore[reportReturnType]
         return torch.ops.flashsigmoid.fwd(*inputs)
-    problem, backend = _problem(*inputs)
+    problem, backend = make(*inputs)
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
                 scalars = inputs[_TENSOR_COUNT:]
                 return _Attention.apply(problem, backend, scalars, *tensors)  # pyright: ignore[reportReturnType]
-    return _compute_fwd(problem, backend, *tensors)
+    return compute_fwd(problem, backend, *tensors)
 
 
-def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
+def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing would see the op: no compiler, tracer, transform, mode or kind of tensor of its own."""
-    return (
-        _is_eager()
-        and not _is_transformed()
-        and torch._C._get_tracing_state() is None
-        and _PLAIN.issuperset(map(type, tensors))
-        and not (tensors[0] is not None and tensors[0].is_meta)
-    )
+    if not _is_eager() or _is_transformed() or torch._C._get_tracing_state() is not None:
+        return False
+    for x in tensors:
+        # a tensor that is negated by a bit has the other sign in memory
+        if x is not None and (x.__class__ not in _PLAIN or x.is_neg()):
+            return False
+    return tensors[0] is None or not tensors[0].is_meta
 
 
 def _is_eager() -> bool:
@@ -196,15 +226,15 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, problem, backend, scalars, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(*tensors)
         ctx.problem, ctx.backend, ctx.scalars = problem, backend, scalars
-        return _compute_fwd(problem, backend, *tensors)
+        return compute_fwd(problem, backend, *tensors)
 
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         # with grad enabled a second derivative may be asked for: the op says that there is none
-        if torch.is_grad_enabled() or not _is_plain((dout,)):
+        if torch.is_grad_enabled() or not is_plain((dout,)):
             return None, None, None, *_autograd_fwd(ctx, dout)[:_TENSOR_COUNT]
         saved = ctx.saved_tensors
-        return None, None, None, *_given(saved, _compute_bwd(ctx.problem, ctx.backend, dout, *saved))
+        return None, None, None, *_given(saved, compute_bwd(ctx.problem, ctx.backend, dout, *saved))
 
 
 class _Transformed(torch.autograd.Function):

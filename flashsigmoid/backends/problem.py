@@ -43,6 +43,7 @@ class Problem:
     sigmoid: str = "auto"
     total_q: int | None = None  # packed rows of all sequences: batch sequences, seqlen_q and seqlen_k the longest
     total_k: int | None = None
+    is_partial: bool = False  # results are summands of a larger problem's, and stay in `compute_dtype`
     needs_sums: bool = False  # a backward sums dS: for the gradient of a tensor bias or of slopes
     arch: str | None = None  # "sm_90", "gfx942", ...: of a GPU, where it is there
 
@@ -69,6 +70,11 @@ class Problem:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of scores and accumulators: float64 for float64 inputs, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of out, dq, dk, dv: that of the inputs, unless they will be added to others."""
+        return self.compute_dtype if self.is_partial else self.dtype
 
     @property
     def is_packed(self) -> bool:

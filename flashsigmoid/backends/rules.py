@@ -27,6 +27,8 @@ def split_bias(sigmoid_bias: float | Tensor | None) -> tuple[Tensor | None, floa
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v in autocast's dtype where autocast is on; float64 is left alone, as autocast does."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return q, k, v
     device = q.device.type
     if device not in _AUTOCAST or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v

@@ -54,7 +54,7 @@ def study(
     ] = 1,
     assignments: Fields = None,
 ) -> None:
-    """Train the arms of a study and compare them in a table and, where there is something to draw, a figure.
+    """Train the arms of a study and compare them in a table and a figure.
 
     What the folder holds already is taken as it is, so arms and seeds may be run side by side or on other machines.
     """
@@ -63,7 +63,7 @@ def study(
             raise ValueError("vision-ablation has no --quick, --seed and --jobs: use --set steps=200, --set seed=1")
         _vision_ablation(recipe or "digits", only or [], out, fresh, device, assignments)
         return
-    from ..report.studies import has_figure, study_note, study_rows, write_study
+    from ..report.studies import study_note, study_rows, write_study
     from ..studies import STUDIES, load
 
     if name not in STUDIES:
@@ -79,11 +79,9 @@ def study(
         )
     print_table(study_rows(records))
     print(study_note(records))
-    drawn = ""
-    if has_figure(records):
-        write_study(records, records.with_suffix(".png"))
-        drawn = f"   figure: {records.with_suffix('.png')}"
-    print(f"records: {records}{drawn}")
+    figure = records.with_suffix(".png")
+    write_study(records, figure)
+    print(f"records: {records}   figure: {figure}")
 
 
 def _vision_ablation(
@@ -112,10 +110,11 @@ def _vision_ablation(
 @app.command(epilog="Examples: flashsigmoid theory universal --quick; flashsigmoid theory regularity --out runs/mine")
 def theory(
     name: Annotated[
-        Literal["bias", "regularity", "universal"],
+        Literal["bias", "regularity", "tightness", "universal", "numerics"],
         typer.Argument(
             help="bias: which b is closest to softmax; regularity: how fast attention can change; "
-            "universal: a function approximated by weights set by hand.",
+            "tightness: a bound against 10,000 points; universal: a function approximated by weights set by hand; "
+            "numerics: errors of formulas of the sigmoid against n.",
             show_default=False,
         ),
     ],

@@ -50,6 +50,9 @@ def train(
             show_default="one",
         ),
     ] = None,
+    probe_every: Annotated[
+        int, typer.Option(help="Measure norms and attention everywhere in one of so many steps; 0: never.")
+    ] = 0,
     device: Device = "auto",
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
 ) -> None:
@@ -84,7 +87,9 @@ def train(
     folder = out or Path("runs") / recipe / run.model.attention
     if mesh is not None and _launched(mesh, device):
         return
-    results = train_shown(run, folder, resume=resume, device=device, max_minutes=max_minutes, mesh=mesh)
+    results = train_shown(
+        run, folder, resume=resume, device=device, max_minutes=max_minutes, mesh=mesh, probe_every=probe_every
+    )
     if os.environ.get("RANK", "0") != "0":
         return
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))

@@ -26,7 +26,7 @@ _Key = tuple[str, str]  # what it is, and of which layer or parameter
 class Watch:
     """Measure a model while it trains: a context manager around the loop, over any model and optimizer of torch.
 
-    In one of `every` steps it hands over, with names and units of nothing but their own:
+    In one of `every` steps it hands over numbers without a unit:
 
         probe_output, probe_output_grad     of each module's output and the gradient there, L2 norms of its vectors,
                                             those along the last dimension: their mean, with tags max and min
@@ -39,8 +39,8 @@ class Watch:
                                             the gradient that is there, so at most its norm
         probe_bound, probe_bound_share      `theory.layers.layer_bound` and probe_gain over it, for nn.SigmoidAttention
 
-    A step is one of the optimizer's; if several batches make one, all of them count. Numbers have the step as the
-    number of steps done before it; parameters and the optimizer's state are those after it. Attention is that of
+    A step is one of the optimizer's, the first has number 1 and is measured; if several batches make one, all of them
+    count. Parameters and the optimizer's state are those after the step, all else is before it. Attention is that of
     `seeing`: what `probe_attention` sees; a layer of ours that is given packed sequences refuses. A, the gain and the
     bound are those of the first sequences of a batch, and need O(seqlen^2) memory. Only forwards of the model itself,
     in training mode and with gradients, count. Training goes on to the same bits, and between the steps measured
@@ -263,10 +263,10 @@ class Watch:
         for (name, layer), numbers in found.items():
             if "mean" in numbers:
                 tags = {"layer": layer, "max": numbers["max"], "min": numbers["min"]}
-                self.write(name, numbers["mean"], step=self.step, **tags)
+                self.write(name, numbers["mean"], step=self.step + 1, **tags)
             else:
                 number = self._layers.index(layer) if layer in self._layers else layer
-                self.write(f"{name}/layer_{number}", numbers[""], step=self.step, layer=layer)
+                self.write(f"{name}/layer_{number}", numbers[""], step=self.step + 1, layer=layer)
 
 
 def _vector_norms(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import op
 from ..functional import sigmoid_attention_shard
 from .exchange import Axis, Exchange
 from .layout import Layout, Span
@@ -30,11 +31,6 @@ class Call:
     row_bias: bool
     is_packed: bool
     options: dict[str, Any]
-    dtype: torch.dtype  # in which the op is given q, k, v
-
-    def widened(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs in `dtype`; sums are what they are."""
-        return {name: t.to(self.dtype) if name in ("q", "k", "v", "dout") else t for name, t in x.items()}
 
     @property
     def queries_travel(self) -> bool:
@@ -132,7 +128,7 @@ def _pairs(call: Call, queries: list[Block], keys: list[Block]) -> Iterator[tupl
                     seen.start - layout.cu_seqlens_k[s],
                 ),
             }
-            yield call.widened(one.cut(seeing)), call.widened(other.cut(seen)), where, s
+            yield one.cut(seeing), other.cut(seen), where, s
 
 
 def _bias(call: Call, sides: Sides, x: Mapping[str, Tensor], sequence: int) -> Any:
@@ -142,28 +138,22 @@ def _bias(call: Call, sides: Sides, x: Mapping[str, Tensor], sequence: int) -> A
     return x["bias"].transpose(1, 2) if call.row_bias else sides.of("bias", call, sequence)
 
 
-def attend(call: Call, sides: Sides, queries: list[Block], keys: list[Block]) -> None:
-    """out += A V of every two blocks."""
-    for x, y, where, sequence in _pairs(call, queries, keys):
-        out = sigmoid_attention_shard(
-            x["q"],
-            y["k"],
-            y["v"],
-            sigmoid_bias=_bias(call, sides, x, sequence),
-            alibi_slopes=sides.of("slopes", call, sequence),
-            dropout_p=call.dropout_p,
-            seed=sides.seed,
-            **where,
-            **call.options,
-        )
-        x["out"].add_(out)
+def attend(call: Call, sides: Sides, queries: list[Block], keys: list[Block], *, are_all: bool = False) -> None:
+    """out += A V of every two blocks. are_all: of queries that stay, these are all the keys there are."""
+    for one in queries:
+        pairs = list(_pairs(call, [one], keys))
+        # what one block gives is rounded as the whole would be, by the fastest kernel; a summand is not
+        is_part = not (are_all and len(pairs) == 1)
+        for x, y, where, sequence in pairs:
+            bias, slopes = _bias(call, sides, x, sequence), sides.of("slopes", call, sequence)
+            x["out"].add_(_forward(call, sides, x, y, bias, slopes, where, is_part))
 
 
 def attend_backward(call: Call, sides: Sides, queries: list[Block], keys: list[Block]) -> None:
     """dq, dk, dv and the gradients of bias and slopes += those of every two blocks."""
     for x, y, where, sequence in _pairs(call, queries, keys):
         bias, slopes = _bias(call, sides, x, sequence), sides.of("slopes", call, sequence)
-        dq, dk, dv, dbias, dslopes = _shard_backward(call, sides, x, y, bias, slopes, where)
+        dq, dk, dv, dbias, dslopes = _backward(call, sides, x, y, bias, slopes, where)
         x["dq"].add_(dq)
         y["dk"].add_(dk)
         y["dv"].add_(dv)
@@ -173,29 +163,52 @@ def attend_backward(call: Call, sides: Sides, queries: list[Block], keys: list[B
         sides.add("slopes", call, sequence, dslopes)
 
 
-def _shard_backward(call: Call, sides: Sides, x, y, bias, slopes, where) -> tuple[Any, ...]:
-    """The backward of `sigmoid_attention_shard`, without its forward where the backend has one of its own."""
-    options, tensor_bias = call.options, bias if isinstance(bias, Tensor) else None
-    if options["backend"] != "reference":
-        return torch.ops.flashsigmoid.bwd(
-            x["dout"], x["q"], y["k"], y["v"], tensor_bias, slopes, sides.seed, None, None,
-            call.number, options["scale"], options["causal"], *options["window_size"], where["q_offset"],
-            float(call.dropout_p), where["origin"], options["sigmoid"], None, None,
-            "dbias" in x or bool(sides.sums), options["backend"],
-        )  # fmt: skip
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (x["q"], y["k"], y["v"], tensor_bias, slopes)]
+def _forward(call: Call, sides: Sides, x, y, bias, slopes, where, is_part: bool) -> Tensor:
+    """A V of two blocks, as a part of a sum not rounded."""
+    qkv = x["q"], y["k"], y["v"]
+    if call.options["backend"] == "reference":
+        q, k, v = _wide(qkv)
+        return _by_reference(call, sides, q, k, v, bias, slopes, where)
+    forward = op.forward_part if is_part else op.forward
+    return forward(*qkv, *_rest(call, sides, bias, slopes, where, False))
+
+
+def _backward(call: Call, sides: Sides, x, y, bias, slopes, where) -> tuple[Any, ...]:
+    """The gradients of `_forward`, not rounded."""
+    qkv = x["q"], y["k"], y["v"]
+    if call.options["backend"] != "reference":
+        needs_sums = "dbias" in x or bool(sides.sums)
+        return op.backward_part(x["dout"], *qkv, *_rest(call, sides, bias, slopes, where, needs_sums))
+    given = (*_wide(qkv), bias if isinstance(bias, Tensor) else None, slopes)
+    leaves = [None if t is None else t.detach().requires_grad_() for t in given]
     with torch.enable_grad():
-        out = sigmoid_attention_shard(
-            *leaves[:3],  # pyright: ignore[reportArgumentType]
-            sigmoid_bias=bias if leaves[3] is None else leaves[3],
-            alibi_slopes=leaves[4],
-            dropout_p=call.dropout_p,
-            seed=sides.seed,
-            **where,
-            **options,
-        )
-    grads = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], x["dout"]))
+        q, k, v, given_bias, slopes = leaves
+        out = _by_reference(call, sides, q, k, v, bias if given_bias is None else given_bias, slopes, where)
+    grads = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], _wide([x["dout"]])))
     return tuple(None if t is None else next(grads) for t in leaves)
+
+
+def _rest(call: Call, sides: Sides, bias, slopes, where, needs_sums: bool) -> tuple[Any, ...]:
+    """What the op takes after q, k, v."""
+    options, tensor_bias = call.options, bias if isinstance(bias, Tensor) else None
+    return (
+        tensor_bias, slopes, sides.seed, None, None,
+        call.number, options["scale"], options["causal"], *options["window_size"], where["q_offset"],
+        float(call.dropout_p), where["origin"], options["sigmoid"], None, None, needs_sums, options["backend"],
+    )  # fmt: skip
+
+
+def _by_reference(call: Call, sides: Sides, q: Any, k: Any, v: Any, bias: Any, slopes: Any, where: Any) -> Tensor:
+    with op.full_precision(q.device.type):
+        return sigmoid_attention_shard(
+            q, k, v, sigmoid_bias=bias, alibi_slopes=slopes, dropout_p=call.dropout_p, seed=sides.seed, **where,
+            **call.options,
+        )  # fmt: skip
+
+
+def _wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """In float32 at least: the reference rounds what it returns."""
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
 
 
 def within(runs: Sequence[Block], span: Span) -> dict[str, Tensor]:

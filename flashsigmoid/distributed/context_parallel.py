@@ -69,8 +69,8 @@ def sigmoid_attention(
         scale, causal, window_size, alibi_slopes, sigmoid, backend: as there.
 
     Returns:
-        (batch, local_q, nheads, head_dim_v): sums over ranks are float32 (float64 for float64 inputs). Partial results
-        travel and are added as the op returns them: float32 in plain torch, rounded to the dtype of q by kernels.
+        (batch, local_q, nheads, head_dim_v) in the dtype of q. Partial results are float32 (float64 for float64
+        inputs), travel so and are added so; what one call of the op gives whole is not a partial result.
         A gradient of a bias that is not sharded, or of slopes, is this rank's part, as that of any weight: their sum
         over the axis is the gradient.
 
@@ -219,13 +219,10 @@ def _attention(
     left, right = window_size
     band = (left, (0 if right is None else min(0, right)) if causal else right)
     layout = Layout(axis.size, order, rows_q, rows_k, cu_seqlens[0], cu_seqlens[1], band)
-    # plain torch computes in float32 anyway, and then returns partial results as they are; a kernel rounds each
-    plain = q.device.type == "cpu" or backend in ("blocked", "reference")
-    dtype = _wide(q) if plain else q.dtype
     if scheme == "auto":
         sizes = Sizes(
             q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype.itemsize,
-            bias.dtype.itemsize if bias is not None and row_bias else 0, dtype.itemsize,
+            bias.dtype.itemsize if bias is not None and row_bias else 0,
         )  # fmt: skip
         scheme = choose_scheme(
             layout, sizes, training=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -235,7 +232,6 @@ def _attention(
         {
             "scale": scale, "causal": causal, "window_size": tuple(window_size), "sigmoid": sigmoid, "backend": backend
         },
-        dtype,
     )  # fmt: skip
     return _ContextParallel.apply(call, q, k, v, bias, slopes, seed)  # pyright: ignore[reportReturnType]
 
@@ -257,10 +253,10 @@ class _ContextParallel(torch.autograd.Function):
         keys = blocks_of(layout.keys(rank), {"k": k, "v": v})
         if call.scheme == "all_gather":
             keys += [block for _, spans, arrived in visitors for block in blocks_of(spans, arrived)]
-            attend(call, sides, queries, joined(keys))
+            attend(call, sides, queries, joined(keys), are_all=True)
             return home["out"].to(q.dtype)
         attend(call, sides, queries, keys)
-        homecoming = exchange.homecoming(home if call.queries_travel else {}, {"out": call.dtype})
+        homecoming = exchange.homecoming(home if call.queries_travel else {})
         for step, spans, arrived in visitors:
             if call.queries_travel:
                 part = {"out": _zeros(arrived["q"], wide, v.shape[3])}
@@ -290,13 +286,9 @@ class _ContextParallel(torch.autograd.Function):
         grads_k = {"k": "dk", "v": "dv"}
         home_q = {grad: _zeros(mine[name], wide) for name, grad in grads_q.items()}
         home_k = {grad: _zeros(theirs[name], wide) for name, grad in grads_k.items()}
-        dtypes = {"dq": call.dtype, "dk": call.dtype, "dv": call.dtype}
-        if "bias" in grads_q:
-            dtypes["dbias"] = bias.dtype
-
         travels, grads, home = (mine, grads_q, home_q) if call.queries_travel else (theirs, grads_k, home_k)
         visitors = exchange.visitors(travels, call.ahead)
-        homecoming = exchange.homecoming(home, dtypes)
+        homecoming = exchange.homecoming(home)
         queries = blocks_of(layout.queries(rank), {**mine, **home_q})
         keys = blocks_of(layout.keys(rank), {**theirs, **home_k})
 

@@ -21,7 +21,6 @@ class Sizes:
     head_dim_v: int
     itemsize: int  # bytes of an element of q, k, v
     row_bias_itemsize: int = 0  # of a bias with a value for every row; 0: it has none
-    partial_itemsize: int | None = None  # of partial results that return; None: as q, k, v
 
     @property
     def q_bytes(self) -> int:
@@ -39,13 +38,18 @@ class Sizes:
         return self.batch * self.nheads_k * (self.head_dim + self.head_dim_v) * self.itemsize
 
     def returned(self, row_bytes: int) -> int:
-        """Bytes of a row of partial results, of a row of inputs of so many."""
-        return row_bytes * (self.partial_itemsize or self.itemsize) // self.itemsize
+        """Bytes of a row of partial results, float32 at least, of a row of inputs of so many."""
+        return row_bytes * max(4, self.itemsize) // self.itemsize
 
     @property
     def bias_bytes(self) -> int:
         """Of a row's bias."""
         return self.batch * self.nheads * self.row_bias_itemsize
+
+    @property
+    def dbias_bytes(self) -> int:
+        """Of the gradient of a row's bias."""
+        return self.batch * self.nheads * max(4, self.itemsize) if self.row_bias_itemsize else 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def cost(layout: Layout, sizes: Sizes, scheme: str, rank: int) -> Cost:
 
     with the rows N (keys) or M (queries) of this rank that others want, counted once for each of them, and the rows
     N' or M' of others that this rank works on; kv, q, out, b are bytes of a row. Without a mask N = N' = (W - 1) n / W.
-    What returns, with a star, is in the dtype in which the op computed it: float32 in plain torch, on a GPU that of q.
+    What returns, with a star, is float32, of float64 inputs float64.
     In the forward out returns, in the backward the gradients of what travelled. A bias counts where it has a value for
     each row, and b of the last term only if it requires a gradient, which is assumed.
 
@@ -92,7 +96,7 @@ def cost(layout: Layout, sizes: Sizes, scheme: str, rank: int) -> Cost:
         there = sizes.q_bytes + sizes.bias_bytes
         return Cost(
             lent * there + sum(visits) * sizes.returned(sizes.out_bytes),
-            lent * (there + sizes.out_bytes) + sum(visits) * (sizes.returned(sizes.q_bytes) + sizes.bias_bytes),
+            lent * (there + sizes.out_bytes) + sum(visits) * (sizes.returned(sizes.q_bytes) + sizes.dbias_bytes),
             # one in use, one arriving
             min(2, len(others)) * largest * there,
         )
@@ -108,8 +112,8 @@ GATHERED_BYTES = 2**28  # what all_gather may hold at once
 def choose_scheme(layout: Layout, sizes: Sizes, *, training: bool = True, gathered_bytes: int = GATHERED_BYTES) -> str:
     """The scheme whose busiest rank sends the fewest bytes; of all_gather and ring, which send the same, by memory.
 
-    1. reduce_scatter where it sends less. In training it does so without grouped heads, 5 to 6: a query block is q, out
-       and dout, one way each, and dq, where keys and values go three times there and twice back.
+    1. reduce_scatter where it sends less. In training it does so without grouped heads, of 16 bits 7 to 8: q goes there
+       twice, dout once, and out and dq back, where K and V go there twice, and their gradients back, in float32.
     2. all_gather where what it holds is at most `gathered_bytes`: one call of the op for each chunk of queries.
     3. ring, which holds two ranks' blocks.
 

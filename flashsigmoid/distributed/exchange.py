@@ -117,19 +117,19 @@ class Exchange:
         parts = [x.narrow(1, start, span.size) for start, span in zip(starts, spans, strict=True)]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def homecoming(self, homes: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Homecoming:
+    def homecoming(self, homes: Mapping[str, Tensor]) -> Homecoming:
         """Where partial results for this rank's rows are added up."""
-        return Homecoming(self, homes, dtypes)
+        return Homecoming(self, homes)
 
 
 class Homecoming:
-    """Partial results of visitors on their way to the rows' owner, who adds them in the dtype of `homes`, by step.
+    """Partial results of visitors on their way to the rows' owner, who adds them by step, all in the dtype of `homes`.
 
-    Each is sent once, in a dtype of `dtypes`.
+    Each is sent once.
     """
 
-    def __init__(self, exchange: Exchange, homes: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
-        self.exchange, self.homes, self.dtypes = exchange, homes, dtypes
+    def __init__(self, exchange: Exchange, homes: Mapping[str, Tensor]) -> None:
+        self.exchange, self.homes = exchange, homes
         self.posted: tuple | None = None
 
     def send(self, step: int, results: Mapping[str, Tensor]) -> None:
@@ -138,10 +138,8 @@ class Homecoming:
         host, owner = (axis.rank + step) % axis.size, (axis.rank - step) % axis.size
         spans = exchange.wanted(host, axis.rank)
         rows = sum(span.size for span in spans)
-        sent = [x.to(self.dtypes[name]).contiguous() for name, x in results.items()]
-        arrived = {
-            name: x.new_empty(x.shape[0], rows, *x.shape[2:], dtype=self.dtypes[name]) for name, x in self.homes.items()
-        }
+        sent = [x.contiguous() for x in results.values()]
+        arrived = {name: x.new_empty(x.shape[0], rows, *x.shape[2:]) for name, x in self.homes.items()}
         sends = [(owner, x) for x in sent if x.shape[1]]
         works = axis.post(sends, [(host, x) for x in arrived.values()] if spans else [])
         self.finish()

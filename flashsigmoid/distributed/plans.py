@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -21,9 +20,12 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from ..functional import sigmoid_attention_shard
 from ..nn import Block, RotaryEmbedding, SigmoidAttention, SoftmaxAttention, SwiGLU
+from ..nn.recompute import Recompute, check_recompute
 from .context_parallel import shard, sigmoid_attention, unshard
 from .layout import Order, chunks
+from .softmax import ShardedSoftmax
 
 AXES = ("dp", "cp", "tp")
 
@@ -42,7 +44,10 @@ class ShardedAttention:
     def __init__(self, mesh: DeviceMesh, *, order: Order, scheme: str, backend: str) -> None:
         # read once: slicing a mesh takes longer than a short attention
         self.dp_rank, self.tp_rank = mesh.get_local_rank("dp"), mesh.get_local_rank("tp")
-        self.options: dict[str, Any] = {"mesh": mesh["cp"], "order": order, "scheme": scheme, "backend": backend}
+        self.backend = backend
+        self.over_cp: dict[str, Any] | None = None
+        if mesh["cp"].size() > 1:
+            self.over_cp = {"mesh": mesh["cp"], "order": order, "scheme": scheme}
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, sigmoid_bias, **options: Any) -> Tensor:
         if isinstance(sigmoid_bias, DTensor):
@@ -52,7 +57,12 @@ class ShardedAttention:
         if isinstance(sigmoid_bias, Tensor) and sigmoid_bias.numel() == 1:
             sigmoid_bias = sigmoid_bias.reshape(())
         origin = (self.dp_rank * q.shape[0], self.tp_rank * q.shape[2])
-        return sigmoid_attention(q, k, v, sigmoid_bias=sigmoid_bias, origin=origin, **self.options, **options)
+        options |= {"sigmoid_bias": sigmoid_bias, "backend": self.backend}
+        if self.over_cp is not None:
+            return sigmoid_attention(q, k, v, origin=origin, **self.over_cp, **options)
+        if options["dropout_p"] > 0:  # all ranks draw the same
+            options["seed"] = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
+        return sigmoid_attention_shard(q, k, v, q_offset=k.shape[1] - q.shape[1], origin=(*origin, 0, 0), **options)
 
 
 class ShardedRotaryEmbedding(RotaryEmbedding):
@@ -88,7 +98,8 @@ def parallelize(
     scheme: str = "auto",
     backend: str = "auto",
     mp_policy: MixedPrecisionPolicy | None = None,
-    recompute: bool = False,
+    recompute: Recompute = "none",
+    compile: bool = False,
 ) -> nn.Module:
     """A `models.gpt.GPT` over a mesh, in place: first tensor parallel, then recomputed blocks, then FSDP2.
 
@@ -106,21 +117,26 @@ def parallelize(
     Args:
         model: with .embedding, .blocks, .norm and .head.
         mesh: with the axes "dp", "cp" and "tp", each of any size.
-        order, scheme, backend: of `context_parallel.sigmoid_attention`.
+        order, scheme, backend: of `context_parallel.sigmoid_attention`; of softmax only order matters.
         mp_policy: dtypes of FSDP's all-gathers and reduce-scatters. Default: those of the weights.
-        recompute: keep only a block's input and compute it again in the backward, what it receives included.
-            Default: False.
+        recompute: what of each block the backward computes again, what it receives included. "full": all but its
+            input; "selective": all but its input and q, k, v of its projections. Default: "none".
+        compile: torch.compile every block, over cp what is around its attention. Default: False.
 
     Raises:
         ValueError: other axes; heads, hidden channels or vocabulary that tp does not divide; a bias that depends on the
-            length at hand; softmax attention with cp or tp above 1.
+            length at hand; softmax attention that is not causal with cp above 1; compile with tp above 1, or with
+            recompute and cp above 1.
 
     Source: arXiv:1909.08053 (heads and MLP), arXiv:2205.05198 (tokens between), arXiv:2304.11277 (FSDP).
     """
     if mesh.mesh_dim_names != AXES:
         raise ValueError(f"mesh must have the axes {AXES}, got {mesh.mesh_dim_names}")
     tree = cast(Any, model)
+    check_recompute(recompute)
     tp, cp = mesh["tp"], mesh["cp"]
+    if compile:
+        check_compiled(tp.size(), cp.size(), recompute)
     for block in tree.blocks:
         _check_block(block, tp.size(), cp.size())
     if tree.head.out_features % tp.size():
@@ -128,9 +144,15 @@ def parallelize(
     sharded = mesh["dp", "cp"]._flatten("dp_cp")
     is_sharded = sharded.size() > 1 or mp_policy is not None
     for block in tree.blocks:
-        if isinstance(block.attention, SoftmaxAttention) or (mesh.size() == 1 and backend == "auto"):
+        is_softmax = isinstance(block.attention, SoftmaxAttention)
+        if mesh.size() == 1 and (is_softmax or backend == "auto"):
             continue
-        block.attention.attention_fn = ShardedAttention(mesh, order=order, scheme=scheme, backend=backend)
+        if is_softmax:
+            attend = ShardedSoftmax(mesh, order=order, attention_fn=block.attention.attention_fn)
+        else:
+            attend = ShardedAttention(mesh, order=order, scheme=scheme, backend=backend)
+        # what ranks exchange is in no graph
+        block.attention.attention_fn = torch.compiler.disable(attend) if compile and cp.size() > 1 else attend
         if isinstance(block.attention.rope, RotaryEmbedding) and cp.size() > 1:
             block.attention.rope = ShardedRotaryEmbedding(block.attention.rope, cp, order)
         if isinstance(block.attention.sigmoid_bias, nn.Parameter):
@@ -148,8 +170,10 @@ def parallelize(
                 "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
             },
         )
-    if recompute:
-        tree.blocks = nn.ModuleList(checkpoint_wrapper(block) for block in tree.blocks)
+    for block in tree.blocks:
+        block.recompute = recompute
+        if compile:
+            block.compile(dynamic=False)
     if is_sharded:
         policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
         for block in tree.blocks:
@@ -216,13 +240,24 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], largest: float) -> Tensor
     return total
 
 
+def check_compiled(tp: int, cp: int, recompute: Recompute) -> None:
+    """Whether the blocks of a mesh of these sizes can be compiled.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if tp > 1:
+        raise ValueError(f"compile must be False with tp above 1, whose tensors break its graphs, got tp={tp}")
+    if cp > 1 and recompute != "none":
+        raise ValueError(f"recompute must be 'none' with compile and cp={cp}, got {recompute!r}")
+
+
 def _check_block(block: Block, tp: int, cp: int) -> None:
     attention, mlp = cast(SigmoidAttention, block.attention), cast(Any, block.mlp)
-    if isinstance(attention, SoftmaxAttention):
-        if tp > 1 or cp > 1:
-            raise ValueError(f"softmax attention must have tp=1 and cp=1, got tp={tp}, cp={cp}")
-        return
-    if attention.sigmoid_bias is None:
+    is_softmax = isinstance(attention, SoftmaxAttention)
+    if is_softmax and cp > 1 and not attention.causal:
+        raise ValueError(f"softmax attention must be causal with cp above 1, got cp={cp}")
+    if not is_softmax and attention.sigmoid_bias is None:
         raise ValueError("sigmoid_bias must be given, -log of the training context length, got None")
     hidden = mlp.up_proj.out_features
     for name, size in (("nheads", attention.nheads), ("nheads_k", attention.nheads_k), ("hidden channels", hidden)):

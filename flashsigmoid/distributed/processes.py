@@ -82,6 +82,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0" or not is_launched()
 
 
+def ranks() -> int:
+    """How many processes the launcher started; 1: this one alone."""
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
+
+
 def restarts() -> int:
     """How often the launcher has started these processes again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if is_launched() else 0

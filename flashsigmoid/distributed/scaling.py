@@ -37,7 +37,12 @@ class ModelSizes:
         """All but the norms."""
         kv = self.dim * self.nheads_k // self.nheads
         layer = 2 * self.dim * self.dim + 2 * self.dim * kv + 3 * self.dim * self.hidden
-        return 2 * self.vocab_size * self.dim + self.nlayers * layer
+        return self.ends + self.nlayers * layer
+
+    @property
+    def ends(self) -> int:
+        """Of them, those of embedding and head."""
+        return 2 * self.vocab_size * self.dim
 
 
 MODELS = {
@@ -69,7 +74,8 @@ def token_cost(model: ModelSizes, seqlen: int, ranks: int) -> TokenCost:
     """One causal sequence in zig-zag order over `ranks` ranks, 16-bit tensors, weights sharded over the same ranks.
 
     attention: nlayers * cost / (seqlen / ranks), of the busiest rank       (cost.py)
-    FSDP:      (2 P + 2 P + 4 P) (ranks - 1) / ranks / (seqlen / ranks)     16-bit weights twice, float32 gradients
+    FSDP:      (2 P + 2 P + 4 P - 2 E) (ranks - 1) / ranks / (seqlen / ranks)     16-bit weights twice, but embedding
+               and head, E, once; float32 gradients
     kept:      4 dim nlayers, the float32 inputs of recomputed blocks       states: 16 P / ranks
     """
     head_dim = model.dim // model.nheads
@@ -90,7 +96,7 @@ def token_cost(model: ModelSizes, seqlen: int, ranks: int) -> TokenCost:
         chosen=chosen,
         window_bytes=model.nlayers * busiest(narrow, choose_scheme(narrow, sizes)) / tokens,
         softmax_bytes=model.nlayers * softmax_ring_cost(whole, sizes).sent_bytes / tokens,
-        fsdp_bytes=8 * model.parameters * (ranks - 1) / ranks / tokens,
+        fsdp_bytes=(8 * model.parameters - 2 * model.ends) * (ranks - 1) / ranks / tokens,
         kept_bytes=4 * model.dim * model.nlayers,
         visitors_bytes=visitors / tokens,
         states_bytes=16 * model.parameters / ranks,

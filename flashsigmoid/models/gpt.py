@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -163,14 +164,18 @@ class GPT(nn.Module):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw the matrices anew, as the class says; norms and LayerScales set themselves at construction."""
+    def reset_parameters(self, normal_: Callable[..., Any] = nn.init.normal_) -> None:
+        """Draw the matrices anew, as the class says; norms and LayerScales set themselves at construction.
+
+        Args:
+            normal_: called as normal_(weight, std=...) for each. Default: torch's own.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 ends_branch = name.endswith(("out_proj", "down_proj"))
                 std = module.in_features**-0.5 / (math.sqrt(2 * self.config.nlayers) if ends_branch else 1.0)
-                nn.init.normal_(module.weight, std=std / 2 if module is self.head else std)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+                normal_(module.weight, std=std / 2 if module is self.head else std)
+        normal_(self.embedding.weight, std=0.02)
 
     def _attentions(self) -> list[SigmoidAttention]:
         return [cast(Any, block).attention for block in self.blocks]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .norm import LayerScale, RMSNorm
+from .recompute import Recompute, recomputed
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -21,7 +23,9 @@ class Block(nn.Module):
         hybrid:  x <- x + ls(out_norm(f(norm(x))))   bounds what a branch adds; long sigmoid language models
             need it
 
-    Every norm is an RMSNorm; ls is a LayerScale, or nothing.
+    Every norm is an RMSNorm; ls is a LayerScale, or nothing. `recompute`, "none" unless it is set, says what of it the
+    backward computes again: with "full" only x is kept, with "selective" also q, k and v of its projections, which are
+    all that the backward of sigmoid attention needs.
 
     Args:
         attention: module called as attention(x, key_mask), for instance `SigmoidAttention`.
@@ -58,6 +62,7 @@ class Block(nn.Module):
         def scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
+        self.recompute: Recompute = "none"
         self.attention_norm = RMSNorm(dim, eps)
         self.attention = attention
         self.attention_out_norm = out_norm()
@@ -75,6 +80,11 @@ class Block(nn.Module):
         packing: Packing | None = None,
     ) -> Float[Tensor, "batch seqlen dim"]:
         """x through both branches; key_mask (True = keep), and a cache or packing if given, go to the attention."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._through(x, key_mask, cache, packing)
+        return recomputed(self._through, self.recompute, x, key_mask, cache, packing)
+
+    def _through(self, x: Tensor, key_mask: Tensor | None, cache: KVCache | None, packing: Packing | None) -> Tensor:
         given = {"cache": cache, "packing": packing}  # an attention without these is called without
         given = {name: value for name, value in given.items() if value is not None}
         attended = self.attention(self.attention_norm(x), key_mask, **given)

@@ -135,7 +135,7 @@ def paper_1b() -> LanguageRun:
     """The paper's 1B at n = 4096, where hybrid-norm is needed.
 
     Paper: arXiv:2409.04431 (24 layers of 2048). Command: flashsigmoid train paper_1b. Hardware: 1 GPU of 141 GB, where
-    it takes months: training does not shard over devices yet. Wall time: not yet measured. Expected: not yet measured
+    it takes months; more by --mesh (docs/scaling.md). Wall time: not yet measured. Expected: not yet measured
     (paper: parity with softmax).
     """
     run = paper_85m()
@@ -149,8 +149,8 @@ def paper_7b() -> LanguageRun:
 
     Its state leaves no room for the activations of more than a few thousand tokens.
 
-    Paper: arXiv:2409.04431 (32 layers of 4096). Command: flashsigmoid train paper_7b, once training shards.
-    Hardware, wall time, expected: not yet measured (paper: parity with softmax).
+    Paper: arXiv:2409.04431 (32 layers of 4096). Command: flashsigmoid train paper_7b --mesh cp=8 --set
+    recompute=selective. Hardware, wall time, expected: not yet measured (paper: parity with softmax).
     """
     run = paper_1b()
     return replace(

@@ -31,6 +31,7 @@ from .summary import (
     title,
     warnings,
 )
+from .watched import watched_drawings
 from .words import loss_text, time_text
 
 _SAMPLE_CHARACTERS = 1500
@@ -79,7 +80,8 @@ def write_report(runs: Iterable[str | Path], out: str | Path) -> Path:
         page = page / "report.html"
     statistics = [layer_drawing(arms, *statistic) for statistic in _STATISTICS]
     pictures = [maps_drawing(arms), hearing_drawing(arms), long_drawing(arms)]
-    drawings = [accuracy_drawing(arms), *loss_drawings(arms), *statistics, *pictures]
+    watched = watched_drawings(arms)
+    drawings = [accuracy_drawing(arms), *loss_drawings(arms), *statistics, *pictures, *watched]
     folder = page.with_name(f"{page.stem}-figures")
     folder.mkdir(parents=True, exist_ok=True)
     for drawing in drawings:
@@ -109,6 +111,7 @@ def _write(path: Path, content: bytes) -> None:
 def _page(arms: Sequence[Arm], drawings: dict[str, Drawing], explorer: str) -> str:
     heading, (lead, *facts) = escape(title(arms)), map(escape, statement(arms))
     curves, attention = _figure_names(arms, drawings)
+    watched = "".join(_figure(drawing) for name, drawing in drawings.items() if name[:6] == "probe-" and drawing.panels)
     curves, attention = ("".join(_figure(drawings[name]) for name in names) for names in (curves, attention))
     # nothing may be loaded, and no script may run; the pixels of attention maps are within the page
     pixels = " img-src data:;" if any(drawings[name].panels for name in ("attention-maps", "hearing")) else ""
@@ -130,6 +133,7 @@ def _page(arms: Sequence[Arm], drawings: dict[str, Drawing], explorer: str) -> s
 {_cards(arms)}
 <section><h2>{"Accuracy and loss" if are_classifiers(arms) else "Loss"}</h2><div class="pair">{curves}</div></section>
 <section><h2>Attention</h2>{attention}{explorer}</section>
+{f"<section><h2>Under the microscope</h2>{watched}</section>" if watched else ""}
 {f"<section><h2>Text</h2>{_samples(arms)}</section>" if are_of_text(arms) else ""}
 <section><h2>Settings</h2>{_settings(arms)}</section>
 <section><h2>Runs and provenance</h2>{_runs(arms)}{_provenance(arms)}</section>

@@ -1,4 +1,4 @@
-"""Records of `flashsigmoid study` (but vision-ablation) as rows, and as one figure where there is something to draw."""
+"""Records of `flashsigmoid study` (but vision-ablation) as rows, and as one figure."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from ..record import RecordFile, read_records
+from .literature import neighbours_figure, neighbours_rows, speculative_figure, speculative_rows
 from .seeds import (
     KINDS,
     beside_text,
@@ -62,20 +63,11 @@ def study_note(path: str | Path) -> str:
     return f"The {size} study: {trials}, {seconds / 60:.0f} min in all, on {', '.join(devices)}; {spread}."
 
 
-def has_figure(path: str | Path) -> bool:
-    """Whether `write_study` has something to draw.
-
-    Raises:
-        ValueError: as `study_rows`.
-    """
-    return _read(path, _ROWS).settings["study"] in _FIGURES
-
-
 def study_figure(path: str | Path) -> Figure:
     """The figure of the same file.
 
     Raises:
-        ValueError: as `study_rows`; or a study that is a table only.
+        ValueError: as `study_rows`.
     """
     file = _read(path, _FIGURES)
     return _FIGURES[file.settings["study"]](file)
@@ -216,33 +208,6 @@ def _retrieval_figure(file: RecordFile) -> Figure:
     return drawn
 
 
-def _neighbours_rows(file: RecordFile) -> Rows:
-    records, rows = file.records, []
-    n = min(tags_of(records, "accuracy", "length"))
-    pairs = max(r.tags["pairs"] for r in records if r.name == "accuracy")  # pyright: ignore[reportArgumentType]
-    for arm in tags_of(records, "train_s", "arm"):
-        norms = values_of(records, "attn_norm", 0, arm=arm, stage="text")
-        rows.append(
-            {
-                "attention": str(arm),
-                "loss": spread_text(values_of(records, "val/loss", arm=arm, length=1), loss_text),
-                "loss at 4 n": spread_text(values_of(records, "val/loss", arm=arm, length=4), loss_text),
-                f"recall of {pairs}, %": spread_text(
-                    values_of(records, "accuracy", arm=arm, task="recall", length=n, pairs=pairs), percent_text
-                ),
-                "at 4 n, %": spread_text(
-                    values_of(records, "accuracy", arm=arm, task="recall", length=4 * n, pairs=pairs), percent_text
-                ),
-                "needle, %": spread_text(
-                    values_of(records, "accuracy", arm=arm, task="needle", length=n), percent_text
-                ),
-                "first |A V|": number_text(statistics.fmean(norms)),
-                "ms per step": number_text(statistics.fmean(values_of(records, "step_ms", arm=arm, stage="text"))),
-            }
-        )
-    return rows
-
-
 def _sinks_rows(file: RecordFile) -> Rows:
     records, steps, rows = file.records, file.settings["steps"], []
     for arm in tags_of(records, "sink_mass", "arm"):
@@ -257,18 +222,6 @@ def _sinks_rows(file: RecordFile) -> Rows:
         row["heads above 30 %, %"] = spread_text(values_of(records, "sink_heads", steps, arm=arm), percent_text)
         row["row mass"] = number_text(statistics.fmean(values_of(records, "row_mass", steps, arm=arm)))
         row["loss"] = spread_text(values_of(records, "val/loss", arm=arm), loss_text)
-        rows.append(row)
-    return rows
-
-
-def _speculative_rows(file: RecordFile) -> Rows:
-    records, rows = file.records, []
-    for draft in tags_of(records, "overlap", "draft"):
-        row = {"draft": str(draft), "loss": spread_text(values_of(records, "val/loss", draft=draft), loss_text)}
-        row["kept, %"] = spread_text(values_of(records, "overlap", draft=draft), percent_text)
-        for ahead in tags_of(records, "tokens_per_call", "ahead"):
-            found = values_of(records, "tokens_per_call", draft=draft, ahead=ahead)
-            row[f"tokens a call, {ahead} ahead"] = spread_text(found, number_text)
         rows.append(row)
     return rows
 
@@ -303,14 +256,16 @@ _ROWS: dict[str, Callable[[RecordFile], Rows]] = {
     "retrieval": _retrieval_rows,
     "k-summation": k_summation_rows,
     "pair-repeat": pair_repeat_rows,
-    "neighbours": _neighbours_rows,
+    "neighbours": neighbours_rows,
     "sinks": _sinks_rows,
-    "speculative": _speculative_rows,
+    "speculative": speculative_rows,
 }
 _FIGURES: dict[str, Callable[[RecordFile], Figure]] = {
     "diagnosis": _diagnosis_figure,
     "retrieval": _retrieval_figure,
     "k-summation": k_summation_figure,
     "pair-repeat": pair_repeat_figure,
+    "neighbours": neighbours_figure,
     "sinks": _sinks_figure,
+    "speculative": speculative_figure,
 }

@@ -69,7 +69,7 @@ def pair_repeat_figure(file: RecordFile) -> Figure:
     _draw_losses(file, right)
     right.set_ylim(bottom=0.0)
     title(left, "has the first pair come again", "length", "accuracy")
-    title(right, f"training, n = {file.settings['seqlen']}", "step", "nats")
+    title(right, "training, one length a batch", "step", "nats")
     legend(drawn, left)
     return drawn
 

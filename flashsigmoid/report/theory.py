@@ -192,6 +192,55 @@ def _regularity_figure(records: Sequence[Record]) -> Figure:
     return drawn
 
 
+def _tightness_rows(records: Sequence[Record]) -> Rows:
+    rows = []
+    for cases in _values(records, "violations", "cases"):
+        for over in _values(records, "violations", "over"):
+            line = _line(records, "norm_over_bound", "share", cases=cases, over=over)
+            (violations,) = _line(records, "violations", "count", cases=cases, over=over).items()
+            row = {"cases": f"{violations[0]:,.0f} {cases}", "suprema over": str(over)}
+            row |= {f"{share:.0%} below": f"{line[share]:.3f}" for share in (0.5, 0.9, 0.99)}
+            rows.append({**row, "largest": f"{line[1.0]:.6f}", "violations": f"{violations[1]:.0f}"})
+    return rows
+
+
+def _tightness_figure(records: Sequence[Record]) -> Figure:
+    drawn, (axes,) = _panels(1)
+    for index, cases in enumerate(_values(records, "violations", "cases")):
+        for over, style in (("scores", "-"), ("reals", ":")):
+            line = _line(records, "norm_over_bound", "share", cases=cases, over=over)
+            _plot(axes, {value: share for share, value in line.items()}, index, f"{cases}, {over}", style, False)
+    axes.axvline(1.0, color="#888888", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlim(1e-4, 1.5)  # where all weights are 0 or 1 the norm is as good as 0
+    _finish(axes, "how tight the bound is", "norm of the Jacobian over its bound", "share of the cases below")
+    return drawn
+
+
+def _numerics_rows(records: Sequence[Record]) -> Rows:
+    rows = []
+    for formula in _values(records, "weight_error", "formula"):
+        line = _line(records, "weight_error", "n", formula=formula)
+        some = [n for n in line if math.log2(n) % 4 == 0]
+        rows.append({"formula": str(formula), **{f"n = {n:,.0f}": f"{line[n]:.1e}" for n in some}})
+    return rows
+
+
+def _numerics_figure(records: Sequence[Record]) -> Figure:
+    drawn, panels = _panels(2)
+    for axes, (name, title) in zip(
+        panels, {"weight_error": "of a weight, rms", "mass_error": "of the mass of a row"}.items(), strict=True
+    ):
+        for index, formula in enumerate(_values(records, name, "formula")):
+            _plot(axes, _line(records, name, "n", formula=formula), index, str(formula))
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        _finish(axes, f"relative error {title}, b = -log n", "n, keys", "relative error")
+    if (second := panels[1].get_legend()) is not None:  # the same as the first, and in the way
+        second.remove()
+    return drawn
+
+
 def _universal_rows(records: Sequence[Record]) -> Rows:
     rows = []
     for target in _values(records, "error/max", "target"):
@@ -234,10 +283,14 @@ def _universal_figure(records: Sequence[Record]) -> Figure:
 _ROWS: dict[str, Callable[[Sequence[Record]], Rows]] = {
     "bias": _bias_rows,
     "regularity": _regularity_rows,
+    "tightness": _tightness_rows,
     "universal": _universal_rows,
+    "numerics": _numerics_rows,
 }
 _FIGURES: dict[str, Callable[[Sequence[Record]], Figure]] = {
     "bias": _bias_figure,
     "regularity": _regularity_figure,
+    "tightness": _tightness_figure,
     "universal": _universal_figure,
+    "numerics": _numerics_figure,
 }

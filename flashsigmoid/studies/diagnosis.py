@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..models.gpt import GPT, GPTConfig
 from ..nn import sincos_positions
 from ..training.callbacks import Show, show_line
-from .trials import BYTES, Bench, Budget, Device, Trial, described, run_trials, text_bytes, text_draw, text_windows
+from .text import BYTES, text_bytes, text_draw, text_windows
+from .trials import Bench, Budget, Device, Trial, described, run_trials
 
 POSITIONS = ("sincos", "rope", "alibi")
 KINDS = ("sigmoid", "no-bias", "softmax")  # b = -log n; b = 0; the twin

@@ -22,7 +22,8 @@ from ..models.gpt import GPT, GPTConfig
 from ..nn.attention import AttentionFn
 from ..training.callbacks import Show, show_line
 from .retrieval import Arm, Difficulty, accuracies, retrieval_config, retrieval_draw
-from .trials import BYTES, Bench, Budget, Device, Trial, described, run_trials, text_bytes, text_draw, text_windows
+from .text import BYTES, text_bytes, text_draw, text_windows
+from .trials import Bench, Budget, Device, Trial, described, run_trials
 
 # the polynomial of an entropy in nats that gives the inverse temperature, highest power first: arXiv:2410.01104
 _INVERSE_TEMPERATURE = (-0.037, 0.481, -2.3, 4.917, -1.791)

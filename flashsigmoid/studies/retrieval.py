@@ -32,7 +32,7 @@ class Difficulty:
 
 
 QUICK = Budget(steps=1500, batch=32, seqlen=32, lr=5e-3, weight_decay=0.0)
-FULL = Budget(steps=6000, batch=64, seqlen=128, lr=2e-3, weight_decay=0.0)
+FULL = Budget(steps=8000, batch=64, seqlen=128, lr=2e-3, weight_decay=0.0)
 QUICK_ASKED = Difficulty(each=16, trained_pairs=4, pairs=(2, 4, 6, 8), samples=128)
 FULL_ASKED = Difficulty(each=64, trained_pairs=16, pairs=(4, 8, 16, 32, 64), samples=1024)
 
@@ -217,7 +217,7 @@ def retrieval(
 ) -> Path:
     """One model an arm and seed learns recall and needles at one length; accuracy there, and at 2 and 4 times it.
 
-    Command: flashsigmoid study retrieval (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds, n = 128, 6,000
+    Command: flashsigmoid study retrieval (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds, n = 128, 8,000
     steps of 64, 2 layers of 128, 64 values to guess from, up to 16 pairs in training. Quick: three seeds, n = 32,
     1,500 steps of 32, 2 layers of 64, 16 values, up to 4 pairs. Time: about
     10 minutes of an idle core for the quick one. Expected there: benchmarks/results/studies; full: not yet measured.

@@ -16,7 +16,8 @@ from ..models.gpt import GPT, GPTConfig
 from ..training.callbacks import Show, show_line
 from ..training.snapshots import see
 from .neighbours import normalised_sigmoid
-from .trials import BYTES, Bench, Budget, Device, Trial, described, run_trials, text_bytes, text_draw, text_windows
+from .text import BYTES, text_bytes, text_draw, text_windows
+from .trials import Bench, Budget, Device, Trial, described, run_trials
 
 QUICK = Budget(steps=400, batch=16, seqlen=64, lr=3e-3)
 FULL = Budget(steps=3000, batch=16, seqlen=256, lr=2e-3)

@@ -19,7 +19,8 @@ from ..models.gpt import GPT, GPTConfig
 from ..nn.attention import sigmoid_attention
 from ..training.callbacks import Show, show_line
 from .neighbours import normalised_sigmoid
-from .trials import BYTES, Bench, Budget, Device, Trial, described, run_trials, text_bytes, text_draw, text_windows
+from .text import BYTES, text_bytes, text_draw, text_windows
+from .trials import Bench, Budget, Device, Trial, described, run_trials
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..diagnostics.theory import bias as biases
 from ..diagnostics.theory import regularity as regular
+from ..diagnostics.theory.formulas import FORMULAS
 from ..diagnostics.theory.universal import Approximator, ContextualMap, SelectiveShift, collisions, token_sets
 from ..record import RecordWriter
 
@@ -118,6 +119,64 @@ def regularity(out_dir: str | Path, *, quick: bool = False, command: str | None 
     return path
 
 
+# regimes: one token, one channel, many heads, heads wider than the stream; b of -log n, 0 and beyond
+SHAPES = [
+    (1, 3, 1, 3),
+    (2, 1, 1, 1),
+    (3, 4, 2, 2),
+    (5, 2, 1, 4),
+    (8, 4, 4, 1),
+    (12, 3, 2, 2),
+]  # n, dim, heads, head_dim
+BIASES = (None, 0.0, 3.0, -8.0)  # None: -log n
+
+
+def tightness(out_dir: str | Path, *, quick: bool = False, command: str | None = None) -> Path:
+    """The norm of the Jacobian over its bound, at random points and at points that a search has made bad.
+
+    Args:
+        out_dir: folder of the study.
+        quick: 1,000 random and 8 adversarial cases, a few seconds; else 10,000 and 200, five minutes.
+        command: how this came about. Default: that of the process.
+
+    Returns:
+        out_dir/tightness.jsonl: with the tags cases, random or adversarial, and over, the suprema of the bound:
+        norm_over_bound at shares 0, 0.01 ... 1 of the cases in order; violations, those above 1 but for rounding; with
+        both count.
+    """
+    path = Path(out_dir) / "tightness.jsonl"
+    random, adversarial = (1000, 8) if quick else (10_000, 200)
+    ratios: dict[tuple[str, str], list[float]] = {}
+
+    def compare(cases: str, norms: Tensor, x: Tensor, weights: regular.Weights) -> None:
+        for over in ("scores", "reals"):
+            ratios.setdefault((cases, over), []).extend((norms / regular.jacobian_bound(x, weights, over)).tolist())
+
+    regimes = [(shape, b) for shape in SHAPES for b in BIASES]
+    for seed in range(random // 100):
+        (n, dim, nheads, head_dim), b = regimes[seed % len(regimes)]
+        x = torch.randn(100, n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        x *= torch.logspace(-1, 1.5, 100, dtype=torch.float64)[:, None, None]  # of length 0.1 to 30
+        weights = regular.random_weights(dim, nheads, head_dim, -math.log(n) if b is None else b, seed)
+        compare("random", regular.jacobian_norms(x, weights), x, weights)
+    for seed in range(adversarial):
+        (n, dim, nheads, head_dim), b = SHAPES[1 + seed % (len(SHAPES) - 1)], BIASES[seed % len(BIASES)]
+        weights = regular.random_weights(dim, nheads, head_dim, -math.log(n) if b is None else b, seed)
+        norm, x = regular.worst_point(weights, n, 0.5 * 2.0 ** (seed % 6), restarts=4, steps=60, seed=seed)
+        compare("adversarial", torch.tensor([norm.value], dtype=torch.float64), x[None], weights)
+
+    settings = {"theory": "tightness", "quick": quick, "radius": "0.5 to 16"}
+    with RecordWriter(path, settings, command) as writer:
+        for (cases, over), values in ratios.items():
+            tags = {"cases": cases, "over": over, "count": len(values)}
+            shares = [i / 100 for i in range(101)]
+            found = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor(shares, dtype=torch.float64))
+            for share, value in zip(shares, found.tolist(), strict=True):
+                writer.write("norm_over_bound", value, share=share, **tags)
+            writer.write("violations", sum(value > 1 + 1e-12 for value in values), **tags)
+    return path
+
+
 def universal(out_dir: str | Path, *, quick: bool = False, command: str | None = None) -> Path:
     """The shift's error against lambda, collisions of the contextual map, the approximator's error against the grid.
 
@@ -164,4 +223,35 @@ def universal(out_dir: str | Path, *, quick: bool = False, command: str | None =
     return path
 
 
-THEORIES: dict[str, Callable[..., Path]] = {"bias": bias, "regularity": regularity, "universal": universal}
+def numerics(out_dir: str | Path, *, quick: bool = False, command: str | None = None) -> Path:
+    """How far the weights are off by which a formula of the sigmoid is computed, against n, for b = -log n.
+
+    Args:
+        out_dir: folder of the study.
+        quick: fewer n, a second; else a few.
+        command: how this came about. Default: that of the process.
+
+    Returns:
+        out_dir/numerics.jsonl: weight_error, the rms of the relative error of a weight for scores N(0, 1), and
+        mass_error, how far the mass of all of them is off, relatively; both with tags formula and n.
+    """
+    path = Path(out_dir) / "numerics.jsonl"
+    scores = torch.randn(2**18, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with RecordWriter(path, {"theory": "numerics", "quick": quick, "scores": len(scores)}, command) as writer:
+        for power in range(4, 21, 4 if quick else 1):
+            n = 2**power
+            exact = torch.sigmoid(scores - math.log(n))
+            for name, compute in FORMULAS.items():
+                weights = compute(scores, -math.log(n)).double()
+                writer.write("weight_error", (weights / exact - 1).square().mean().sqrt(), formula=name, n=n)
+                writer.write("mass_error", (weights.sum() / exact.sum() - 1).abs(), formula=name, n=n)
+    return path
+
+
+THEORIES: dict[str, Callable[..., Path]] = {
+    "bias": bias,
+    "regularity": regularity,
+    "tightness": tightness,
+    "universal": universal,
+    "numerics": numerics,
+}

@@ -1,4 +1,4 @@
-"""What small studies share: trials with one file of records each, the loop that trains them, and the embedded text.
+"""What small studies share: trials with one file of records each, side by side or not, and the loop that trains them.
 
 A trial whose file is complete is taken as it is, so a study may be run in parts, side by side or on several machines.
 """
@@ -25,7 +25,6 @@ from torch.nn import functional as F
 from ..diagnostics.probes import probe_attention
 from ..models.gpt import GPTConfig
 from ..record import Record, RecordFile, RecordWriter, command_line, read_records
-from ..samples import tinyshakespeare
 from ..training.callbacks import Progress, Show, show_line
 from ..training.optim import OptimConfig, adamw, lr_at
 from . import load
@@ -34,7 +33,6 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Draw = Callable[[int], tuple[Tensor, Tensor]]  # step -> inputs and targets, best on the model's device
 Loss = Callable[[Tensor, Tensor], Tensor]  # what the model says in float32, targets -> a scalar
 IGNORED = -100  # as a target: no loss there
-BYTES = 256
 _DONE = "train_s"  # the last record of a complete trial
 
 
@@ -349,31 +347,3 @@ def described(config: GPTConfig, budget: Budget, **more: Any) -> dict[str, Any]:
     """Settings of a trial: the fields of both, and more."""
     fields = {key: value for key, value in asdict(config).items() if key not in ("seqlen", "vocab_size")}
     return {**fields, "window_size": list(config.window_size), **asdict(budget), **more}
-
-
-def text_bytes() -> tuple[Tensor, Tensor]:
-    """The embedded Shakespeare as bytes: the first nine tenths to train on, the last to validate on; uint8."""
-    text = torch.frombuffer(bytearray(tinyshakespeare().read_bytes()), dtype=torch.uint8)
-    cut = len(text) * 9 // 10
-    return text[:cut], text[cut:]
-
-
-def text_draw(text: Tensor, budget: Budget, seed: int, device: torch.device | str = "cpu") -> Draw:
-    """Random windows of the text, and the byte after each byte: a pure function of seed and step, drawn on a device."""
-    text, places = text.to(device), torch.arange(budget.seqlen + 1, device=device)
-
-    def draw(step: int) -> tuple[Tensor, Tensor]:
-        generator = generator_at(seed, step, device)
-        starts = torch.randint(0, len(text) - budget.seqlen, (budget.batch, 1), generator=generator, device=device)
-        # (batch, seqlen + 1)
-        windows = text[starts + places].long()
-        return windows[:, :-1], windows[:, 1:]
-
-    return draw
-
-
-def text_windows(text: Tensor, seqlen: int, tokens: int) -> Tensor:
-    """Windows (count, seqlen + 1) spread evenly over the text, `tokens` predicted bytes in all, whatever seqlen."""
-    count = max(1, tokens // seqlen)
-    starts = torch.linspace(0, len(text) - seqlen - 1, count).long()[:, None]
-    return text[starts + torch.arange(seqlen + 1)].long()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Unpack, cast
 
@@ -13,8 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from ..diagnostics.probes import probe_attention
-from ..distributed.plans import parallelize, shard_batch, unshard_batch
-from ..distributed.processes import MeshSizes, is_first
+from ..distributed.initialize import initialize
+from ..distributed.plans import check_compiled, parallelize, shard_batch, unshard_batch
+from ..distributed.processes import MeshSizes, is_first, ranks
 from ..functional import explain
 from ..models.generation import generate
 from ..models.gpt import GPT
@@ -52,13 +54,23 @@ class LanguageModule(RunModule):
         run: the description.
         data: what is read.
         model: another model that gives logits of tokens. Default: a fresh GPT.
+        on_meta: leave it without weights until it is laid over the mesh, whose ranks hold them in parts only. Default:
+            False.
     """
 
     loss_unit = "nats_per_token"
 
-    def __init__(self, run: LanguageRun, data: LanguageData, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, run: LanguageRun, data: LanguageData, model: nn.Module | None = None, *, on_meta: bool = False
+    ) -> None:
         softmax = {"attention_fn": fused_softmax_attention} if run.model.attention == "softmax" else {}
-        super().__init__(run, GPT(run.model, **softmax) if model is None else model)
+        undrawn = torch.get_rng_state()  # from which the weights will be drawn
+        with torch.device("meta") if on_meta else nullcontext():
+            model = GPT(run.model, **softmax) if model is None else model
+        super().__init__(run, model)
+        self._undrawn = undrawn if on_meta else None
+        for block in getattr(self.model, "blocks", ()):
+            block.recompute = run.recompute
         self.data = data
         # only what trains and validates is compiled: prompts of any length would each be compiled anew
         self._nats = torch.compile(nats_of, dynamic=False) if run.compile else nats_of
@@ -70,11 +82,11 @@ class LanguageModule(RunModule):
         """Whether it can be trained on a mesh.
 
         Raises:
-            ValueError: compile; a batch that dp does not divide, or a context that cp does not.
+            ValueError: a batch that dp does not divide, or a context that cp does not; as `check_compiled`.
         """
         run = self.run
-        if run.compile and sizes.size > 1:
-            raise ValueError("compile must be False on a mesh, got True")
+        if run.compile:
+            check_compiled(sizes.tp, sizes.cp, run.recompute)
         if run.batch % sizes.dp:
             raise ValueError(f"batch must be a multiple of dp={sizes.dp}, got {run.batch}")
         if sizes.cp > 1 and run.model.seqlen % (2 * sizes.cp):
@@ -83,7 +95,12 @@ class LanguageModule(RunModule):
     def configure_model(self) -> None:
         """Lightning's hook: over the mesh, where there is one."""
         if self.device_mesh is not None:
-            parallelize(self.model, self.device_mesh)
+            run = self.run
+            several = self.mesh is not None  # one rank alone compiles more than blocks
+            parallelize(self.model, self.device_mesh, recompute=run.recompute, compile=run.compile and several)
+        if self._undrawn is not None:
+            torch.set_rng_state(self._undrawn)
+            initialize(self.model, self.trainer.strategy.root_device)
 
     def _part_nats(self, tokens: Tensor) -> Tensor:
         """Of a mesh: the loss of the targets that this rank has, (its windows, its tokens), float32."""
@@ -135,7 +152,8 @@ class LanguageModule(RunModule):
         alibi = model.position == "alibi"
         if model.attention == "softmax":
             options = {"alibi": alibi, "window_size": model.window_size, "dropout_p": model.dropout_p}
-            return softmax_kernel(self.device, square=True, **options)
+            square = self.mesh is None or self.mesh["cp"].size() == 1
+            return softmax_kernel(self.device, square=square, **options)
         dtype = torch.bfloat16 if self.run.precision == "bf16" else torch.float32
         head_dim, like = model.dim // model.nheads, {"dtype": dtype, "device": self.device}
         q = torch.empty(self.run.batch, model.seqlen, model.nheads, head_dim, **like)
@@ -258,6 +276,7 @@ def train(run: LanguageRun, out_dir: str | Path, **options: Unpack[Options]) -> 
             max_minutes: save and stop after so many, counted from the call. Default: None, no limit.
             mesh: as "dp=2,cp=2,tp=1", over the processes that a launcher started. Default: all of them along dp.
             timeout_s: longest wait for another rank of the mesh. Default: 600.
+            probe_every: measure norms and attention everywhere in one of so many steps, see `Watch`. Default: 0, never.
             max_skipped: so many steps in a row without a finite gradient, each skipped, end the run. Default: 10.
 
     Returns:
@@ -272,7 +291,9 @@ def train(run: LanguageRun, out_dir: str | Path, **options: Unpack[Options]) -> 
     def prepare(start: Path | None) -> Prepared:
         data = load_data(run, None if start is None else load_tokenizer(start / TOKENIZER))
         return Prepared(
-            lambda: LanguageModule(run, data), data.fingerprint, files={TOKENIZER: data.tokenizer.to_json()}
+            lambda: LanguageModule(run, data, on_meta=ranks() > 1),
+            data.fingerprint,
+            files={TOKENIZER: data.tokenizer.to_json()},
         )
 
     return train_run(run, out_dir, prepare, FINAL, **options)

@@ -41,6 +41,7 @@ from .mesh import MeshStrategy, joined, trainer_options
 from .optim import adamw, lr_at
 from .run import Run, check_unchanged
 from .transfer import Initial
+from .watching import Watcher, check_watchable
 
 Metric = tuple[str, float, str]  # name, value, unit
 MOST_SKIPPED, TIMEOUT_S = 10, 600.0
@@ -229,6 +230,7 @@ class Options(TypedDict, total=False):
     max_minutes: float | None  # then save and stop after a step, as a signal does; default: no limit
     mesh: str | None  # as "dp=2,cp=2,tp=1", over the processes that a launcher started; default: all of them along dp
     timeout_s: float  # longest wait for another rank of the mesh; default: 600
+    probe_every: int  # put the model under the microscope in one of so many steps; default: 0, never
     max_skipped: int  # steps in a row whose gradient may be infinite or NaN, before the run ends; default: 10
 
 
@@ -312,6 +314,8 @@ def _fit(
     np.random.seed(run.seed)
     module = prepared.module()  # before the records: what does not fit leaves nothing behind
     module.most_skipped = options.get("max_skipped", MOST_SKIPPED)
+    probe_every = options.get("probe_every", 0)
+    check_watchable(run, probe_every, world is not None)
     if world is not None:
         module.check_mesh(world.sizes)
     settings = run.settings() | ({} if initial is None else {"init": initial.origin})
@@ -329,11 +333,16 @@ def _fit(
         else:
             strategy = MeshStrategy(world, config, prepared.files, published=lambda: keep_last(out_dir, run.keep_last))
             where, saves = trainer_options(world, strategy), strategy.saves
+        watchers = [Watcher(writer, probe_every)] if probe_every else []
         trainer = pl.Trainer(
             default_root_dir=out_dir,
             precision="bf16-mixed" if run.precision == "bf16" else "32-true",
             logger=_tensorboard(out_dir, step) if first else False,
-            callbacks=[Recorder(writer, options.get("show", show_line) if first else lambda _: None, world), saver],
+            callbacks=[
+                Recorder(writer, options.get("show", show_line) if first else lambda _: None, world),
+                *watchers,
+                saver,
+            ],
             max_epochs=-1,
             max_steps=run.steps,
             accumulate_grad_batches=run.accumulate,

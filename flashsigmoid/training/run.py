@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..models.gpt import GPTConfig
+from ..nn.recompute import Recompute, check_recompute
 from .data import DataConfig
 from .optim import OptimConfig
 
@@ -18,6 +19,7 @@ FREE = {
     "run.name",
     "run.keep_last",
     "run.log_every",
+    "run.recompute",
     "run.sample_tokens",
     "run.save_every",
     "run.val_every",
@@ -114,11 +116,13 @@ class LanguageRun(Run):
     sample_tokens: int = 300  # of the text drawn at the end; 0: none
     attention_snapshots: int = 6  # of the weights for a validation text, spread over the validations; 0: none
     compile: bool = False  # torch.compile what trains and validates: some minutes at most, then faster steps
+    recompute: Recompute = "none"  # of each block in the backward: "full" all but its input, "selective" nor q, k, v
     eval_stride: int | None = None  # of the windows in which whole splits are evaluated at the end; None: seqlen / 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_snapshots(self.attention_snapshots)
+        check_recompute(self.recompute)
         if self.sample_tokens < 0:
             raise ValueError(f"sample_tokens must not be negative, got {self.sample_tokens}")
         if not 1 <= self.stride <= self.model.seqlen:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flashsigmoid import backends
+from flashsigmoid.backends import known
 from flashsigmoid.backends.problem import Problem
 from flashsigmoid.backends.triton import is_interpreted
 
@@ -38,3 +39,4 @@ def interpret_in_tiles(
         if has_descriptors:
             monkeypatch.setattr(launch, "_HAVE_DESCRIPTORS", ("cpu",))
         monkeypatch.setattr(launch, "_plan", functools.lru_cache(launch._plan.__wrapped__))  # it remembers tiles
+        known.forget()

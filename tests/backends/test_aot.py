@@ -162,8 +162,8 @@ def test_the_kernels_of_a_cache(compiled, arch) -> None:
     kernels = compiled(arch, *calls)
     assert [one["kernel"] for one in kernels] == ["append", *["decode", "sum"] * len(CACHES)]
     for one in kernels:
-        products = one["products"] if one["kernel"] == "decode" else 1
-        check(arch, {**one, "products": products})
+        is_product = one["kernel"] == "decode" and one["call"].get("dtype") != "float32"
+        check(arch, one if is_product else {**one, "products": 1})
     if arch != "gfx942":
         # several programs at once on a multiprocessor, each with two more blocks of keys and values on their way
         assert kernels[1]["registers"] <= 128

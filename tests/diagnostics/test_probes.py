@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from flashsigmoid.backends.reference import attention_weights
 from flashsigmoid.diagnostics import (
     attention_norm,
+    effective_keys,
     probe_attention,
     row_mass,
+    saturation,
     sdpa_weights,
     sink_mass,
     softmax_weights,
@@ -52,6 +54,24 @@ def test_row_mass_and_sink_mass_by_hand() -> None:
     assert math.isnan(sink_mass(torch.zeros(1, 1, 2, 2)).item())
 
 
+def test_effective_keys_and_saturation_by_hand() -> None:
+    # one key, two even ones, three even ones, no mass: left out
+    rows = [[0.7, 0.0, 0.0], [0.0, 0.2, 0.2], [0.5, 0.5, 0.5], [0.0, 0.0, 0.0]]
+    weights = torch.tensor([[rows]], dtype=torch.float64)
+    assert effective_keys(weights).item() == pytest.approx((1 + 2 + 3) / 3, rel=1e-12)
+    assert math.isnan(effective_keys(weights[:, :, 3:]).item())
+    a = torch.rand(2, 3, 5, 7, dtype=torch.float64)
+    expected = sum(
+        math.exp(-sum(w / sum(row) * math.log(w / sum(row)) for w in row)) for row in a.flatten(0, 2).tolist()
+    )
+    assert effective_keys(a).item() == pytest.approx(expected / 30, rel=1e-12)
+
+    weights = torch.tensor([[[[0.995, 0.5], [0.99, 0.99], [1.0, 1.0], [0.0, 0.0]]]], dtype=torch.float64)
+    assert saturation(weights).item() == pytest.approx((0.995 / 1.495 + 0.0 + 1.0) / 3, rel=1e-12)
+    assert saturation(weights, above=0.4).item() == 1.0
+    assert math.isnan(saturation(weights[:, :, 3:]).item())
+
+
 def test_even_causal_weights_give_the_documented_sink() -> None:
     n = 7
     zeros = torch.zeros(1, n, 1, 4)
@@ -60,7 +80,7 @@ def test_even_causal_weights_give_the_documented_sink() -> None:
     assert sink_mass(softmax_weights(zeros, zeros, causal=True)).item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("measure", [attention_norm, row_mass, sink_mass])
+@pytest.mark.parametrize("measure", [attention_norm, effective_keys, row_mass, saturation, sink_mass])
 def test_half_precision_is_measured_in_float32(measure: Any) -> None:
     x = torch.rand(2, 3, 4, 300, dtype=torch.bfloat16)
     assert measure(x).dtype == torch.float32
@@ -126,6 +146,9 @@ def test_probes_agree_with_weights_taken_by_hand(arm: str, position: str | None)
     assert first.row_mass == pytest.approx(a.sum(-1).mean().item(), rel=1e-5)
     assert first.sink_mass == pytest.approx((a[..., 0] / a.sum(-1)).mean().item(), rel=1e-5)
     assert first.max_weight == pytest.approx(a.max().item(), rel=1e-5)
+    share = a / a.sum(-1, keepdim=True)
+    assert first.effective_keys == pytest.approx(torch.special.entr(share).sum(-1).exp().mean().item(), rel=1e-5)
+    assert first.saturation == pytest.approx((a * (a > 0.99)).sum(-1).div(a.sum(-1)).mean().item(), rel=1e-5)
 
 
 def test_padded_keys_weigh_nothing_in_softmax() -> None:

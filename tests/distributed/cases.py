@@ -43,6 +43,7 @@ class Case:
     scale: float | None = None
     backend: str = "blocked"
     cu_seqlens: tuple[int, ...] = ()  # packed: where sequences end, of n rows
+    drawn: int | None = None  # the dropout seed, where another generator than the CPU's draws it
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k, v, dout and the options of the whole call, the same in every process."""
@@ -78,8 +79,13 @@ class Case:
     @property
     def seed(self) -> Tensor:
         """Of dropout: what the op draws from torch's generator at `SEED`."""
-        torch.manual_seed(SEED)
-        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64)
+        return torch.tensor([seed_drawn("cpu") if self.drawn is None else self.drawn])
+
+
+def seed_drawn(device: str) -> int:
+    """By the generator of a device."""
+    torch.manual_seed(SEED)
+    return int(torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device))
 
 
 def device() -> str:
@@ -153,7 +159,9 @@ def compute(case: Case, scheme: str, order: str, size: int, fault: str = "") -> 
         cu = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device())
         given |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
     torch.manual_seed(SEED)
-    with planted(fault), counted() as forward:
+    # parts must not be rounded by what a training in bfloat16 has on, either
+    autocast = torch.autocast(device(), torch.bfloat16, enabled=case.dtype == "bfloat16")
+    with autocast, planted(fault), counted() as forward:
         out = function(
             leaves["dq"],
             leaves["dk"],
@@ -213,12 +221,12 @@ def layout_of(case: Case, order: str, size: int) -> layout.Layout:
     )
 
 
-def sizes_of(case: Case, partial_itemsize: int = 4) -> Sizes:
-    """Bytes of its rows; partial results are float32 in plain torch."""
+def sizes_of(case: Case) -> Sizes:
+    """Bytes of its rows."""
     itemsize = getattr(torch, case.dtype).itemsize
     return Sizes(
         case.batch, case.nheads, case.nheads_k, case.head_dim, case.head_dim_v, itemsize,
-        (8 if case.dtype == "float64" else 4) if case.bias == "rows" else 0, max(partial_itemsize, itemsize),
+        (8 if case.dtype == "float64" else 4) if case.bias == "rows" else 0,
     )  # fmt: skip
 
 

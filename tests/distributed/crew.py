@@ -28,6 +28,8 @@ def _serve(rank: int, size: int, device: str, store: str | None, pipe: Any) -> N
     warnings.filterwarnings("ignore", message="`torch.jit.")
     # logits split by tp are one, and nobody changes them in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if device == "cuda":
+        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # a thread's first product finds none
     torch.set_num_threads(1)
     # what is received into is poisoned first, as every test has it
     importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
@@ -35,6 +37,7 @@ def _serve(rank: int, size: int, device: str, store: str | None, pipe: Any) -> N
         setattr(owner, name, conftest.poisoned(getattr(owner, name)))
     if device == "cuda":
         torch.cuda.set_device(rank)
+        torch.cuda.init()
     if store is None:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost"}
     else:
@@ -53,7 +56,7 @@ def _serve(rank: int, size: int, device: str, store: str | None, pipe: Any) -> N
         except (Exception, SystemExit):
             pipe.send((False, traceback.format_exc()))
     if store is not None:
-        dist.barrier()
+        dist.barrier(device_ids=[rank] if device == "cuda" else None)
         dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -11,15 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from flashsigmoid.distributed import plans
+from flashsigmoid.distributed.initialize import initialize
 from flashsigmoid.distributed.plans import AXES, parallelize, shard_batch
+from flashsigmoid.distributed.simulate import Sent
 from flashsigmoid.models.gpt import GPT, GPTConfig
 from flashsigmoid.nn import RotaryEmbedding
 from flashsigmoid.nn import alibi_slopes as alibi_slopes_of
 from flashsigmoid.nn.position import head_biases
+from flashsigmoid.nn.recompute import Recompute
 
 BATCH, SEQLEN = 4, 32
 TINY = GPTConfig(vocab_size=64, seqlen=SEQLEN, nlayers=2, dim=32, nheads=4, nheads_k=2, mlp_dim=48)
@@ -31,10 +36,12 @@ MODELS = {
     "bias of slopes": replace(TINY, alibi_bias=True),
     "bias of heads": TINY,
     "one bias": replace(TINY, norm="hybrid"),
+    "softmax": replace(TINY, attention="softmax"),
+    "softmax, rope": replace(TINY, attention="softmax", position="rope", window_size=(9, None)),
 }
 REFUSED = {
     "no bias": TINY,
-    "softmax": replace(TINY, attention="softmax"),
+    "compiled": TINY,
     "three heads": replace(TINY, dim=33, nheads=3, nheads_k=3),
     "odd vocabulary": replace(TINY, vocab_size=65),
 }
@@ -123,12 +130,12 @@ def losses_with_fault(
     fault: str, name: str, sizes: tuple[int, int, int], steps: int, dtype: torch.dtype
 ) -> list[float]:
     """`losses_of` with one of `FAULTS`."""
-    attend = plans.sigmoid_attention
+    attend = plans.sigmoid_attention_shard
 
     def first_slopes(*args: Any, alibi_slopes: Tensor, **options: Any) -> Tensor:
         return attend(*args, alibi_slopes=alibi_slopes_of(TINY.nheads)[: alibi_slopes.shape[0]], **options)
 
-    def first_bias(*args: Any, sigmoid_bias: Tensor, origin: tuple[int, int], **options: Any) -> Tensor:
+    def first_bias(*args: Any, sigmoid_bias: Tensor, origin: tuple[int, ...], **options: Any) -> Tensor:
         return attend(*args, sigmoid_bias=sigmoid_bias - BIAS_STEP * origin[1], origin=origin, **options)
 
     def bias_of_first_slopes(*args: Any, sigmoid_bias: Tensor, **options: Any) -> Tensor:
@@ -136,10 +143,10 @@ def losses_with_fault(
         return attend(*args, sigmoid_bias=b, **options)
 
     wrong = {
-        "slopes of the first heads": (plans, "sigmoid_attention", first_slopes),
+        "slopes of the first heads": (plans, "sigmoid_attention_shard", first_slopes),
         "RoPE by local positions": (plans.ShardedRotaryEmbedding, "forward", RotaryEmbedding.forward),
-        "b of the first heads": (plans, "sigmoid_attention", first_bias),
-        "b of the first slopes": (plans, "sigmoid_attention", bias_of_first_slopes),
+        "b of the first heads": (plans, "sigmoid_attention_shard", first_bias),
+        "b of the first slopes": (plans, "sigmoid_attention_shard", bias_of_first_slopes),
     }[fault]
     with mock.patch.object(*wrong):
         return losses_of(name, sizes, steps, dtype)
@@ -153,3 +160,40 @@ def losses_alone(name: str, steps: int, dtype: torch.dtype) -> list[float]:
 def release() -> None:
     """Forget the meshes: a group that outlives destroy_process_group aborts the process."""
     mesh_of.cache_clear()
+
+
+def losses_compiled(
+    name: str, sizes: tuple[int, int, int], steps: int, dtype: torch.dtype, **options: Any
+) -> tuple[list[float], int]:
+    """`losses_of` by compiled blocks, and how many graphs they became; the compiler warns of its own doings."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        losses = losses_of(name, sizes, steps, dtype, compile=True, **options)
+    return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def weights_from_meta(name: str, sizes: tuple[int, int, int]) -> list[str]:
+    """Which weights of a model from the meta device differ by as much as a bit from those of one process."""
+    with torch.device("meta"):
+        model = GPT(MODELS[name])
+    parallelize(model, mesh_of(sizes))
+    torch.manual_seed(3)
+    initialize(model, "cpu")
+    whole = dict(model_of(name, torch.float32).named_parameters())
+    parts = {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in model.named_parameters()}
+    return [key for key, x in parts.items() if not torch.equal(x, whole[key])]
+
+
+def sent_of(name: str, sizes: tuple[int, int, int], recompute: Recompute) -> tuple[int, int]:
+    """Bytes that this rank sends in one step as `simulate` takes it: point to point, and in collectives."""
+    mesh, config = mesh_of(sizes), MODELS[name]
+    model = parallelize(
+        model_of(name, torch.float32), mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32),
+        recompute=recompute,
+    )  # fmt: skip
+    tokens = torch.zeros(1, config.seqlen // sizes[1], dtype=torch.int64)
+    with Sent(sizes[0] * sizes[1]) as sent:
+        F.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten()).backward()
+    return sent.point_to_point, sent.collective

@@ -134,6 +134,16 @@ def long_cases() -> Iterator[tuple[str, Case]]:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_kernels_give_parts_that_are_not_rounded(crew: Crew, scheme: str) -> None:
+    """Interpreted, 16 bits: what adds up is as near as one call."""
+    case = Case(causal=True, dtype="float16", backend="triton", bias="rows", slopes="heads")
+    results = crew.run(cases.compute, case, scheme, "zigzag", 2)
+    assert max(over_budget(case, results[0]).values()) <= 1.0
+    assert_bytes(case, scheme, "zigzag", 2, [result["sent"] for result in results])
+
+
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_hundreds_of_cases_on_two_and_four_ranks() -> None:
     """Leaves benchmarks/results/context-parallel.jsonl: each case's largest error of the budget, and bytes."""

@@ -62,13 +62,15 @@ def test_it_has_the_bits_of_one_process_and_speaks_to_nobody(tmp_path: Path, mon
 
     patches: list[Any] = []
     with mock.patch.object(language.LanguageModule, "batch_loss", batch_loss):
-        language.train(run, tmp_path / "mesh", device="cpu", show=lambda progress: None, mesh="dp=1,cp=1,tp=1")
+        again = replace(run, recompute="selective")  # whose bits are the same
+        language.train(again, tmp_path / "mesh", device="cpu", show=lambda progress: None, mesh="dp=1,cp=1,tp=1")
     assert said == []
     assert losses(tmp_path / "mesh") == losses(tmp_path / "alone")
     there, alone = (load_weights(find_checkpoint(tmp_path / name)) for name in ("mesh", "alone"))
     assert differences(there, alone) == []
     module = seen[-1]
     assert module.device_mesh.size() == 1
+    assert {block.recompute for block in module.model.blocks} == {"selective"}
     assert not any(isinstance(parameter, DTensor) for parameter in module.parameters())
     assert {attention.attention_fn for attention in module.model._attentions()} == {sigmoid_attention}
 

@@ -5,6 +5,7 @@ Kills, hangs and the command are test_failures.py's.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -84,6 +85,32 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path, text, ranks, alone):
         shutil.copytree(tmp_path / "run", tmp_path / mesh)
         trained(ranks, text, tmp_path / mesh, mesh, resume=True)
         assert far(losses(tmp_path / mesh), losses(alone)) <= 1e-4, (mesh, steps)
+
+
+@pytest.mark.long
+def test_a_stream_goes_on_on_another_mesh(tmp_path, monkeypatch):
+    """Every rank reads all of it and takes its part: documents of Hugging Face `datasets`, in their order."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for shard in range(3):
+        rows = [json.dumps({"text": f"document {shard} {i} of many words {'x' * (i % 13)}"}) for i in range(20)]
+        (folder / f"train-{shard}.jsonl").write_text("\n".join(rows))
+    run = mesh_run(f"hf:{folder}")
+    run = runs.replace(run, data=runs.replace(run.data, val_documents=5))
+    crew = Crew(2, grouped=False)
+
+    def trained(out: str, mesh: str, fault: str = "", **options) -> list[dict]:
+        return crew.run(runs.train, free_port(), run, tmp_path / out, fault, mesh=mesh, **options)
+
+    assert "results" in trained("whole", "dp=2")[0]
+    assert trained("run", "dp=2", "SIGTERM")[1]["error"] == "Interrupted 143 3"
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for out, mesh in (("run", "dp=2"), ("other", "cp=2")):
+        assert "results" in trained(out, mesh, resume=True)[0]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert far(losses(tmp_path / "other"), losses(tmp_path / "whole")) <= 1e-4
+    crew.close()
 
 
 def test_interrupted_and_resumed_it_has_the_same_bits(tmp_path, text, ranks, whole):
@@ -173,7 +200,7 @@ def test_the_error_of_one_rank_is_said_by_it_alone(tmp_path, text, ranks):
     [
         ("dp=3", {}, "mesh must have as many ranks as there are processes, 2, got dp=3,cp=1,tp=1"),
         ("dp=2", {"batch": 3}, "batch must be a multiple of dp=2, got 3"),
-        ("dp=2", {"compile": True}, "compile must be False on a mesh, got True"),
+        ("tp=2", {"compile": True}, "compile must be False with tp above 1, whose tensors break its graphs, got tp=2"),
         ("fsdp=2", {}, "mesh must be like dp=2,cp=2,tp=1, got 'fsdp=2'"),
     ],
 )
@@ -183,12 +210,14 @@ def test_what_a_mesh_cannot_train_is_one_clear_error(tmp_path, text, ranks, mesh
     assert not (tmp_path / "run/records.jsonl").exists()
 
 
-def test_softmax_trains_on_dp_alone(tmp_path, text, ranks):
+def test_softmax_trains_on_the_mesh_of_its_pair(tmp_path, text, ranks):
     run = mesh_run(text).with_attention("softmax")
-    assert "results" in ranks.run(runs.train, free_port(), run, tmp_path / "dp", mesh="dp=2")[0]
-    answers = ranks.run(runs.train, free_port(), run, tmp_path / "cp", mesh="cp=2")
-    assert answers[0]["error"] == "ValueError: softmax attention must have tp=1 and cp=1, got tp=1, cp=2"
-    assert answers[1]["error"] == "SystemExit: 1"
+    language.train(run, tmp_path / "alone", device="cpu", show=lambda progress: None)
+    for mesh in ("cp=2", "tp=2"):
+        answers = ranks.run(runs.train, free_port(), run, tmp_path / mesh, mesh=mesh)
+        assert "results" in answers[0], answers
+        assert far(losses(tmp_path / mesh)[:1], losses(tmp_path / "alone")[:1]) <= 1e-6
+        assert far(losses(tmp_path / mesh), losses(tmp_path / "alone")) <= 1e-4
 
 
 def test_a_data_file_that_vanished_is_named_once(tmp_path, ranks):

@@ -37,7 +37,24 @@ def universal(writer: RecordWriter) -> None:
         writer.write("shift_error_allowed", 2 / steepness, steepness=steepness)
 
 
-MAKERS = {"bias": bias, "regularity": regularity, "universal": universal}
+def tightness(writer: RecordWriter) -> None:
+    for over, factor in (("scores", 1.0), ("reals", 0.5)):
+        tags = {"cases": "random", "over": over, "count": 10_000}
+        for share in (0.0, 0.5, 0.9, 0.99, 1.0):
+            writer.write("norm_over_bound", factor * (0.1 + 0.9 * share), share=share, **tags)
+        writer.write("violations", 3.0, **tags)
+
+
+def numerics(writer: RecordWriter) -> None:
+    for formula, error in (("full", 1e-7), ("half tanh", 1e-4)):
+        for n in (16, 32, 4096):
+            writer.write("weight_error", error * n, formula=formula, n=n)
+            writer.write("mass_error", error, formula=formula, n=n)
+
+
+MAKERS = {
+    "bias": bias, "regularity": regularity, "universal": universal, "tightness": tightness, "numerics": numerics,
+}  # fmt: skip
 
 
 def written(folder, name):
@@ -75,6 +92,19 @@ def test_rows_of_universal(tmp_path) -> None:
     }
 
 
+def test_rows_of_tightness_and_numerics(tmp_path) -> None:
+    first, second = theory_rows(written(tmp_path, "tightness"))
+    assert first == {
+        "cases": "10,000 random", "suprema over": "scores", "50% below": "0.550", "90% below": "0.910",
+        "99% below": "0.991", "largest": "1.000000", "violations": "3",
+    }  # fmt: skip
+    assert second["largest"] == "0.500000"
+    assert theory_rows(written(tmp_path, "numerics")) == [
+        {"formula": "full", "n = 16": "1.6e-06", "n = 4,096": "4.1e-04"},
+        {"formula": "half tanh", "n = 16": "1.6e-03", "n = 4,096": "4.1e-01"},
+    ]
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_figure_has_its_lines_and_is_written(tmp_path, name) -> None:
     path = written(tmp_path, name)
@@ -83,6 +113,8 @@ def test_a_figure_has_its_lines_and_is_written(tmp_path, name) -> None:
         "bias": {"closest, n = 16", "closest, n = 64", "-log n - s²/2", "a = 0, c = 1"},
         "regularity": {"sigmoid, worst found", "softmax, worst found", "sigmoid, bound", "R²", "softmax, n = 8"},
         "universal": {"pool, largest error", "pool, bound", "error", "bound"},
+        "tightness": {"random, scores", "random, reals"},
+        "numerics": {"full", "half tanh"},
     }
     assert expected[name] <= lines
     write_theory(path, tmp_path / "drawn.png")
@@ -92,6 +124,6 @@ def test_a_figure_has_its_lines_and_is_written(tmp_path, name) -> None:
 def test_other_records_are_one_clear_error(tmp_path) -> None:
     path = tmp_path / "other.jsonl"
     RecordWriter(path, {"name": "demo"}).close()
-    message = "records must be of a theory, bias, regularity, universal, got None in"
+    message = "records must be of a theory, bias, regularity, tightness, universal, numerics, got None in"
     with pytest.raises(ValueError, match=re.escape(message)):
         theory_rows(path)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import importlib
 import math
+import statistics
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashsigmoid import sigmoid_attention
-from flashsigmoid.diagnostics import sink_mass
+from flashsigmoid.diagnostics import probe_attention, sink_mass
 from flashsigmoid.models.gpt import GPT, GPTConfig
 from flashsigmoid.nn import alibi_bias, alibi_slopes, softmax_attention
 from flashsigmoid.record import read_records
 from flashsigmoid.report.studies import study_note, study_rows, write_study
 from flashsigmoid.studies import neighbours, retrieval, sinks
 from flashsigmoid.studies.diagnosis import KINDS, MATCHED, POSITIONS, QUICK, SinCosEmbedding, build, model_config
-from flashsigmoid.studies.trials import IGNORED
+from flashsigmoid.studies.trials import IGNORED, Trial, run_trials
 
 
 def quiet(progress) -> None:
@@ -64,6 +65,67 @@ def test_what_does_not_fit_is_one_clear_error(task: str, pairs: int, length: int
         retrieval.TASKS[task](2, length, pairs, 10, generator())
     with pytest.raises(ValueError, match="a needle has one pair and at least 4 tokens, got 2 and 8"):
         retrieval.needle(2, 8, 2, 10, generator())
+
+
+class Finder(nn.Module):
+    """Says after each key the value that followed it when it came before, and another than any value if it has not."""
+
+    def __init__(self, each: int, knows: bool = True) -> None:
+        super().__init__()
+        self.each, self.knows = each, knows
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = torch.zeros(*tokens.shape, 3 * self.each)
+        for row, said in zip(tokens.tolist(), logits, strict=True):
+            given: dict[int, int] = {}
+            for i, token in enumerate(row):
+                said[i, given.get(token, 0) if self.knows else self.each] = 1.0
+                if i + 1 < len(row) and token < self.each <= row[i + 1] < 2 * self.each:
+                    given.setdefault(token, row[i + 1])
+        return logits
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_accuracy_is_1_of_who_finds_and_by_chance_of_who_guesses(tmp_path, knows: bool) -> None:
+    asked = retrieval.Difficulty(each=8, trained_pairs=2, pairs=(2, 4, 8), samples=96)
+    model: Any = Finder(8, knows)
+    trial = Trial(
+        arm="finder", seed=0, settings={}, run=lambda bench: retrieval.accuracies(bench, model, 16, asked, batch=32)
+    )
+    records = read_records(run_trials("mine", [trial], tmp_path, device="cpu", show=quiet)).records
+    found = {
+        tuple(r.tags[key] for key in ("task", "length", "pairs", "questions")): r.value
+        for r in records
+        if r.tags.get("task")
+    }
+    assert {key[:3] for key in found} == {
+        (task, length, pairs)
+        for length in (16, 32, 64)
+        for task, pairs in (("needle", 1), ("recall", 2), ("recall", 4), ("recall", 8))
+        if 4 * pairs <= length
+    }
+    assert all(questions == 96 * pairs for _, _, pairs, questions in found)
+    if knows:
+        assert {*found.values()} == {1.0}
+    else:
+        assert all(0.0 < value < 0.3 for value in found.values() if value is not None)
+        assert statistics.fmean(value for value in found.values() if value is not None) == pytest.approx(
+            1 / 8, rel=0.25
+        )
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_the_first_attention_norm_is_many_times_larger_without_the_bias(tmp_path, position: str) -> None:
+    """Of the diagnosis itself: every weight near 1/2 and not near 1/n, for each position encoding."""
+    tokens = torch.randint(0, 256, (4, QUICK.seqlen), generator=generator())
+    norms = {}
+    for kind in KINDS:
+        torch.manual_seed(0)
+        config = model_config(position, kind, qk_norm=True, layer_scale=False, budget=QUICK, dim=128)
+        (probe,) = probe_attention(build(config, position), tokens)
+        norms[kind] = probe.attention_norm
+    assert 8 < norms["no-bias"] / norms["sigmoid"] < QUICK.seqlen
+    assert norms["no-bias"] > 5 * norms["softmax"]
 
 
 def test_balanced_slopes() -> None:
@@ -224,9 +286,5 @@ def test_a_study_writes_what_its_table_and_figure_read(tmp_path, monkeypatch, na
     )
     assert "2 trainings" in study_note(path)
     assert "one seed: hints, not findings" in study_note(path)
-    if name == "neighbours":
-        with pytest.raises(ValueError, match=r"of a study, diagnosis, .*, sinks, got neighbours"):
-            write_study(path, tmp_path / "drawn.png")
-    else:
-        write_study(path, tmp_path / "drawn.png")
-        assert (tmp_path / "drawn.png").read_bytes()[:4] == b"\x89PNG"
+    write_study(path, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes()[:4] == b"\x89PNG"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flashsigmoid.record import read_records
-from flashsigmoid.report.studies import has_figure, study_note, study_rows
+from flashsigmoid.report.studies import study_note, study_rows, write_study
 from flashsigmoid.studies import speculative
 from flashsigmoid.studies.speculative import residual, speculate
 
@@ -80,7 +80,8 @@ def test_the_study_writes_what_its_table_reads(tmp_path, monkeypatch) -> None:
     rows = study_rows(path)
     assert [row["draft"] for row in rows] == list(speculative.DRAFTS)
     assert rows[0]["kept, %"] == "100"
-    assert not has_figure(path)
+    write_study(path, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes()[:4] == b"\x89PNG"
     assert "1 training," in study_note(path)
     kept = {(r.tags["draft"], r.tags["ahead"]): r.value for r in read_records(path).records if r.name == "kept"}
     assert all(kept["softmax", ahead] == 1.0 for ahead in speculative.AHEAD)

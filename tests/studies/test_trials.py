@@ -13,15 +13,13 @@ from torch import nn
 from flashsigmoid.record import read_records
 from flashsigmoid.studies import STUDIES, load
 from flashsigmoid.studies import trials as trials_module
+from flashsigmoid.studies.text import text_bytes, text_draw, text_windows
 from flashsigmoid.studies.trials import (
     IGNORED,
     Bench,
     Budget,
     Trial,
     run_trials,
-    text_bytes,
-    text_draw,
-    text_windows,
 )
 
 BUDGET = Budget(steps=20, batch=4, seqlen=8, lr=1e-2)

@@ -39,6 +39,8 @@ def unsupported(problem: Problem, direction: str = "forward") -> str | None:
         return f"dropout_p must be 0, got {problem.dropout_p}"
     if problem.is_packed:
         return "sequences must not be packed"
+    if problem.is_partial:
+        return "results must be rounded to the dtype of q, and parts of a sum must not be"
     terms = problem.seqlen_k if direction == "forward" else problem.seqlen_q * problem.group
     if direction == "backward" and max(dims) > 128:
         terms = max(terms, problem.seqlen_k)

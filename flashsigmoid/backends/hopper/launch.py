@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..formula import Formula, choose_formula, make_formula
-from ..gpu import Launch, are_aligned, bias_strides, launch, on_device, slopes_strides
+from ..gpu import Launch, are_aligned, bias_strides, launch, slopes_strides
 from ..problem import Problem
 from . import bwd, fwd, grad
 from .tiles import Tile, choose_tile, padded_head_dim
@@ -122,13 +122,14 @@ class _Plan:
                 counter = torch.zeros(1, dtype=torch.int32, device=loaded[0].device)
             tensors = (*tensors, counter)
 
-        def describe():
+        rows = [rows for _, rows in blocks]
+
+        def describe(loaded, tensors):
             rest = (*strides, self.sizes, self.band, *self.numbers)
-            descriptors = tuple(_descriptor(x, rows, self.constants["DIM"]) for x, rows in blocks)
+            descriptors = tuple(_descriptor(x, n, self.constants["DIM"]) for x, n in zip(loaded, rows, strict=True))
             return descriptors, rest, self.constants
 
-        with on_device(loaded[0]):
-            launch(triton, self.launches, others, kernel, self.programs, loaded, tensors, describe)
+        launch(triton, self.launches, others, kernel, self.programs, loaded, tensors, describe)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +82,16 @@ def backward(
     from .launch import backward
 
     return backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)
+
+
+def prepare(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None = None) -> Callable[..., Any]:
+    """`forward`, or with dout `backward`, of other tensors of these layouts, which come without the problem:
+
+    prepare(problem, q, k, v)(q, k, v, bias, slopes, seed, cu_seqlens_q, cu_seqlens_k)    likewise with dout in front
+    """
+    from .launch import prepare
+
+    return prepare(problem, q, k, v, dout)
 
 
 def unsupported_fp8(problem: Problem) -> str | None:

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from ..formula import Formula, choose_formula, make_formula
-from ..gpu import LONG, Launch, bias_strides, launch, on_device, slopes_strides
+from ..gpu import LONG, Launch, bias_strides, launch, slopes_strides
 from ..problem import Problem
 from . import decode as kernels
 from .launch import _UNLIMITED, _precision
@@ -48,7 +48,10 @@ def attend(
     splits = num_splits or _choose_splits(problem, units, is_shared)
     is_fixed = REDUCTION == "parts" or torch.are_deterministic_algorithms_enabled()
     reduction = "parts" if is_fixed else "atomic"
-    plan = _plan(problem, _precision(problem), page_size, splits, reduction, new, is_shared, units)
+    precision = _precision(problem)
+    if precision == "bf16x6" and not is_shared:
+        precision = "ieee"  # of few rows loads take the time, and sums of parts' products are off by some last places
+    plan = _plan(problem, precision, page_size, splits, reduction, new, is_shared, units)
     shape = (*q.shape[:3], problem.head_dim_v)
     if plan.reduction == "whole":
         parts = q.new_empty(shape, dtype=out_dtype)
@@ -59,22 +62,22 @@ def attend(
     tensors = (parts, seqlens, pages, bias, slopes)
     others = [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors]
 
-    def describe():
-        strides = (q.stride(), k.stride(), v.stride(), (0, 0) if pages is None else pages.stride())
+    def describe(loaded, tensors):
+        _, _, pages, bias, slopes = tensors
+        strides = (*(x.stride() for x in loaded), (0, 0) if pages is None else pages.stride())
         sides = (*bias_strides(problem, bias), *slopes_strides(problem, slopes))
         return None, (*strides, *sides, *plan.sizes, *plan.numbers), plan.constants
 
-    with on_device(q):
-        launch(triton, plan.launches, others, _decode_kernel, plan.programs, (q, k, v), tensors, describe)
-        if plan.reduction == "whole" or (plan.reduction == "atomic" and out_dtype == torch.float32):
-            return parts
-        out = q.new_empty(shape, dtype=out_dtype)
-        key = ("sum", out_dtype, seqlens.dtype, seqlens.data_ptr() % 16)
-        rows = out.numel() // problem.head_dim_v
-        launch(
-            triton, plan.launches, key, _sum_kernel, rows, (parts,), (out, seqlens),
-            lambda: (None, plan.sum_sizes, plan.sum_constants),
-        )  # fmt: skip
+    launch(triton, plan.launches, others, _decode_kernel, plan.programs, (q, k, v), tensors, describe)
+    if plan.reduction == "whole" or (plan.reduction == "atomic" and out_dtype == torch.float32):
+        return parts
+    out = q.new_empty(shape, dtype=out_dtype)
+    key = ("sum", out_dtype, seqlens.dtype, seqlens.data_ptr() % 16)
+    rows = out.numel() // problem.head_dim_v
+    launch(
+        triton, plan.launches, key, _sum_kernel, rows, (parts,), (out, seqlens),
+        lambda loaded, tensors: (None, plan.sum_sizes, plan.sum_constants),
+    )  # fmt: skip
     return out
 
 
@@ -102,7 +105,7 @@ def append(
         *(None if x is None else (x.stride(), x.shape[-1], x.dtype, x.data_ptr() % 16) for x in tensors[1:]),
     )  # fmt: skip
 
-    def describe():
+    def describe(loaded, tensors):
         strides = (x.stride() for x in loaded)
         tables = ((0, 0) if x is None else x.stride() for x in tensors[2:])
         constants = {
@@ -119,8 +122,7 @@ def append(
         }
         return None, (*strides, *tables, *sizes), constants
 
-    with on_device(k):
-        launch(triton, _appends, key, _append_kernel, batch * seqlen_new * blocks, loaded, tensors, describe)
+    launch(triton, _appends, key, _append_kernel, batch * seqlen_new * blocks, loaded, tensors, describe)
     return result
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..formula import Formula, choose_formula, make_formula
-from ..gpu import LONG, Launch, are_aligned, bias_strides, launch, on_device, slopes_strides
+from ..gpu import LONG, Launch, are_aligned, bias_strides, find_launch, slopes_strides
 from ..philox import threshold
 from ..problem import Problem
 from . import bwd, fwd
@@ -25,6 +26,8 @@ _bwd_kernel: Any = bwd._bwd_kernel
 _UNLIMITED = 2**30  # a window this wide sees every key
 _HAVE_DESCRIPTORS = ("sm_90", "sm_100", "sm_103", "sm_120")
 CuSeqlens = tuple[Tensor, Tensor] | None
+Sides = tuple[Tensor | None, ...]  # bias, slopes, seed, cu_seqlens of q and of k
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # dq, dk, dv, sums of rows for b and slopes
 
 
 def forward(
@@ -53,38 +56,38 @@ def backward(
     cu_seqlens: CuSeqlens,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dq, dk, dv, and the sums of dS and of -dS |p - j| of every row."""
-    call = Call(problem, q, k, v, bias, slopes, seed, cu_seqlens)
-    if is_one_launch(problem):
-        return call.bwd(dout)
-    dk, dv = call.dkdv(dout)
-    dq, row_sums, slope_sums = call.dq(dout)
-    return dq, dk, dv, row_sums, slope_sums
+    return Call(problem, q, k, v, bias, slopes, seed, cu_seqlens).backward(dout)
+
+
+def prepare(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None = None) -> Callable[..., Any]:
+    """What computes out, or with dout dq, dk and dv, of other tensors of these layouts in this thread."""
+    call = Call(problem, q, k, v)
+    if dout is None:
+        return call.prepare_fwd()
+    return call.prepare_backward(dout)
 
 
 class Call:
-    """One call's tensors as the kernels take them; a method launches its kernel, with the table's tile or another."""
+    """One call's tensors as the kernels take them; a method launches its kernel, with the table's tile or another.
+
+    What is prepared holds no tensor of the call: it launches the kernel on any of the same layouts.
+    """
 
     def __init__(self, problem: Problem, q, k, v, bias=None, slopes=None, seed=None, cu_seqlens: CuSeqlens = None):
         has_dropout = problem.dropout_p > 0
         self.problem: Problem = problem
         self.qkv: tuple[Tensor, Tensor, Tensor] = (q, k, v)
-        self.bias: Tensor | None = bias
-        self.slopes: Tensor | None = slopes
-        self.seed: Tensor | None = seed if has_dropout else None
-        self.cu_seqlens = (None, None) if cu_seqlens is None else tuple(x.contiguous() for x in cu_seqlens)
+        cu_q, cu_k = (None, None) if cu_seqlens is None else (x.contiguous() for x in cu_seqlens)
+        self.sides: Sides = (bias, slopes, seed if has_dropout else None, cu_q, cu_k)
         self.programs = problem.nheads if problem.is_packed else problem.nheads * problem.batch
-        self.bias_strides = bias_strides(problem, bias)
-        self.slopes_strides = slopes_strides(problem, slopes)
+        self.strides = (*bias_strides(problem, bias), *slopes_strides(problem, slopes))
         self.origin = problem.origin if has_dropout else (0, 0, 0, 0)
 
     def fwd(self, tile: Tile | None = None) -> Tensor:
-        q, problem = self.qkv[0], self.problem
-        out = q.new_empty(*q.shape[:-1], problem.head_dim_v)
-        plan = _plan(problem, "fwd", tile, _precision(problem), _have_dense_rows(*self.qkv))
-        tensors = (out, self.bias, self.slopes, self.seed, *self.cu_seqlens)
-        strides = (*self.bias_strides, *self.slopes_strides, *self.origin)
-        plan.launch(_fwd_kernel, plan.blocks_q * self.programs, self.qkv, tensors, 1, strides, 1.0 / plan.formula.gain)
-        return out
+        return self.prepare_fwd(tile)(*self.qkv, *self.sides)
+
+    def backward(self, dout: Tensor) -> Gradients:
+        return self.prepare_backward(dout)(dout, *self.qkv, *self.sides)
 
     def dkdv(self, dout: Tensor, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
         return self._bwd("dkdv", dout, tile)[1:3]
@@ -93,31 +96,79 @@ class Call:
         dq, _, _, *sums = self._bwd("dq", dout, tile)
         return dq, *sums
 
-    def bwd(self, dout: Tensor, tile: Tile | None = None):
+    def bwd(self, dout: Tensor, tile: Tile | None = None) -> Gradients:
         """dq, dk, dv and the sums by one launch."""
         return self._bwd("all", dout, tile)
 
-    def _bwd(self, part: str, dout: Tensor, tile: Tile | None) -> tuple[Any, ...]:
-        (q, k, v), problem = self.qkv, self.problem
-        plan = _plan(problem, part, tile, _precision(problem), _have_dense_rows(dout, q, k, v))
-        nheads, rows, programs = problem.nheads, problem.seqlen_q, 0
-        dq = dk = dv = row_sums = slope_sums = None
+    def _bwd(self, part: str, dout: Tensor, tile: Tile | None) -> Any:
+        return self.prepare_bwd(part, dout, tile)(dout, *self.qkv, *self.sides)
+
+    def prepare_fwd(self, tile: Tile | None = None) -> Callable[..., Tensor]:
+        q, problem = self.qkv[0], self.problem
+        plan = _plan(problem, "fwd", tile, _precision(problem), _have_dense_rows(*self.qkv))
+        launch = plan.find(_fwd_kernel, self.qkv, self.sides, 1, (*self.strides, *self.origin), 1.0 / plan.formula.gain)
+        programs, shape = plan.blocks_q * self.programs, (*q.shape[:-1], problem.head_dim_v)
+        dtype = problem.result_dtype
+        is_like_q = shape == q.shape and dtype == q.dtype
+
+        def run(q, k, v, *sides):
+            # of its two ways torch takes less time for the first
+            if is_like_q:
+                out = torch.empty_like(q, memory_format=torch.contiguous_format)
+            else:
+                out = q.new_empty(shape, dtype=dtype)
+            launch.run(programs, (q, k, v), (out, *sides))
+            return out
+
+        return run
+
+    def prepare_backward(self, dout: Tensor) -> Callable[..., Gradients]:
+        if is_one_launch(self.problem):
+            return self.prepare_bwd("all", dout)
+        dkdv, of_q = self.prepare_bwd("dkdv", dout), self.prepare_bwd("dq", dout)
+
+        def run(*tensors):
+            _, dk, dv, _, _ = dkdv(*tensors)
+            dq, _, _, row_sums, slope_sums = of_q(*tensors)
+            return dq, dk, dv, row_sums, slope_sums
+
+        return run
+
+    def prepare_bwd(self, part: str, dout: Tensor, tile: Tile | None = None) -> Callable[..., Any]:
+        """Of "all", or of "dkdv" or "dq", which leave the others' results out."""
+        problem, loaded = self.problem, (dout, *self.qkv)
+        plan = _plan(problem, part, tile, _precision(problem), _have_dense_rows(*loaded))
+        nheads, rows, is_packed = problem.nheads, problem.seqlen_q, problem.is_packed
+        sums_strides = (0, 1, nheads) if is_packed else (nheads * rows, rows, 1)
+        sums_shape = self.qkv[0].shape[:2] if is_packed else (problem.batch, nheads, rows)
+        # no program comes to packed rows behind the last sequence
+        new_sums = torch.zeros if is_packed else torch.empty
+        result: dict[str, Any] = {"memory_format": torch.contiguous_format, "dtype": problem.result_dtype}
+        launch = plan.find(
+            _bwd_kernel, loaded, self.sides, 3, (*self.strides, *sums_strides, *self.origin), problem.scale
+        )
+        programs = 0
         if part != "dq":
             programs += plan.blocks_k * self.programs // problem.group
-            dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
         if part != "dkdv":
             programs += plan.blocks_q * self.programs
-            dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-            shape = q.shape[:2] if problem.is_packed else (problem.batch, nheads, rows)
-            # no program comes to packed rows behind the last sequence
-            new = q.new_zeros if problem.is_packed else q.new_empty
-            row_sums = None if self.bias is None else new(shape, dtype=torch.float32)
-            slope_sums = None if self.slopes is None else new(shape, dtype=torch.float32)
-        sums_strides = (0, 1, nheads) if problem.is_packed else (nheads * rows, rows, 1)
-        tensors = (dq, dk, dv, self.bias, self.slopes, row_sums, slope_sums, self.seed, *self.cu_seqlens)
-        strides = (*self.bias_strides, *self.slopes_strides, *sums_strides, *self.origin)
-        plan.launch(_bwd_kernel, programs, (dout, *self.qkv), tensors, 3, strides, problem.scale)
-        return dq, dk, dv, row_sums, slope_sums
+
+        def run(dout, q, k, v, bias, slopes, *others):
+            dq = dk = dv = row_sums = slope_sums = None
+            if part != "dq":
+                dk = torch.empty_like(k, **result)
+                dv = torch.empty_like(v, **result)
+            if part != "dkdv":
+                dq = torch.empty_like(q, **result)
+                if bias is not None:
+                    row_sums = new_sums(sums_shape, dtype=torch.float32, device=q.device)
+                if slopes is not None:
+                    slope_sums = new_sums(sums_shape, dtype=torch.float32, device=q.device)
+            results = (dq, dk, dv, bias, slopes, row_sums, slope_sums, *others)
+            launch.run(programs, (dout, q, k, v), results)
+            return dq, dk, dv, row_sums, slope_sums
+
+        return run
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,28 +188,26 @@ class _Plan:
     constants: dict[str, Any]
     launches: dict[Any, Launch] = field(default_factory=dict)
 
-    def launch(
+    def find(
         self,
         kernel: Any,
-        programs: int,
         loaded: tuple[Tensor, ...],
-        tensors: tuple[Tensor | None, ...],
+        sides: Sides,
         outputs: int,
-        sides: tuple[int, ...],
+        numbers: tuple[int, ...],
         factor: float,
-    ) -> None:
-        """Run kernel[(programs,)] on ([dout,] q, k, v), then `tensors`, the first `outputs` of which have strides."""
+    ) -> Launch:
+        """The launch on ([dout,] q, k, v), then `outputs` tensors with strides and others, `sides` among them."""
         # outputs are new: contiguous, aligned, of a dtype that the problem decides
-        others = [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in tensors[outputs:]]
+        key = [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in sides]
 
-        def describe():
+        def describe(loaded, tensors):
             descriptors = self.descriptors(loaded)
             strides = tuple((0, 0, 0, 0) if x is None else _strides(x) for x in (*loaded, *tensors[:outputs]))
-            rest = (*strides, *sides, *self.sizes, *self.numbers, factor, *self.dropout)
+            rest = (*strides, *numbers, *self.sizes, *self.numbers, factor, *self.dropout)
             return descriptors, rest, self.constants | {"DESCRIPTORS": descriptors is not None}
 
-        with on_device(loaded[0]):
-            launch(triton, self.launches, others, kernel, programs, loaded, tensors, describe)
+        return find_launch(triton, self.launches, key, kernel, loaded, describe)
 
     def descriptors(self, loaded: tuple[Tensor, ...]) -> tuple[TensorDescriptor, ...] | None:
         """Of ([dout,] q, k, v), in blocks; None if they are loaded by pointers."""
