@@ -32,7 +32,6 @@ from .summary import number_text
 from .synthetic import k_summation_figure, k_summation_rows, pair_repeat_figure, pair_repeat_rows
 
 Rows = list[dict[str, str]]
-_DIAGNOSED = {**KINDS, "matched": "b by slope"}
 _POSITIONS = {"sincos": "sin-cos", "rope": "RoPE", "alibi": "ALiBi"}
 
 
@@ -96,8 +95,8 @@ def _read(path: str | Path, makers: Mapping[str, object]) -> RecordFile:
 def _diagnosis_rows(file: RecordFile) -> Rows:
     rows = []
     last = max(tags_of(file.records, "val/loss", "length"))
-    there = tags_of(file.records, "val/loss", "kind")
-    kinds = {kind: text for kind, text in _DIAGNOSED.items() if kind in there}
+    matched = "matched" in tags_of(file.records, "val/loss", "kind")
+    kinds = {**KINDS, "matched": "b by slope"} if matched else KINDS
     for position, position_text in _POSITIONS.items():
         for qk_norm in (True, False):
             for layer_scale in (None, 1e-4):
