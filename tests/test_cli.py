@@ -193,7 +193,8 @@ def test_version(flashsigmoid):
         (
             ["study", "sleep"],
             1,
-            "STUDY must be one of diagnosis, retrieval, neighbours, sinks, speculative, vision-ablation, got sleep",
+            "STUDY must be one of diagnosis, retrieval, k-summation, pair-repeat, neighbours, sinks, speculative, "
+            "vision-ablation, got sleep",
         ),
         (["study", "sinks", "--only", "swish"], 1, "an arm must be one of softmax, normalised-sigmoid, sigmoid, "),
         (["study", "sinks", "--quick", "--seed", "7"], 1, "a seed of the study must be one of 0, got 7"),

@@ -171,8 +171,8 @@ def pair(folder: Path, *words: str) -> subprocess.Popen[str]:
 def test_a_pair_is_stopped_goes_on_and_is_compared_and_a_failure_is_named(tmp_path) -> None:
     """Ctrl-C in the first of two parts; the third arm cannot be trained; then everything is there."""
     arms = ("--arm", "sigmoid:attention=sigmoid", "--arm", "softmax:attention=softmax")
-    words = ("--seeds", "1", "--jobs", "2", *arms, "--set", "val_every=2000", "--set", "save_every=2000")
-    first = pair(tmp_path, *words, "--set", "steps=2000")
+    words = ("--seeds", "1", "--jobs", "2", *arms, "--set", "val_every=20000", "--set", "save_every=20000")
+    first = pair(tmp_path, *words, "--set", "steps=20000")
     folders = [tmp_path / f"runs/demo/{arm}/seed-0" for arm in ("sigmoid", "softmax")]
     deadline = time.monotonic() + WAIT_S
     while not all("train/loss" in text(folder / "records.jsonl") for folder in folders):
@@ -187,9 +187,9 @@ def test_a_pair_is_stopped_goes_on_and_is_compared_and_a_failure_is_named(tmp_pa
     for folder in folders:
         (checkpoint,) = (folder / "checkpoints").iterdir()
         assert "stopped by SIGTERM" in text(folder / LOG)
-        assert 0 < int(checkpoint.name.removeprefix("step-")) < 2000
+        assert 0 < int(checkpoint.name.removeprefix("step-")) < 20_000
 
-    second = pair(tmp_path, *words, "--set", "steps=2000", "--max-minutes", "0.0001")
+    second = pair(tmp_path, *words, "--set", "steps=20000", "--max-minutes", "0.0001")
     out, err = second.communicate(timeout=WAIT_S)
     assert (second.returncode, out) == (75, ""), err
     assert "0 of 2 trainings are finished, checkpoints of the others saved: the same command goes on" in err
