@@ -43,7 +43,7 @@ def test_python_on_a_page_runs_from_top_to_bottom(page: Path) -> None:
 
 def command_lines() -> list[str]:
     """Every line of a plain block that calls flashsigmoid, without its comment."""
-    lines = [line for page in PAGES for block in fenced(page, "") for line in block.splitlines()]
+    lines = [line for page in PAGES for block in fenced(page, "") for line in block.replace("\\\n", " ").splitlines()]
     return sorted({line.split("  #")[0].strip() for line in lines if line.startswith("flashsigmoid ")})
 
 

@@ -163,7 +163,10 @@ SETS = tuple(word for field in TINY for word in ("--set", field))
 
 
 def pair(folder: Path, *words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "flashsigmoid", "pair", "demo", "--device", "cpu", *SETS, *words]
+    # a shell's background job hands SIGINT down ignored
+    listen = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"import signal; from flashsigmoid import __main__; {listen}; __main__.main()"
+    command = [sys.executable, "-c", program, "pair", "demo", "--device", "cpu", *SETS, *words]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
 
