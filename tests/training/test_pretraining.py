@@ -462,6 +462,8 @@ def test_a_classifier_is_begun_with_too(tmp_path) -> None:
         (PROBE, {"train_only": "tail"}, "train_only must be 'all' or 'head', got 'tail'"),
         (PROBE, {"layer_decay": 0.5}, "layer_decay must be 1 with train_only='head', got 0.5"),
         (PROBE, {"layer_decay": 0.0}, r"layer_decay must be in \(0, 1\], got 0.0"),
+        (PROBE, {"cuda_graphs": True}, "cuda_graphs needs compile=True and accumulate=1, got False, 1"),
+        (PROBE, {"cuda_graphs": True, "compile": True, "accumulate": 2}, "accumulate=1, got True, 2"),
     ],
 )
 def test_bad_fields_are_one_clear_error(run, change, message) -> None:
