@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, Unpack, cast
@@ -32,9 +32,8 @@ from .transfer import Initial, load_encoder
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageRun(Run):
-    """A complete description of one supervised training on images: on the same machine with the same versions it gives
-    the same model.
+class VisionRun(Run):
+    """What every training on images is described by; what is learned is a subclass's.
 
     Raises:
         ValueError: a field breaks the rule beside it.
@@ -42,17 +41,41 @@ class ImageRun(Run):
 
     model: ViTConfig
     data: ImageConfig = field(default_factory=ImageConfig)
+    workers: int = 0  # processes that read images; 0: this one
+    attention_snapshots: int = 6  # of the weights for a validation image, spread over the validations; 0: none
+    compile: bool = False  # torch.compile what trains: some minutes at most, then faster steps
+    cuda_graphs: bool = False  # of what is compiled: a step of a small model no longer waits for Python
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cuda_graphs and not (self.compile and self.accumulate == 1):
+            # gradients of one micro-batch lie where the next one's are written
+            raise ValueError(f"cuda_graphs needs compile=True and accumulate=1, got {self.compile}, {self.accumulate}")
+        check_snapshots(self.attention_snapshots)
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+
+    def settings(self) -> dict[str, Any]:
+        """The description in one flat dict for the records; sigmoid_bias is the number that is used, or begun with."""
+        return {**super().settings(), "sigmoid_bias": initial_bias(self.model)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRun(VisionRun):
+    """A complete description of one supervised training on images: on the same machine with the same versions it gives
+    the same model.
+
+    Raises:
+        ValueError: a field breaks the rule beside it.
+    """
+
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     label_smoothing: float = 0.0  # share of the target that all classes have alike, in [0, 1)
     ema: float = 0.0  # decay of an average of the weights, which is what is validated; 0: none
-    workers: int = 0  # processes that read images; 0: this one
-    attention_snapshots: int = 6  # of the weights for a validation image, spread over the validations; 0: none
     init: str | None = None  # a run, or a checkpoint, whose encoder it begins with; None: random weights
     train_only: Literal["all", "head"] = "all"  # "head": a linear probe, the encoder stays as it is
     head_norm: bool = False  # BatchNorm without parameters before the head, as MAE's linear probe has
     layer_decay: float = 1.0  # of the learning rate from a block to the one before it, in (0, 1]
-    compile: bool = False  # torch.compile what trains: a minute at most, then faster steps
-    cuda_graphs: bool = False  # of what is compiled: a step of a small model no longer waits for Python
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,20 +90,10 @@ class ImageRun(Run):
         for name in ("label_smoothing", "ema"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.cuda_graphs and not (self.compile and self.accumulate == 1):
-            # gradients of one micro-batch lie where the next one's are written
-            raise ValueError(f"cuda_graphs needs compile=True and accumulate=1, got {self.compile}, {self.accumulate}")
-        check_snapshots(self.attention_snapshots)
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
 
     def build(self) -> torch.nn.Module:
         """The model to train; a study's run that injects another attention builds its own."""
         return build_vit(self.model)
-
-    def settings(self) -> dict[str, Any]:
-        """The description in one flat dict for the records; sigmoid_bias is the number that is used, or begun with."""
-        return {**super().settings(), "sigmoid_bias": initial_bias(self.model)}
 
     def train(self, out_dir: Path, **options: Any) -> dict[str, float]:
         """`train_classifier`."""
@@ -99,7 +112,7 @@ class ImageModule(RunModule):
     """What is trained on images, with the position of its data; a subclass has the loss.
 
     Args:
-        run: the description; it has the fields `workers` and `attention_snapshots`.
+        run: the description.
         data: what is read.
         model: what is trained: a Vision Transformer, or what has one as `encoder`.
 
@@ -109,7 +122,7 @@ class ImageModule(RunModule):
 
     read_per_sample = ("images_per_s", 1)
 
-    def __init__(self, run: Run, data: ImageData, model: nn.Module) -> None:
+    def __init__(self, run: VisionRun, data: ImageData, model: nn.Module) -> None:
         if run.model.in_chans != data.in_chans:
             raise ValueError(f"model.in_chans must be that of the data, {data.in_chans}, got {run.model.in_chans}")
         super().__init__(run, model)
@@ -119,6 +132,16 @@ class ImageModule(RunModule):
     def encoder(self) -> nn.Module:
         """The Vision Transformer."""
         return self.model
+
+    def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A function of tensors, compiled for training if the run asks for it.
+
+        Validations take it as it is: at their batches, and in their mode, it would be compiled again.
+        """
+        if not self.run.compile:
+            return function
+        fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if self.run.cuda_graphs else None)
+        return lambda *tensors: (fast if self.training else function)(*tensors)
 
     def train_dataloader(self) -> Feed:
         """Training batches without an end; where they begin is read when they do, after a checkpoint is restored."""
@@ -229,9 +252,7 @@ class ClassificationModule(ImageModule):
         super().__init__(run, data, model)
         self.augment = Augment(run.augment, data.mean, data.std, len(data.classes))
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema else None
-        # a model that is compiled in place would be validated compiled, at another batch, and so be compiled again
-        mode = "reduce-overhead" if run.cuda_graphs else None
-        self._logits = torch.compile(model.__call__, dynamic=False, mode=mode) if run.compile else model.__call__
+        self._logits = self.compiled(model.__call__)
         self._val = (0.0, 0, 0)  # nats, right answers, images
 
     def train(self, mode: bool = True) -> Self:

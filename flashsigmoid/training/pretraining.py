@@ -6,9 +6,9 @@ The losses are contrastive.py's and masked.py's. Labels serve to judge the featu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,12 +17,10 @@ from lightly.utils.benchmarking.knn import knn_predict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.vision import ViTConfig, initial_bias
 from .augment import normalised
-from .classification import ImageBatch, ImageModule
-from .images import ImageConfig, ImageData, load_images
+from .classification import ImageBatch, ImageModule, VisionRun
+from .images import ImageData, load_images
 from .module import Feed, Metric, Options, Prepared, train_run
-from .run import Run, check_snapshots
 from .transfer import ENCODER
 
 _CHUNK = 256  # features whose neighbours are sought at once
@@ -30,28 +28,20 @@ _KNN_TEMPERATURE = 0.1  # of the neighbours' weights, exp(cosine / temperature),
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainingRun(Run):
-    """What every pretraining on images is described by; the method is a subclass's.
+class PretrainingRun(VisionRun):
+    """What every pretraining on images is described by; the method is a subclass's, and model.num_classes 0.
 
     Raises:
         ValueError: a field breaks the rule beside it.
     """
 
-    model: ViTConfig  # with num_classes=0: an encoder has no head
-    data: ImageConfig = field(default_factory=ImageConfig)
-    workers: int = 0  # processes that read images; 0: this one
-    attention_snapshots: int = 6  # of the weights for a validation image, spread over the validations; 0: none
     knn_k: int = 20  # nearest neighbours of a validation image
     knn_images: int = 8192  # training images, at most, among which they are sought
-    compile: bool = False  # torch.compile what trains: some minutes at most, then faster steps
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model.num_classes != 0:
             raise ValueError(f"model.num_classes must be 0 in a pretraining, got {self.model.num_classes}")
-        check_snapshots(self.attention_snapshots)
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
         for name in ("knn_images", "knn_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -59,10 +49,6 @@ class PretrainingRun(Run):
     def module(self, data: ImageData) -> PretrainingModule:
         """What Lightning drives."""
         raise NotImplementedError
-
-    def settings(self) -> dict[str, Any]:
-        """The description in one flat dict for the records; sigmoid_bias is the number that is used, or begun with."""
-        return {**super().settings(), "sigmoid_bias": initial_bias(self.model)}
 
     def train(self, out_dir: Path, **options: Any) -> dict[str, float]:
         """`pretrain`."""
@@ -87,16 +73,6 @@ class PretrainingModule(ImageModule):
         self._loss = (0.0, 0)  # sum over the validation images, and their number
         self._features: tuple[list[Tensor], list[Tensor]] = ([], [])  # of training and validation images
         self._labels: tuple[list[Tensor], list[Tensor]] = ([], [])
-
-    def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A function of tensors, compiled for training if the run asks for it.
-
-        Validations take it as it is: at their batches, and in their mode, it would be compiled again.
-        """
-        if not self.run.compile:
-            return function
-        fast = torch.compile(function, dynamic=False)
-        return lambda *tensors: (fast if self.training else function)(*tensors)
 
     def part(self, name: str) -> nn.Module:
         """One of what is trained."""
