@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +32,9 @@ TEXT = replace(retrieval.QUICK, batch=4)
 @contextmanager
 def nothing_waits() -> Iterator[None]:
     """Each wait for the GPU is an error, as far as torch sees it."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype; as an error it would leave the mode on for all
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
