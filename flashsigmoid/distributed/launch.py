@@ -19,8 +19,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .processes import LOST, MeshSizes, worker_environment
 
-SHUTDOWN_S = 30  # from SIGTERM to SIGKILL: time to finish a step and to save
-
 
 def launch(
     sizes: MeshSizes, words: Sequence[str], *, resume: Sequence[str] = ("--resume",), max_restarts: int = 3
@@ -49,7 +47,6 @@ def launch(
                 rdzv_endpoint="localhost:0",
                 local_addr="localhost",
                 max_restarts=0,
-                shutdown_timeout=SHUTDOWN_S,
             )
             elastic_launch(config, sys.executable)(*words, *(resume if attempt else ()))
             return 0
