@@ -273,8 +273,9 @@ def simclr_cifar10() -> ContrastiveRun:
     """SimCLR on CIFAR-10 by the Vision Transformer of cifar10_fast, 41 epochs.
 
     Paper: arXiv:2409.04431, its practices for vision; method arXiv:2002.05709, without blur on 32 pixels. Command:
-    flashsigmoid train simclr_cifar10 --set data.root=FOLDER --set data.download=true. Hardware: 1 GPU. Wall time: not
-    yet measured (estimate: 4 minutes on an H100). Expected: not yet measured.
+    flashsigmoid train simclr_cifar10 --set data.root=FOLDER --set data.download=true. Hardware: 1 GPU. Wall time: 7.5
+    minutes beside four others on the same H100. Expected: kNN 0.674 to 0.679 over seeds 0, 1, 2, softmax 0.657 to
+    0.666; a probe 0.719 to 0.725, softmax 0.707 to 0.711.
     """
     return ContrastiveRun(
         name="simclr_cifar10",
@@ -319,8 +320,8 @@ def mae_cifar10() -> MaskedRun:
     """MAE on CIFAR-10, 16 patches of 64 seen, 164 epochs.
 
     Paper: arXiv:2409.04431, its practices for vision; method arXiv:2111.06377. Command: flashsigmoid train mae_cifar10
-    --set data.root=FOLDER. Hardware: 1 GPU. Wall time: not yet measured (estimate: 4 minutes on an H100). Expected:
-    not yet measured.
+    --set data.root=FOLDER. Hardware: 1 GPU. Wall time: 7 minutes beside four others on the same H100. Expected: kNN
+    0.589 with one seed, softmax 0.573; a probe 0.656, softmax 0.644.
     """
     return MaskedRun(
         name="mae_cifar10",

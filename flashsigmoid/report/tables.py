@@ -15,6 +15,8 @@ from ..record import Record, read_records
 from .ablation import NOTE, ablation_rows
 from .conversion import NOTE as CONVERSION_NOTE
 from .conversion import conversion_rows
+from .pretrained import NOTE as PRETRAINED_NOTE
+from .pretrained import pretrained_rows
 from .speed import Speed, ceilings_text, speeds
 from .studies import study_note, study_rows
 from .summary import summary_rows
@@ -51,6 +53,12 @@ def conversion(path: str | Path) -> str:
     """The folder of `flashsigmoid convert`: a row per arm."""
     rows = conversion_rows(path)
     return _table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n{CONVERSION_NOTE}\n"
+
+
+def pretrained(path: str | Path) -> str:
+    """A folder of pretrainings by `flashsigmoid pair --then`: a row per method."""
+    rows = pretrained_rows(path)
+    return _table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n{PRETRAINED_NOTE}\n"
 
 
 def study(path: str | Path) -> str:
@@ -137,6 +145,7 @@ KINDS: dict[str, Callable[[str | Path], str]] = {
     "arms": arms,
     "ablation": ablation,
     "conversion": conversion,
+    "pretrained": pretrained,
     "speed": speed,
     "faults": faults,
     "gpu-speed": gpu_speed,
