@@ -346,8 +346,9 @@ def probe_cifar10() -> ImageRun:
     """A linear classifier of CIFAR-10 on frozen features: of the pretraining at run.init, or of random weights.
 
     Paper: arXiv:2409.04431; BatchNorm before the head as in arXiv:2111.06377. Command: flashsigmoid train
-    probe_cifar10 --set init=runs/simclr_cifar10/sigmoid --set data.root=FOLDER. Hardware: 1 GPU. Wall time: not yet
-    measured (estimate: 1 minute on an H100). Expected: not yet measured.
+    probe_cifar10 --set init=runs/simclr_cifar10/sigmoid --set data.root=FOLDER. Hardware: 1 GPU. Wall time: a minute
+    beside others on the same H100. Expected: see the pretrainings; of random weights 0.316 to 0.325 over seeds 0, 1, 2,
+    softmax 0.305 to 0.310.
     """
     return ImageRun(
         name="probe_cifar10",
@@ -370,8 +371,9 @@ def finetune_cifar10() -> ImageRun:
     """A classifier of CIFAR-10 that begins with the pretraining at run.init, or with random weights, 13 epochs.
 
     Paper: arXiv:2409.04431, its practices for vision. Command: flashsigmoid train finetune_cifar10 --set
-    init=runs/simclr_cifar10/sigmoid --set data.root=FOLDER. Hardware: 1 GPU. Wall time: not yet measured (estimate:
-    1 minute on an H100). Expected: not yet measured.
+    init=runs/simclr_cifar10/sigmoid --set data.root=FOLDER. Hardware: 1 GPU. Wall time: 1.5 minutes beside others on
+    the same H100. Expected: after SimCLR 0.813 to 0.817 over seeds 0, 1, 2, softmax 0.809 to 0.813; after MAE 0.818
+    with one seed, softmax 0.803.
     """
     run = cifar10_fast()
     return replace(
