@@ -170,6 +170,10 @@ def parallelize(
                 "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
             },
         )
+        for (
+            parameter
+        ) in model.parameters():  # those on the meta device lose it when they get memory: see clip_grad_norm
+            parameter.register_post_accumulate_grad_hook(_sum_parts)
     for block in tree.blocks:
         block.recompute = recompute
         if compile:
@@ -217,9 +221,12 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], largest: float) -> Tensor
 
         g <- g min(1, largest / (|g| + 1e-6))
 
+    First what ranks of "tp" have of one gradient is summed: torch 2.11 leaves parts, and its optimizers square each by
+    itself. So it has to be called even where nothing is to be clipped.
+
     Args:
         parameters: sharded over any of the mesh's axes, or not at all.
-        largest: norm.
+        largest: norm; inf: no clipping.
 
     Returns:
         |g| before, the same on every process.
@@ -227,6 +234,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], largest: float) -> Tensor
     groups: dict[DeviceMesh | None, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
+            _sum_parts(parameter)
             groups.setdefault(parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None, []).append(
                 parameter
             )
@@ -263,6 +271,13 @@ def _check_block(block: Block, tp: int, cp: int) -> None:
     for name, size in (("nheads", attention.nheads), ("nheads_k", attention.nheads_k), ("hidden channels", hidden)):
         if size % tp:
             raise ValueError(f"{name} must be a multiple of tp={tp}, got {size}")
+
+
+def _sum_parts(parameter: Tensor) -> None:
+    """The gradient of what every rank has whole: the sum of the ranks', where they have parts of it."""
+    gradient = parameter.grad
+    if isinstance(gradient, DTensor) and any(placement.is_partial() for placement in gradient.placements):
+        parameter.grad = gradient.redistribute(placements=cast(DTensor, parameter).placements)
 
 
 def _split_block(block: Block, tp: DeviceMesh) -> None:

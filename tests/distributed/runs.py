@@ -30,7 +30,7 @@ from flashsigmoid.training.run import LanguageRun
 
 def mesh_run(text: Path, **changes: Any) -> LanguageRun:
     """`tiny_run` with what every mesh of 2 or 4 divides, and no dropout, whose masks depend on the mesh."""
-    run = tiny_run(text, batch=4, accumulate=1, **changes)
+    run = tiny_run(text, **{"batch": 4, "accumulate": 1, **changes})
     return replace(run, model=replace(run.model, vocab_size=264, nheads=4, dropout_p=0.0))
 
 
@@ -44,6 +44,11 @@ def free_port() -> int:
 def losses(out_dir: Path, name: str = "train/loss") -> list[float | None]:
     """Of every step, or of every validation."""
     return [record.value for record in read_records(out_dir / "records.jsonl").records if record.name == name]
+
+
+def far(some: list, others: list) -> float:
+    """Largest relative difference of losses."""
+    return max(abs(x - y) / abs(y) for x, y in zip(some, others, strict=True))
 
 
 def train(port: int, run: LanguageRun, out_dir: Path, fault: str = "", **options: Any) -> dict[str, Any]:

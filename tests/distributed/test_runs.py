@@ -13,7 +13,7 @@ import pytest
 import torch
 from distributed import runs
 from distributed.crew import Crew
-from distributed.runs import free_port, is_one_line, losses, mesh_run, remains
+from distributed.runs import far, free_port, is_one_line, losses, mesh_run, remains
 from safetensors.torch import load_file
 from training.tiny import differences, write_text
 
@@ -32,6 +32,14 @@ def alone(text: Path) -> Path:
     """One process."""
     language.train(mesh_run(text), text.parent / "alone", device="cpu", show=lambda progress: None)
     return text.parent / "alone"
+
+
+@pytest.fixture(scope="module")
+def allowed(text: Path, alone: Path) -> float:
+    """Four times what rounding does to a loss: the same run, its batches in two parts."""
+    halves = text.parent / "halves"
+    language.train(mesh_run(text, batch=2, accumulate=2), halves, device="cpu", show=lambda progress: None)
+    return 4.0 * max(far(losses(halves), losses(alone)), torch.finfo(torch.float32).eps)
 
 
 @pytest.fixture(scope="module")
@@ -55,27 +63,20 @@ def trained(ranks: Crew, text: Path, out_dir: Path, mesh: str, fault: str = "", 
     return answers
 
 
-def far(losses_: list, others: list) -> float:
-    """Largest relative difference."""
-    return max(abs(x - y) / abs(y) for x, y in zip(losses_, others, strict=True))
-
-
 @pytest.mark.parametrize("mesh", ["dp=2", "cp=2", "tp=2"])
-def test_two_processes_have_the_losses_of_one(tmp_path, text, ranks, alone, mesh):
-    """float32: a step differs by rounding, 12 steps of AdamW by a few hundred times as much."""
+def test_two_processes_have_the_losses_of_one(tmp_path, text, ranks, alone, allowed, mesh):
     trained(ranks, text, tmp_path / "run", mesh)
-    assert far(losses(tmp_path / "run")[:1], losses(alone)[:1]) <= 1e-6
-    assert far(losses(tmp_path / "run"), losses(alone)) <= 1e-4
-    assert far(losses(tmp_path / "run", "val/loss"), losses(alone, "val/loss")) <= 1e-4
+    assert far(losses(tmp_path / "run"), losses(alone)) <= allowed <= 1e-5
+    assert far(losses(tmp_path / "run", "val/loss"), losses(alone, "val/loss")) <= allowed
     assert len(losses(tmp_path / "run")) == 12
 
 
-def test_a_rank_with_another_part_of_the_batch_is_seen(tmp_path, text, ranks, alone):
+def test_a_rank_with_another_part_of_the_batch_is_seen(tmp_path, text, ranks, alone, allowed):
     trained(ranks, text, tmp_path / "run", "dp=2", "others-part")
-    assert far(losses(tmp_path / "run"), losses(alone)) > 1e-3
+    assert far(losses(tmp_path / "run"), losses(alone)) > 100.0 * allowed
 
 
-def test_a_checkpoint_goes_on_on_another_mesh(tmp_path, text, ranks, alone):
+def test_a_checkpoint_goes_on_on_another_mesh(tmp_path, text, ranks, alone, allowed):
     """Interrupted on dp=2, gone on on tp=2 and cp=2: the order of the data is that of one process."""
     answers = on(ranks, text, tmp_path / "run", "dp=2", "SIGTERM")
     assert [answer["error"] for answer in answers] == ["Interrupted 143 3"] * 2
@@ -84,11 +85,11 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path, text, ranks, alone):
     for mesh, steps in (("tp=2", 6), ("cp=2", 12)):
         shutil.copytree(tmp_path / "run", tmp_path / mesh)
         trained(ranks, text, tmp_path / mesh, mesh, resume=True)
-        assert far(losses(tmp_path / mesh), losses(alone)) <= 1e-4, (mesh, steps)
+        assert far(losses(tmp_path / mesh), losses(alone)) <= allowed, (mesh, steps)
 
 
 @pytest.mark.long
-def test_a_stream_goes_on_on_another_mesh(tmp_path, monkeypatch):
+def test_a_stream_goes_on_on_another_mesh(tmp_path, monkeypatch, allowed):
     """Every rank reads all of it and takes its part: documents of Hugging Face `datasets`, in their order."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     folder = tmp_path / "data"
@@ -109,7 +110,7 @@ def test_a_stream_goes_on_on_another_mesh(tmp_path, monkeypatch):
     for out, mesh in (("run", "dp=2"), ("other", "cp=2")):
         assert "results" in trained(out, mesh, resume=True)[0]
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert far(losses(tmp_path / "other"), losses(tmp_path / "whole")) <= 1e-4
+    assert far(losses(tmp_path / "other"), losses(tmp_path / "whole")) <= allowed
     crew.close()
 
 
@@ -210,14 +211,13 @@ def test_what_a_mesh_cannot_train_is_one_clear_error(tmp_path, text, ranks, mesh
     assert not (tmp_path / "run/records.jsonl").exists()
 
 
-def test_softmax_trains_on_the_mesh_of_its_pair(tmp_path, text, ranks):
+def test_softmax_trains_on_the_mesh_of_its_pair(tmp_path, text, ranks, allowed):
     run = mesh_run(text).with_attention("softmax")
     language.train(run, tmp_path / "alone", device="cpu", show=lambda progress: None)
     for mesh in ("cp=2", "tp=2"):
         answers = ranks.run(runs.train, free_port(), run, tmp_path / mesh, mesh=mesh)
         assert "results" in answers[0], answers
-        assert far(losses(tmp_path / mesh)[:1], losses(tmp_path / "alone")[:1]) <= 1e-6
-        assert far(losses(tmp_path / mesh), losses(tmp_path / "alone")) <= 1e-4
+        assert far(losses(tmp_path / mesh), losses(tmp_path / "alone")) <= allowed
 
 
 def test_a_data_file_that_vanished_is_named_once(tmp_path, ranks):
