@@ -138,6 +138,7 @@ def test_no_command_shows_the_help_as_a_usage_error(flashsigmoid):
     outcome = flashsigmoid()
     assert outcome.code == 2
     assert "Usage" in outcome.out + outcome.err
+    assert "error" not in outcome.err
 
 
 def test_version(flashsigmoid):
@@ -469,9 +470,10 @@ def test_explain_of_an_absent_device_needs_no_device(flashsigmoid):
 def test_train_resume_generate_report(flashsigmoid, tmp_path):
     """The round trip: two arms, one of them in two parts, text from it, and a page."""
     run = tmp_path / "runs/demo/sigmoid"
-    first = flashsigmoid("train", "demo", "--steps", "2", "--device", "cpu", *TINY)
+    first = flashsigmoid("train", "demo", "--steps", "2", "--device", "cpu", "--resume", *TINY)
     assert first.code == 0, first.err
     assert "val/loss" in first.out
+    assert first.err.startswith("no checkpoint in runs/demo/sigmoid to resume from: training from the beginning\n")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
 
     assert_one_error(flashsigmoid("train", "demo", "--steps", "2", *TINY), 1, "must not hold a run")

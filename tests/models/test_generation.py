@@ -192,6 +192,7 @@ def test_kept():
         (torch.zeros(3, dtype=torch.long), {}, "tokens must be"),
         (None, {"lengths": torch.tensor([0])}, "lengths must be from 1 to seqlen=1"),
         (None, {"lengths": torch.tensor([2])}, "lengths must be from 1 to seqlen=1"),
+        (None, {"lengths": [1]}, r"lengths must be a tensor of integers \(batch,\) = \(1,\), got \[1\]"),
         (None, {"lengths": torch.tensor([1.0])}, "lengths must be integers"),
         (None, {"lengths": torch.tensor([1, 1])}, "lengths must be integers"),
         (None, {"max_new_tokens": -1}, "max_new_tokens must be a non-negative integer, got -1"),
