@@ -74,12 +74,14 @@ def _print_error(error: Exception) -> None:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     elif message := getattr(error, "format_message", None):  # typer's
         context = getattr(error, "ctx", None)
-        text = message() + (f" (see {context.command_path} --help)" if context else "")
+        if not (text := message()):  # the help was asked for by giving no command, and is printed
+            return
+        text += f" (see {context.command_path} --help)" if context else ""
     elif isinstance(error, ValueError | OSError):
         text = str(error)
     else:
         text = f"{type(error).__name__}: {error}"
-    line = " ".join(text.split())
+    line = " ".join(text.replace("Value error, ", "").split())  # pydantic's, under typer
     red = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     print(f"\033[31merror: {line}\033[0m" if red else f"error: {line}", file=sys.stderr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -241,6 +242,8 @@ def _factor(name: str, x: float | Tensor, q: Tensor, heads: tuple[int, int]) -> 
     """A scale as float32 (batch, nheads)."""
     if not isinstance(x, Tensor):
         validate_number(name, x)
+        if not -math.inf < x < math.inf:
+            raise ValueError(f"{name} must be finite, got {x}")
         x = torch.full((), float(x), device=q.device)
     legal = ((), heads[1:], heads)
     if tuple(x.shape) not in legal or x.dtype != torch.float32 or x.device != q.device:
@@ -421,5 +424,5 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
         x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
     ):
         raise BackendUnsupported(
-            "forward-mode derivatives need backend='reference', got a fused backend, which has none"
+            "forward-mode derivatives need backend='reference', got another backend, which has none"
         )

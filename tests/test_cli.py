@@ -138,6 +138,7 @@ def test_no_command_shows_the_help_as_a_usage_error(flashsigmoid):
     outcome = flashsigmoid()
     assert outcome.code == 2
     assert "Usage" in outcome.out + outcome.err
+    assert "error" not in outcome.err
 
 
 def test_version(flashsigmoid):
@@ -151,8 +152,9 @@ def test_version(flashsigmoid):
         (["train", "demo", "--colour", "red"], 2, "--colour"),
         (["report"], 2, "Missing argument"),
         (["explain", "--dtype", "float8"], 2, "float8"),
-        (["train"], 1, "RECIPE must be one of demo"),
-        (["train", "dmeo"], 1, "got dmeo"),
+        (["train"], 1, "RECIPE must be one of those that flashsigmoid train --list names, got none"),
+        (["train", "dmeo"], 1, "got dmeo; did you mean demo?"),
+        (["train", "demo", "--device", "tpu"], 2, "'tpu' is not one of"),
         (["train", "demo", "--steps", "many"], 1, "steps must be an integer, got 'many'"),
         (["train", "demo", "--steps", "-1"], 1, "steps must be a positive integer, got -1"),
         (
@@ -176,7 +178,8 @@ def test_version(flashsigmoid):
             "sigmoid_bias has no effect",
         ),
         (["train", "demo", "--data", "nowhere.txt"], 1, "nowhere.txt"),
-        (["pair", "dmeo"], 1, "RECIPE must be one of demo"),
+        (["pair", "dmeo"], 1, "got dmeo; did you mean demo?"),
+        (["pair", "demo", "--set", "attention=softmax"], 1, "model.attention must be set for all arms or by an arm"),
         (["pair", "demo", "--jobs", "0"], 1, "jobs must be at least 1, got 0"),
         (["pair", "demo", "--arm", "a:dim"], 1, "--arm must be FIELD=VALUE, got dim"),
         (["pair", "demo", "--arm", "a", "--arm", "a"], 1, "--arm must be given once for each name, got a twice"),
@@ -293,9 +296,7 @@ def test_train_lists_what_it_can_without_an_extra(flashsigmoid, monkeypatch):
         "recipes for images need guest-of..recipes.vision: pip install 'flashsigmoid[vision]'; "
         "recipes for speech need guest-of..recipes.speech: pip install 'flashsigmoid[speech]'"
     )
-    assert_one_error(
-        flashsigmoid("train", "an4"), 1, "RECIPE must be one of demo", "pip install 'flashsigmoid[speech]'"
-    )
+    assert_one_error(flashsigmoid("train", "an4"), 1, "got an4", "pip install 'flashsigmoid[speech]'")
 
 
 @pytest.mark.usefixtures("constant_found_once")
@@ -469,9 +470,10 @@ def test_explain_of_an_absent_device_needs_no_device(flashsigmoid):
 def test_train_resume_generate_report(flashsigmoid, tmp_path):
     """The round trip: two arms, one of them in two parts, text from it, and a page."""
     run = tmp_path / "runs/demo/sigmoid"
-    first = flashsigmoid("train", "demo", "--steps", "2", "--device", "cpu", *TINY)
+    first = flashsigmoid("train", "demo", "--steps", "2", "--device", "cpu", "--resume", *TINY)
     assert first.code == 0, first.err
     assert "val/loss" in first.out
+    assert first.err.startswith("no checkpoint in runs/demo/sigmoid to resume from: training from the beginning\n")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000002"]
 
     assert_one_error(flashsigmoid("train", "demo", "--steps", "2", *TINY), 1, "must not hold a run")

@@ -100,6 +100,7 @@ Q, K, V = sample()
         ((Q, K[:, :, :1], V, 1.0, 1.0, 1.0), {}, "v must share batch, seqlen and nheads of k"),
         ((Q, K, V, 1.0, torch.ones(4), 1.0), {}, r"k_scale must be a number or float32 of shape .*, got \(4,\)"),
         ((Q, K, V, "1", 1.0, 1.0), {}, "q_scale must be a number, got '1'"),
+        ((Q, K, V, 1.0, float("nan"), 1.0), {}, "k_scale must be finite, got nan"),
         ((Q, K, V, 1.0, 1.0, torch.ones(2).double()), {}, r"v_scale must be .*, got \(2,\) torch.float64"),
         ((Q, K, V, 1.0, 1.0, 1.0), {"out_dtype": torch.float64}, "out_dtype must be float16, bfloat16 or float32, got"),
         ((Q, K, V, 1.0, 1.0, 1.0), {"backend": "blocked"}, "backend must be one of auto, triton, reference, got 'bl"),

@@ -276,6 +276,7 @@ TABLE = torch.tensor([[0], [1]])
         ({"sigmoid_bias": torch.zeros((), requires_grad=True)}, "sigmoid_bias must not require a gradient"),
         ({"v_cache": torch.zeros(2, 31, 2, 16)}, "v_cache must share all but head_dim"),
         ({"k": NEW}, "k and v must be given together, got only k"),
+        ({"k_cache": torch.zeros(1, 32, 2, 16).expand(2, -1, -1, -1), "k": NEW, "v": NEW}, "k_cache must have memory"),
         ({"k": NEW[:1], "v": NEW}, "k must be"),
         ({"k": NEW, "v": NEW[..., :8]}, "v must be"),
         ({"cache_seqlens": torch.tensor([3])}, "cache_seqlens must be an int32 or int64"),

@@ -307,7 +307,7 @@ def _given(tensors, grads) -> tuple[Tensor | None, ...]:
 
 def _autograd_bwd(ctx, *grads):
     raise BackendUnsupported(
-        "double backward needs backend='reference', got a fused backend, which has no second derivative"
+        "double backward needs backend='reference', got another backend, which has no second derivative"
     )
 
 

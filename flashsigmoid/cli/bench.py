@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from .root import app
-from .show import print_table
 
 if TYPE_CHECKING:
     from ..record import Record
@@ -66,7 +65,10 @@ def bench(
     from ..record import read_records
 
     if list_problems:
-        print_table([shape.row() for shape in (*PROBLEMS.values(), *decode.PROBLEMS.values())])
+        for shape in (*PROBLEMS.values(), *decode.PROBLEMS.values()):
+            row = shape.row()
+            name, options = row.pop("problem"), row.pop("options")
+            print(f"{name:24}" + ", ".join([f"{key} {text}" for key, text in row.items()] + [options] * bool(options)))
         print(f"peers: {', '.join(candidates())}")
         print(f"peers of decode problems: {', '.join(decode.PEERS)}")
         return

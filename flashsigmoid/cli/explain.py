@@ -7,18 +7,19 @@ from typing import Annotated, Literal
 
 import typer
 
+from .options import device_type
 from .root import app
 
 
 @app.command(epilog="Example: flashsigmoid explain --seqlen 4096 --head-dim 128 --causal --dtype float32")
 def explain(
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    seqlen: Annotated[int, typer.Option(help="Queries and keys.")] = 1024,
-    seqlen_k: Annotated[int | None, typer.Option(help="Keys, if not as many as queries.")] = None,
-    nheads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    nheads_k: Annotated[int | None, typer.Option(help="Key and value heads, if fewer.")] = None,
-    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 64,
-    head_dim_v: Annotated[int | None, typer.Option(help="Channels of a value head, if others.")] = None,
+    batch: Annotated[int, typer.Option(min=0, help="Sequences.")] = 1,
+    seqlen: Annotated[int, typer.Option(min=0, help="Queries and keys.")] = 1024,
+    seqlen_k: Annotated[int | None, typer.Option(min=0, help="Keys, if not as many as queries.")] = None,
+    nheads: Annotated[int, typer.Option(min=1, help="Query heads.")] = 8,
+    nheads_k: Annotated[int | None, typer.Option(min=1, help="Key and value heads, if fewer.")] = None,
+    head_dim: Annotated[int, typer.Option(min=1, help="Channels of a head.")] = 64,
+    head_dim_v: Annotated[int | None, typer.Option(min=1, help="Channels of a value head, if others.")] = None,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32", "float64"], typer.Option(help="Of q, k, v.")
     ] = "float32",
@@ -47,7 +48,7 @@ def explain(
         raise ValueError("sigmoid_bias has no effect with --bias-per-head")
     if backend not in ("auto", *backends.NAMES):
         raise ValueError(f"backend must be one of auto, {', '.join(backends.NAMES)}, got {backend}")
-    kind = torch.device(device).type
+    kind = device_type(device)
     numbers = getattr(torch, dtype)
 
     def meta(*shape: int) -> torch.Tensor:
@@ -60,7 +61,7 @@ def explain(
         meta(batch, keys, heads_k, head_dim_v or head_dim),
         sigmoid_bias=meta(nheads) if bias_per_head else sigmoid_bias,
         causal=causal,
-        window_size=parse("window", window, tuple[int | None, int | None]) if window else (None, None),
+        window_size=parse("--window", window, tuple[int | None, int | None]) if window else (None, None),
         alibi_slopes=meta(nheads) if alibi else None,
         dropout_p=dropout_p,
         sigmoid=sigmoid,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Device, Fields, read_assignments
+from .options import AnyDevice, Device, Fields, read_assignments
 from .root import app
 from .show import print_table, progress_bar
 
@@ -19,7 +19,7 @@ def generate(
     checkpoint: Annotated[
         Path, typer.Argument(help="A checkpoint, or a run: its newest checkpoint.", show_default=False)
     ],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "\n",
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default="a line's end")] = "\n",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to draw; an end of text stops earlier.")] = 500,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 takes the most likely token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k most likely tokens only.")] = None,
@@ -27,7 +27,7 @@ def generate(
         float | None, typer.Option(help="Draw among the fewest tokens of this probability together.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draws; a fresh one each time by default.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
+    device: AnyDevice = "cpu",
 ) -> None:
     """Continue a text with a trained model, as it comes."""
     from ..training.checkpoint import load_model

@@ -6,9 +6,38 @@ from typing import Annotated, Literal
 
 import typer
 
+
+def device_type(name: str) -> str:
+    """The type of a device of torch, "cuda" of "cuda:1"; it need not be there.
+
+    Raises:
+        ValueError: torch has no such device.
+    """
+    import torch
+
+    try:
+        return torch.device(name).type
+    except RuntimeError as error:
+        raise ValueError(f"--device must be a device of torch, as cpu, cuda, cuda:1 or mps, got {name}") from error
+
+
+def _present(name: str) -> str:
+    if name in ("auto", "cpu"):
+        return name
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = ["cpu"] if found is None else ["cpu", found.type]
+    if device_type(name) not in here:
+        raise ValueError(f"--device must be a device of this machine, {' or '.join(here)}, got {name}")
+    return name
+
+
 Device = Annotated[
-    Literal["auto", "cpu", "cuda", "mps"], typer.Option("--device", "--accelerator", help="Where to train.")
+    Literal["auto", "cpu", "cuda", "mps"],
+    typer.Option("--device", "--accelerator", help="Where to train.", callback=_present),
 ]
+AnyDevice = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, ...", callback=_present)]
 Fields = Annotated[
     list[str] | None,
     typer.Option(

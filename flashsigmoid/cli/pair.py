@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .options import Device, Fields, read_assignments, read_named_fields
-from .recipes import find_recipes
+from .recipes import find_recipe, find_recipes
 from .root import app
 from .show import print_arms, progress_bar
 
@@ -58,9 +58,8 @@ def pair(
     from ..report import difference_statement, summary_rows, write_report
     from ..studies.pair import ARMS, compared, plan, train_trials
 
-    recipes, missing = find_recipes()
-    if recipe not in recipes and missing:
-        raise ValueError(f"RECIPE must be one of {', '.join(recipes)}, got {recipe}; {missing}")
+    find_recipe(recipe)
+    recipes, _ = find_recipes()
     folder = out or Path("runs") / recipe
     trials = plan(
         recipes,

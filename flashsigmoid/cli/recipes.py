@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,21 @@ def find_recipes() -> tuple[dict[str, Callable[[], Run]], str]:
         except ModuleNotFoundError as error:
             missing.append(f"recipes for {what} need {error.name}: pip install 'flashsigmoid[{room}]'")
     return recipes, "; ".join(missing)
+
+
+def find_recipe(name: str | None) -> Callable[[], Run]:
+    """The recipe of this name.
+
+    Raises:
+        ValueError: there is none; says which is near, and which extra would bring more.
+    """
+    recipes, missing = find_recipes()
+    if name in recipes:
+        return recipes[name]
+    near = difflib.get_close_matches(name or "", recipes, n=1)
+    hints = [f"did you mean {other}?" for other in near] + [missing] * bool(missing)
+    got = "; ".join([name or "none", *hints])
+    raise ValueError(f"RECIPE must be one of those that flashsigmoid train --list names, got {got}")
 
 
 def remove_run(folder: Path) -> None:

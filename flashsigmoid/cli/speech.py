@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .options import AnyDevice
 from .root import app
 
 
@@ -19,7 +20,7 @@ def transcribe(
     files: Annotated[list[Path], typer.Argument(help="WAV, FLAC, ... of one utterance each.", show_default=False)],
     beam: Annotated[int, typer.Option(help="Prefixes that a beam search keeps; 1 takes the best path.")] = 1,
     skip: Annotated[bool, typer.Option("--skip", help="Name a file that cannot be used on stderr, and go on.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
+    device: AnyDevice = "cpu",
 ) -> None:
     """Write down what is said in audio files: one line each, after the name if there are several."""
     from ..training.ctc import load_recogniser
@@ -50,7 +51,7 @@ def long_audio(
     root: Annotated[
         str | None, typer.Option(help="The manifest, or the folder, of the data.", show_default="where they were")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps, ...")] = "cpu",
+    device: AnyDevice = "cpu",
 ) -> None:
     """Join validation utterances of one speaker and count errors: does a recogniser work on longer audio?
 

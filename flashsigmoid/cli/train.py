@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .options import Device, Fields, read_assignments
-from .recipes import find_recipes
+from .recipes import find_recipe, find_recipes
 from .root import app
 from .show import train_shown
 
@@ -58,16 +58,16 @@ def train(
 ) -> None:
     """Train a model by a recipe. Ctrl-C saves a checkpoint, --resume goes on from it."""
     from ..recipes.fields import override
+    from ..training.checkpoint import checkpoints
 
-    recipes, missing = find_recipes()
     if list_recipes:
+        recipes, missing = find_recipes()
         for name, function in recipes.items():
             print(f"{name:21} {(function.__doc__ or '').strip().partition(chr(10))[0]}")
         if missing:
             print(missing)
         return
-    if recipe not in recipes:
-        raise ValueError(f"RECIPE must be one of {', '.join(recipes)}, got {recipe}" + (missing and f"; {missing}"))
+    make = find_recipe(recipe)
     flags = {
         "model.attention": attention,
         "model.sigmoid_bias": sigmoid_bias,
@@ -80,13 +80,15 @@ def train(
         "optim.lr": lr,
     }
     given = {name: text for name, text in flags.items() if text is not None}
-    run = override(recipes[recipe](), given, read_assignments(assignments))
+    run = override(make(), given, read_assignments(assignments))
     if run.model.sigmoid_bias is not None and run.model.attention != "sigmoid":
         bias = run.model.sigmoid_bias
         raise ValueError(f"sigmoid_bias has no effect with attention={run.model.attention}, got {bias}")
-    folder = out or Path("runs") / recipe / run.model.attention
+    folder = out or Path("runs") / str(recipe) / run.model.attention
     if mesh is not None and _launched(mesh, device):
         return
+    if resume and not checkpoints(folder) and os.environ.get("RANK", "0") == "0":
+        print(f"no checkpoint in {folder} to resume from: training from the beginning", file=sys.stderr)
     results = train_shown(
         run, folder, resume=resume, device=device, max_minutes=max_minutes, mesh=mesh, probe_every=probe_every
     )

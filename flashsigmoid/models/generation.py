@@ -79,18 +79,20 @@ def stream(
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must be (batch, seqlen) with at least one token, got {tuple(tokens.shape)}")
     batch, seqlen = tokens.shape
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be a non-negative integer, got {max_new_tokens}")
     if lengths is None:
         lengths = torch.full((batch,), seqlen)
+    if not isinstance(lengths, Tensor):
+        raise ValueError(f"lengths must be a tensor of integers (batch,) = ({batch},), got {lengths}")
     if lengths.shape != (batch,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be integers (batch,) = ({batch},), got {lengths.dtype} {tuple(lengths.shape)}")
     if any(not 0 < length <= seqlen for length in lengths.tolist()):
         raise ValueError(f"lengths must be from 1 to seqlen={seqlen}, got {lengths.tolist()}")
     if not temperature >= 0.0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be a positive integer, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
     if use_cache and not model.takes_cache:

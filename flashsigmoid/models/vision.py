@@ -60,7 +60,7 @@ class VisionAttention(Attention):
         """Set the attributes anew: b fixed, or one parameter, or one of every head, that starts at sigmoid_bias.
 
         Raises:
-            ValueError: a word is not one of those, or a parameter lacks its initial value.
+            ValueError: a word is not one of those, sigmoid_bias is NaN or +inf, or a parameter lacks its initial value.
         """
         check_settings(kind, sigmoid_bias, bias_mode)
         self.kind, self.attention_fn = kind, attention_fn
@@ -152,6 +152,8 @@ def check_settings(kind: str, sigmoid_bias: float | None, bias_mode: str) -> Non
         raise ValueError(f"kind must be 'sigmoid' or 'softmax', got {kind!r}")
     if bias_mode not in ("fixed", "learnable", "per_head"):
         raise ValueError(f"bias_mode must be 'fixed', 'learnable' or 'per_head', got {bias_mode!r}")
+    if sigmoid_bias is not None and not sigmoid_bias < math.inf:  # NaN too
+        raise ValueError(f"sigmoid_bias must be a number below +inf, or None, got {sigmoid_bias}")
     if bias_mode != "fixed" and sigmoid_bias is None:
         raise ValueError(
             f"sigmoid_bias must be given with bias_mode={bias_mode!r}, where it is the initial value, got None"

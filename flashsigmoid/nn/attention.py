@@ -124,10 +124,9 @@ class SigmoidAttention(nn.Module):
             raise ValueError(
                 f"nheads must be a positive multiple of nheads_k, got nheads={nheads}, nheads_k={nheads_k}"
             )
-        if head_dim is None and dim % nheads:
-            raise ValueError(
-                f"dim must be a multiple of nheads unless head_dim is given, got dim={dim}, nheads={nheads}"
-            )
+        if not isinstance(dim, int) or dim <= 0 or (head_dim is None and dim % nheads):
+            rule = "dim must be positive, and a multiple of nheads unless head_dim is given"
+            raise ValueError(f"{rule}, got dim={dim!r}, nheads={nheads}")
         if position not in (None, "rope", "alibi"):
             raise ValueError(f"position must be 'rope', 'alibi' or None, got {position!r}")
         if bias_mode not in ("fixed", "learnable", "per_head"):
@@ -199,10 +198,12 @@ class SigmoidAttention(nn.Module):
             packing: of the sequences in x, (1, total, dim), of which none sees another. Default: a sequence a row.
 
         Raises:
-            ValueError: key_mask is of another shape or dtype; a cache in training or where `takes_cache` is False;
+            ValueError: x or key_mask is of another shape or dtype; a cache in training or where `takes_cache` is False;
                 packing with a key_mask or a cache, without sigmoid_bias, or with another attention_fn than the
                 module's own.
         """
+        if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
+            raise ValueError(f"x must be (batch, seqlen, dim={self.q_proj.in_features}), got {tuple(x.shape)}")
         if packing is not None:
             if key_mask is not None or cache is not None:
                 raise ValueError("packing must be alone, got a key_mask or a cache beside it")

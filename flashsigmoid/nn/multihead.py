@@ -69,8 +69,8 @@ class MultiheadAttention(nn.Module):
         backend: as in `flashsigmoid.sigmoid_attention`. Default: "auto".
 
     Raises:
-        ValueError: embed_dim is no positive multiple of num_heads, dropout is outside [0, 1), or there is no
-            such backend.
+        ValueError: embed_dim is no positive multiple of num_heads, dropout is outside [0, 1), sigmoid_bias is
+            NaN or +inf, or there is no such backend.
 
     Source: arXiv:2409.04431; the interface of torch.nn.MultiheadAttention.
     """
@@ -107,6 +107,8 @@ class MultiheadAttention(nn.Module):
             )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if sigmoid_bias is not None and not sigmoid_bias < math.inf:  # NaN too
+            raise ValueError(f"sigmoid_bias must be a number below +inf, or None, got {sigmoid_bias}")
         if backend not in ("auto", *backends.NAMES):
             raise ValueError(f"backend must be one of auto, {', '.join(backends.NAMES)}, got {backend!r}")
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads

@@ -50,6 +50,8 @@ class Pretrained:
     def __post_init__(self) -> None:
         if type(self.seqlen) is not int or self.seqlen < 1:
             raise ValueError(f"seqlen must be a positive integer, got {self.seqlen!r}")
+        if Path(self.path).is_dir() and not Path(self.path, "config.json").exists():
+            raise ValueError(f"checkpoint must be a folder of transformers, with a config.json, got {self.path}")
         if self.attention not in ("sigmoid", "softmax"):
             raise ValueError(f"attention must be 'sigmoid' or 'softmax', got {self.attention!r}")
         if self.sigmoid_bias is not None and not math.isfinite(self.sigmoid_bias):

@@ -117,6 +117,6 @@ def _words(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return ",".join(_words(kind) for kind in typing.get_args(hint))
+        return ", ".join(_words(kind) for kind in typing.get_args(hint))
     names = {int: "an integer", float: "a number", bool: "true or false", types.NoneType: "none", str: "text"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -98,7 +98,7 @@ def sentences(arms: Sequence[Arm], base: Arm) -> list[str]:
     said = [
         f"The validation {accuracy_label(arms)} ended at {ends}"
         + (f"; the most frequent class alone gets {constant}" if constant else "")
-        + (". Behind ± stands the standard error that the number of validation images leaves." if has_errors else ".")
+        + ("; ± is the standard error by the number of validation images." if has_errors else ".")
     ]
     above = {quoted(arm): value for arm in known if (value := above_majority(arm)) is not None}
     if above:
@@ -131,12 +131,12 @@ def _parity(arm: Arm, base: Arm) -> str:
     if error is None:
         return f"{what}; without a standard error on record that says nothing about parity."
     of = f"over {len(spread.values)} seeds" if several else "by the number of validation images"
-    measure = f"of the standard error of the difference, {100 * error:.2f} points {of}"
+    measure = f"the standard error of the difference, {100 * error:.2f} points {of}"
     if abs(spread.mean) <= error:
-        return f"{what}, inside {measure}: at parity, as far as these runs can tell."
+        return f"{what}, within {measure}: at parity, as far as these runs can tell."
     ratio = abs(spread.mean) / error if error else math.inf
     doubt = "; fewer than two standard errors are no proof of a difference" if ratio < 2 else ""
-    return f"not at parity: {what}, outside {measure}, by a factor of {number_text(ratio)}{doubt}."
+    return f"not at parity: {what}, beyond {measure}, by a factor of {number_text(ratio)}{doubt}."
 
 
 def _comparable(arm: Arm, base: Arm) -> bool:

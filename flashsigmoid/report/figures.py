@@ -64,7 +64,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure of the report: panels side by side, what they show, and the name of the PNG."""
+    """A figure of the report: panels side by side, from four on in two rows, what they show, the name of the PNG."""
 
     name: str
     title: str
@@ -80,7 +80,7 @@ class Drawing:
         ]
 
     def png(self) -> bytes:
-        """All panels side by side, on white."""
+        """All panels, on white."""
         figure = self._figure(self.panels)
         buffer = io.BytesIO()
         with matplotlib.rc_context(_STYLE):
@@ -91,8 +91,11 @@ class Drawing:
     def _figure(self, panels: Sequence[Panel]) -> Figure:
         with matplotlib.rc_context(_STYLE):
             width, _ = _PANEL_INCHES
-            figure = Figure(figsize=(width * len(panels), self.height), layout=_LAYOUT)
-            for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            columns = len(panels) if len(panels) < 4 else math.ceil(len(panels) / 2)
+            rows = math.ceil(len(panels) / columns)
+            figure = Figure(figsize=(width * columns, self.height * rows), layout=_LAYOUT)
+            for index, panel in enumerate(panels, start=1):
+                axes = figure.add_subplot(rows, columns, index)
                 axes.set_title(panel.title)
                 panel.draw(axes)
                 axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -181,13 +184,19 @@ def layer_drawing(arms: Sequence[Arm], statistic: str, title: str, caption: str)
     points = [p for arm in shown for name in arm.layers(statistic) for p in arm.points(name)]
     finite = [value for p in points for value in (p.low, p.high) if math.isfinite(value)]
     least, most = min(finite, default=0.0), max(finite, default=1.0)
+    smallest = min((value for value in finite if value > 0), default=1.0)
 
     def panel(arm: Arm) -> Panel:
         def draw(axes: Axes) -> None:
             _draw_layers(axes, arm, statistic)
             axes.set_xlim(0, max(p.step for p in points) or 1)
-            if least > 0 and most / least > 20:
-                axes.set_yscale("log")
+            if least >= 0 and most / smallest > 20:
+                if least > 0:
+                    axes.set_yscale("log")
+                else:
+                    axes.set_yscale("symlog", linthresh=smallest)  # an arm of zeros is a line at the bottom
+                    powers = range(math.ceil(math.log10(smallest)), math.ceil(math.log10(most)))
+                    axes.set_yticks([0.0, *(10.0**power for power in powers)])
                 axes.set_ylim(least / 1.4, most * 1.4)
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
             else:

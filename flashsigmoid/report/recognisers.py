@@ -48,8 +48,8 @@ def sentences(arms: Sequence[Arm], base: Arm) -> list[str]:
     ends = join([f"{error_text(arm, CER)} for {quoted(arm)}" for arm in known])
     constants = join(list(dict.fromkeys(_percent(arm, CONSTANT) for arm in known)))
     said = [
-        f"The validation character errors ended at {ends}; the best constant answer has {constants}. Behind ± stands "
-        "the standard error that the number of validation utterances leaves."
+        f"The validation character errors ended at {ends}; the best constant answer has {constants}; ± is the "
+        "standard error by the number of validation utterances."
     ]
     few = [quoted(arm) for arm in known if (below := _below_constant(arm)) is not None and below < LEARNED]
     if few:
@@ -59,10 +59,10 @@ def sentences(arms: Sequence[Arm], base: Arm) -> list[str]:
     for arm in known:
         if arm is not base and base in known:
             points, error = _difference(arm, base)
-            where = "inside" if abs(points) <= error else "outside"
+            where = "within" if abs(points) <= error else "beyond"
             said.append(
                 f"the character errors of {quoted(arm)} minus those of {quoted(base)} are {points:+.1f} points, "
-                f"{where} of the standard error of the difference, {error:.1f} points by the number of validation "
+                f"{where} the standard error of the difference, {error:.1f} points by the number of validation "
                 "utterances."
             )
     return said

@@ -101,7 +101,10 @@ def plan(
             raise ValueError(f"an arm must have a name of letters, digits, . + and -, got {arm!r}")
     described: dict[str, str] = {}
     for arm, own in arms.items():
-        told = json.dumps(override(recipes[recipe](), dict(fields), dict(own)).sections(), sort_keys=True)
+        base = recipes[recipe]()
+        if twice := sorted(_full(base, fields).keys() & _full(base, own).keys()):
+            raise ValueError(f"{', '.join(twice)} must be set for all arms or by an arm, got both for the arm {arm}")
+        told = json.dumps(override(base, dict(fields), dict(own)).sections(), sort_keys=True)
         if told in described:
             raise ValueError(f"arms must differ in a field, got {described[told]} and {arm}")
         described[told] = arm

@@ -69,8 +69,9 @@ def show_line(progress: Progress) -> None:
     if not terminal and not progress.validated:
         return
     numbers = "  ".join(f"{name} {value:.4g}" for name, value in progress.metrics.items())
-    left_s = progress.time_s / progress.step * (progress.steps - progress.step) if progress.step else 0.0
-    line = f"{progress.name}  {progress.step}/{progress.steps}  {numbers}  {left_s:.0f} s left"
+    line = f"{progress.name}  {progress.step}/{progress.steps}  {numbers}"
+    if progress.step:
+        line += f"  {progress.time_s / progress.step * (progress.steps - progress.step):.0f} s left"
     done = not terminal or progress.step == progress.steps
     print(f"\r\033[K{line}" if terminal else line, end="\n" if done else "", file=sys.stderr, flush=True)
 

@@ -59,7 +59,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     found = checkpoints(path)
     if not found:
-        raise ValueError(f"a checkpoint, or a run with one, must be at the path, got {path}")
+        runs = sorted(str(each.parent) for depth in ("*", "*/*") for each in path.glob(f"{depth}/{FOLDER}"))
+        hint = f"; runs below it: {', '.join(runs[:8])}" if runs else ""
+        raise ValueError(f"a checkpoint, or a run with one, must be at the path, got {path}{hint}")
     return found[-1]
 
 

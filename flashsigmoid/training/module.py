@@ -283,7 +283,8 @@ def _start(out_dir: Path, resume: bool) -> Path | None:
         ValueError: as `train_run`.
     """
     if not resume and (checkpoints(out_dir) or (out_dir / RECORDS_NAME).exists()):
-        raise ValueError(f"out_dir must not hold a run unless it is resumed, got {out_dir}")
+        hint = "--resume goes on with it, --out names another folder"
+        raise ValueError(f"out_dir must not hold a run unless it is resumed, got {out_dir}: {hint}")
     clean(out_dir)  # what a crash left half written
     return newest_whole(out_dir)
 

@@ -217,6 +217,7 @@ def test_bad_settings_are_one_clear_error() -> None:
     attention = VisionAttention(48, num_heads=4)
     assert isinstance(attention, Attention)
     for settings, message in (
+        ({"sigmoid_bias": float("nan")}, r"sigmoid_bias must be a number below \+inf, or None, got nan"),
         ({"kind": "linear"}, "kind must be 'sigmoid' or 'softmax', got 'linear'"),
         ({"bias_mode": "both"}, "bias_mode must be 'fixed', 'learnable' or 'per_head', got 'both'"),
         ({"bias_mode": "per_head"}, "sigmoid_bias must be given with bias_mode='per_head'"),

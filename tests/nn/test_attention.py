@@ -324,9 +324,18 @@ def test_wrong_options_are_one_clear_error(options, words):
 
 
 def test_a_dim_that_does_not_divide_is_one_clear_error():
-    with pytest.raises(ValueError, match=r"dim must be a multiple of nheads .* got dim=25, nheads=4"):
+    with pytest.raises(ValueError, match=r"dim must be positive, and a multiple of nheads .* got dim=25, nheads=4"):
         SigmoidAttention(25, 4)
+    for dim in (0, "24"):
+        with pytest.raises(ValueError, match=rf"dim must be positive, .* got dim={dim!r}, nheads=4"):
+            SigmoidAttention(dim, 4)
     assert SigmoidAttention(25, 4, head_dim=8)(torch.randn(1, 2, 25)).shape == (1, 2, 25)
+
+
+@pytest.mark.parametrize("shape", [(5, DIM), (2, 5, DIM + 1)])
+def test_a_wrong_x_is_one_clear_error(shape):
+    with pytest.raises(ValueError, match=rf"x must be \(batch, seqlen, dim={DIM}\), got"):
+        SigmoidAttention(DIM, NHEADS)(torch.randn(shape))
 
 
 @pytest.mark.parametrize("key_mask", [torch.ones(2, 5), torch.ones(2, 4, dtype=torch.bool)])

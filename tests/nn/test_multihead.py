@@ -330,6 +330,7 @@ def test_an_explicit_fused_backend_computes_or_raises(form):
     [
         ({"num_heads": 5}, "embed_dim must be a positive multiple of num_heads, got embed_dim=24, num"),
         ({"num_heads": 0}, "num_heads=0"),
+        ({"sigmoid_bias": math.nan}, r"sigmoid_bias must be a number below \+inf, or None, got nan"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"backend": "cuda"}, "backend must be one of auto, .* got 'cuda'"),
     ],

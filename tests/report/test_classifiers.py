@@ -24,7 +24,7 @@ ImageRun = Callable[..., Path]
 # words
 
 
-ERROR = "side of the standard error of the difference, 1.41 points by the number of validation images"
+ERROR = " the standard error of the difference, 1.41 points by the number of validation images"
 
 
 @pytest.mark.parametrize(
@@ -32,20 +32,20 @@ ERROR = "side of the standard error of the difference, 1.41 points by the number
     [
         (
             0.90,
-            "The accuracy of sigmoid is 1.00 points below that of softmax, in",
+            "The accuracy of sigmoid is 1.00 points below that of softmax, within",
             ": at parity, as far as these runs can",
         ),
         (
             0.93,
-            "Not at parity: the accuracy of sigmoid is 2.00 points above that of softmax, out",
+            "Not at parity: the accuracy of sigmoid is 2.00 points above that of softmax, beyond",
             ", by a factor of 1.41; ",
         ),
         (
             0.85,
-            "Not at parity: the accuracy of sigmoid is 6.00 points below that of softmax, out",
+            "Not at parity: the accuracy of sigmoid is 6.00 points below that of softmax, beyond",
             ", by a factor of 4.24.",
         ),
-        (0.91, "The accuracy of sigmoid is that of softmax, in", ": at parity, as far as these runs can tell."),
+        (0.91, "The accuracy of sigmoid is that of softmax, within", ": at parity, as far as these runs can tell."),
     ],
 )
 def test_parity_of_one_seed_is_measured_by_the_validation_images(
@@ -58,7 +58,7 @@ def test_parity_of_one_seed_is_measured_by_the_validation_images(
     assert all(sentence in told(*folders) for sentence in said)
     assert (
         f"The validation accuracy ended at {sigmoid:.1%} ± 1.0% for sigmoid and 91.0% ± 1.0% for softmax; the most "
-        "frequent class alone gets 12.0%. Behind ± stands the standard error"
+        "frequent class alone gets 12.0%; ± is the standard error"
     ) in said[0]
 
 

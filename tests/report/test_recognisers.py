@@ -39,8 +39,8 @@ def make(
 @pytest.mark.parametrize(
     ("cer", "verdict"),
     [
-        (0.27, "sigmoid minus those of softmax are +2.0 points, inside of the standard error of the difference, 4.2 "),
-        (0.20, "sigmoid minus those of softmax are -5.0 points, outside of the standard error of the difference, 4.2 "),
+        (0.27, "sigmoid minus those of softmax are +2.0 points, within the standard error of the difference, 4.2 "),
+        (0.20, "sigmoid minus those of softmax are -5.0 points, beyond the standard error of the difference, 4.2 "),
     ],
 )
 def test_errors_are_told_with_their_standard_error(tmp_path, cer, verdict) -> None:
@@ -49,7 +49,7 @@ def test_errors_are_told_with_their_standard_error(tmp_path, cer, verdict) -> No
     assert first.startswith(
         f"The validation character errors ended at {cer:.1%} ± 3.0% for sigmoid and 25.0% ± 3.0% for "
     )
-    assert "; the best constant answer has 68.0%." in first
+    assert "; the best constant answer has 68.0%;" in first
     assert verdict in last
     row, base = summary_rows(folders)
     assert row["character errors"] == f"{cer:.1%} ± 3.0%"

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from flashsigmoid.record import RecordWriter, read_records
 from flashsigmoid.report import summary_rows, write_report
 from flashsigmoid.report.arms import Arm, Point, group_arms, load_runs, paired_differences
-from flashsigmoid.report.figures import DARK, LIGHT, smooth
+from flashsigmoid.report.figures import DARK, LIGHT, layer_drawing, smooth
 from flashsigmoid.report.summary import number_text, statement, title, warnings
 
 MakeRun = Callable[..., Path]
@@ -240,6 +242,26 @@ def test_summary_rows_have_the_same_columns(seeds: Path) -> None:
 )
 def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number_text(value) == text
+
+
+def test_an_arm_of_zeros_leaves_the_others_their_decades(tmp_path: Path) -> None:
+    for bias, norm in ((None, 1.0), (0.0, 100.0), (-math.inf, 0.0)):
+        with RecordWriter(
+            tmp_path / str(bias) / "records.jsonl", {"attention": "sigmoid", "sigmoid_bias": bias}
+        ) as writer:
+            for step in (0, 10):
+                writer.write("attn_norm/layer_0", norm, step=step)
+    drawing = layer_drawing(group_arms(load_runs([tmp_path])), "attn_norm", "Norm", "")
+    found = {}
+    for panel in drawing.panels:
+        axes = Figure().subplots()
+        panel.draw(axes)
+        value = np.asarray(axes.lines[0].get_ydata())[0]
+        found[panel.title] = (axes.transData.transform((0.0, value))[1] - axes.bbox.y0) / axes.bbox.height
+    low, middle, high = sorted(found.values())
+    assert low == pytest.approx(0.0, abs=0.01)
+    assert middle > 0.1  # on a linear axis: 0.01
+    assert high > 0.9
 
 
 def test_smoothing_keeps_a_straight_line_and_nan() -> None:

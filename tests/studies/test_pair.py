@@ -74,7 +74,7 @@ def test_what_follows_begins_with_its_own_arm_and_seed() -> None:
         ("dmeo", {}, "RECIPE must be one of demo, .* got dmeo"),
         ("demo", {"then": {"dmeo": {}}}, "got dmeo"),
         ("demo", {"seeds": 0}, "seeds must be at least 1, got 0"),
-        ("demo", {"fields": {"attention": "softmax"}}, "model.attention must be set once"),
+        ("demo", {"fields": {"attention": "softmax"}}, "model.attention must be set for all arms or by an arm"),
         ("demo", {"fields": {"nlayer": "2"}}, "did you mean model.nlayers"),
         ("demo", {"fields": {"sigmoid_bias": "-3"}}, "no effect with attention=softmax, got it for the arm softmax"),
         ("demo", {"arms": {"a": {}, "b": {"attention": "sigmoid"}}}, "arms must differ in a field, got a and b"),

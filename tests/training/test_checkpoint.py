@@ -93,6 +93,10 @@ def test_incomplete_and_foreign_directories_are_no_checkpoints(tmp_path):
     assert checkpoints(tmp_path / "nowhere") == []
     with pytest.raises(ValueError, match="a checkpoint, or a run with one, must be at the path, got "):
         find_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "group").mkdir()
+    save(tmp_path / "group" / "run", 1)
+    with pytest.raises(ValueError, match=r"group; runs below it: .*group/run"):
+        find_checkpoint(tmp_path / "group")
 
 
 def test_keep_last(tmp_path):
