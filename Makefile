@@ -8,16 +8,24 @@ START := $(shell date +%s)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-long gpu lint docs clean
+.PHONY: demo test test-oldest tests test-long gpu lint docs clean
 .NOTPARALLEL:
 
 demo: $(VENV)/.demo$(addprefix -,$(filter vision speech,$(ARGS)))
 	$(PY) -m flashsigmoid demo $(ARGS)
 
 # the last line is pytest's own, with its own time
+TESTS := -m pytest -n logical --maxprocesses 8 --dist worksteal
 test: lint
 	@echo "install, lint and types: $$(( $$(date +%s) - $(START) )) s; now the tests, on every core up to 8"
-	$(PY) -m pytest -n logical --maxprocesses 8 --dist worksteal
+	$(PY) $(TESTS)
+
+# with the oldest torch that we support, and its triton, whose interpreter needs the numpy of its time
+test-oldest:
+	$(MAKE) tests VENV=.venv-oldest WITH='torch==2.11.0 torchvision==0.26.0 "numpy<2.4"'
+
+tests: $(VENV)/.test
+	$(PY) $(TESTS)
 
 test-long: $(VENV)/.test
 	$(PY) -m pytest -m long --timeout 14400
@@ -79,6 +87,6 @@ $(VENV)/.demo $(VENV)/.demo-vision $(VENV)/.demo-speech $(VENV)/.test $(VENV)/.d
 	@if [ -e $(VENV)/.installing ]; then echo "the last install was interrupted: making $(VENV) anew"; rm -rf $(VENV); fi
 	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	@touch $(VENV)/.installing
-	$(PY) -m pip install -e ".[$(EXTRAS)]"
+	$(PY) -m pip install $(if $(WITH),$(WITH) )-e ".[$(EXTRAS)]"
 	@rm $(VENV)/.installing
 	@touch $@

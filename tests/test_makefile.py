@@ -82,6 +82,15 @@ def test_each_target_installs_its_extras_and_runs(copy, target):
     assert f"-m {last}" in plan.stdout.splitlines()[-1]
 
 
+def test_the_oldest_torch_has_an_environment_of_its_own(copy, tmp_path, fake_python):
+    assert make(copy, "test-oldest", python=fake_python).returncode == 0
+    assert calls(tmp_path) == [
+        "-m venv --clear .venv-oldest",
+        "-m pip install torch==2.11.0 torchvision==0.26.0 numpy<2.4 -e .[test]",
+        "-m pytest -n logical --maxprocesses 8 --dist worksteal",
+    ]
+
+
 def test_a_second_time_installs_nothing(copy, tmp_path, fake_python):
     assert make(copy, "demo", python=fake_python).returncode == 0
     assert calls(tmp_path) == [
