@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import packed, select
 from .problem import BackendUnsupported, Problem, make_problem
+from .rules import AUTOCAST
 
 _SCALARS = (
     "float? sigmoid_bias, float? scale, bool causal, SymInt? window_left, SymInt? window_right, SymInt? q_offset, "
@@ -77,7 +78,7 @@ def _partial(problem: Problem) -> Problem:
 
 def full_precision(device: str) -> AbstractContextManager[object]:
     """Autocast off: it would round the scores inside a backend."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in AUTOCAST and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

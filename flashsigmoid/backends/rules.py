@@ -12,7 +12,7 @@ from . import NAMES
 Window = tuple[int | None, int | None]
 _SIGMOIDS = ("auto", "exact", "fast")
 # asked once: the compiler of torch 2.11 cannot trace the question
-_AUTOCAST = {
+AUTOCAST = {
     device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torch.amp.is_autocast_available(device)
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,7 +30,7 @@ def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return q, k, v
     device = q.device.type
-    if device not in _AUTOCAST or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    if device not in AUTOCAST or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)
