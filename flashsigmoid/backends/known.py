@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import op, select
-from .gpu import threads
+from .gpu import allows_tf32, threads
 from .problem import Problem
 
 _MOST = 4096  # calls, or backwards of a call, after which all are forgotten
@@ -68,7 +68,7 @@ def _key(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Any, ...] | None:
     return (
         threads.token,
         torch._C._get_deterministic_algorithms(),
-        q.dtype is torch.float32 and torch.get_float32_matmul_precision(),
+        q.dtype is torch.float32 and allows_tf32(),
         q.shape, q.stride(), q.dtype, q.device,
         k.shape, k.stride(), k.dtype, k.device,
         v.shape, v.stride(), v.dtype, v.device,
@@ -96,6 +96,7 @@ class Known:
         return self.run(q, k, v, *_NO_SIDES)
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        op.refuse_batches(dout)
         # with grad enabled a second derivative may be asked for: the op says that there is none
         if torch.is_grad_enabled() or not op.is_plain((dout, q, k, v)):
             return torch.ops.flashsigmoid.bwd(dout, q, k, v, *_NO_SIDES, *self.scalars)[:3]

@@ -28,6 +28,7 @@ _TENSORS = (
 )
 _TENSOR_COUNT = len(_TENSORS.split(", "))
 _PLAIN = {Tensor, torch.nn.Parameter}
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 SCALAR_NAMES = tuple(field.split()[1] for field in _SCALARS.split(", "))
 
 torch.library.define(
@@ -202,8 +203,12 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _is_eager() -> bool:
-    """Neither compiled nor under a dispatch mode."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    """Neither compiled nor under a dispatch mode, be it one that sees operators before autograd does."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    )
 
 
 def needs_sums(*sides: Tensor | None) -> bool:
@@ -231,9 +236,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         # with grad enabled a second derivative may be asked for: the op says that there is none
-        if torch.is_grad_enabled() or not is_plain((dout,)):
-            return None, None, None, *_autograd_fwd(ctx, dout)[:_TENSOR_COUNT]
+        refuse_batches(dout)
         saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain((dout, *saved)):
+            return None, None, None, *_autograd_fwd(ctx, dout)[:_TENSOR_COUNT]
         return None, None, None, *_given(saved, compute_bwd(ctx.problem, ctx.backend, dout, *saved))
 
 
@@ -294,7 +300,16 @@ def _save_fwd(ctx, inputs, output) -> None:
     ctx.scalars = inputs[_TENSOR_COUNT:]
 
 
+def refuse_batches(dout: Tensor) -> None:
+    """Of `is_grads_batched`, whose batches look like one tensor and have no memory."""
+    if torch.compiler.is_compiling():  # it cannot trace the question
+        return
+    if torch._C._functorch.is_legacy_batchedtensor(dout):  # pyright: ignore[reportAttributeAccessIssue]
+        raise BackendUnsupported("is_grads_batched needs backend='reference', got a fused backend")
+
+
 def _autograd_fwd(ctx, dout: Tensor):
+    refuse_batches(dout)
     saved = ctx.saved_tensors
     return *_given(saved, torch.ops.flashsigmoid.bwd(dout, *saved, *ctx.scalars)), *(None,) * len(SCALAR_NAMES)
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 from backends.here import FUSED, IS_INTERPRETED
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from flashsigmoid import BackendUnsupported, sigmoid_attention
 from flashsigmoid.backends import known, triton
@@ -201,14 +204,26 @@ def test_another_thread_makes_another_call(taken) -> None:
     assert_same(found[1], make(call))
 
 
-def test_determinism_and_precision_make_another_call(monkeypatch) -> None:
+def test_determinism_and_precision_make_another_call() -> None:
     call = base(q=torch.randn(1, 9, 2, 16), k=torch.randn(1, 9, 2, 16), v=torch.randn(1, 9, 2, 16))
     call["dout"] = torch.randn(1, 9, 2, 16)
     make(call)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert find(call) is None
-    monkeypatch.undo()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert find(call) is None
+    finally:
+        torch.set_float32_matmul_precision("highest")
     assert find(call) is not None
+    plain = find(call)
+    for switch in (torch.backends.cuda.matmul, torch.backends):  # the new ones, of which the first goes before
+        setattr(switch, "fp32_precision", "tf32")  # noqa: B010
+        try:
+            assert find(call) is not plain
+            make(call)
+            assert find(call) not in (None, plain)
+        finally:
+            setattr(switch, "fp32_precision", "none")  # noqa: B010
+    assert find(call) is plain
     torch.use_deterministic_algorithms(True)
     try:
         assert find(call) is None
@@ -445,6 +460,99 @@ def test_an_input_changed_before_the_backward_of_a_known_call_is_an_error(taken)
     other.mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("empty", ["batch", "seqlen_q", "seqlen_k"])
+def test_calls_without_elements_are_known_too(empty, taken) -> None:
+    call = base()
+    names, dim = {"batch": ("qkv", 0), "seqlen_q": ("q", 1), "seqlen_k": ("kv", 1)}[empty]
+    call |= {name: call[name].narrow(dim, 0, 0) for name in names}
+    if empty != "seqlen_k":
+        call["dout"] = call["dout"].narrow(dim, 0, 0)
+    first = make(call)
+    assert_same(make(call), first)
+    assert len(taken) == 1
+    assert not any(x.any() for x in first)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_strides_of_one_element_do_not_matter(backend) -> None:
+    """A dimension of one element may have any stride, and the key has it: another call with the same values."""
+    call = base(backend=backend)
+    call |= {name: call[name][:1, :1, :1] for name in NAMES}
+    expected = make({**call, **{name: call[name].contiguous() for name in NAMES}})
+    for stride in (0, 1, 3, 16, 2**33):
+        odd = {name: call[name].as_strided((1, 1, 1, 16), (stride, stride, stride, 1)) for name in NAMES}
+        for _ in range(2):
+            assert_same(make(call | odd), expected)
+
+
+def test_inference_tensors_are_refused_in_a_graph_as_the_op_refuses_them(taken) -> None:
+    call = base()
+    make(call)
+    with torch.inference_mode():
+        call["q"] = call["q"].clone()
+    k = call["k"].requires_grad_()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+            sigmoid_attention(call["q"], k, call["v"], backend=call["backend"])
+    with torch.no_grad():
+        assert torch.equal(sigmoid_attention(call["q"], k, call["v"], backend=call["backend"]), make(call, "")[0])
+    assert taken
+
+
+def test_a_checkpoint_may_first_meet_the_call_and_then_know_it(primed, taken) -> None:
+    """What is saved in its forward and in its recomputation must be as many tensors, of the same sizes."""
+    q, k, v = (primed[name].requires_grad_() for name in "qkv")
+    call = lambda *tensors: sigmoid_attention(*tensors, backend=primed["backend"])  # noqa: E731
+    known.forget()
+    grads = []
+    for _ in range(2):
+        out = checkpoint(call, q, k, v, use_reentrant=False)
+        grads.append(torch.autograd.grad(out.sum(), (q, k, v)))
+    assert len(taken) == 3
+    assert_same(list(grads[0]), list(grads[1]))
+
+
+def test_tracers_before_autograd_see_the_op(primed, taken) -> None:
+    q, k, v, backend = primed.values()
+    call = lambda q: sigmoid_attention(q, k, v, backend=backend)  # noqa: E731
+    for is_before in (False, True):
+        graph = make_fx(call, pre_dispatch=is_before)(q)
+        assert "flashsigmoid.fwd.default" in [str(node.target) for node in graph.graph.nodes]
+        assert torch.equal(graph(q), the_op(primed))
+    assert not taken
+
+
+def test_a_known_backward_may_be_compiled(primed) -> None:
+    q, k, v = (primed[name].requires_grad_() for name in "qkv")
+    expected = torch.autograd.grad(sigmoid_attention(**primed).sum(), (q, k, v))
+    torch.compiler.reset()
+    out = sigmoid_attention(**primed)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        out.sum().backward()
+    for x, grad in zip((q, k, v), expected, strict=True):
+        assert x.grad is not None
+        assert torch.equal(x.grad, grad)
+
+
+def test_batches_of_gradients_are_refused(primed) -> None:
+    """By torch's older vmap, whose tensors look plain; `torch.vmap` of a gradient is a loop."""
+    q = primed["q"].requires_grad_()
+    for way in ("op", "first", "known"):
+        if way == "first":
+            known.forget()
+        out = the_op(primed) if way == "op" else sigmoid_attention(**primed)
+        with pytest.raises(BackendUnsupported, match="is_grads_batched needs backend='reference'"):
+            torch.autograd.grad(out, q, torch.ones(2, *out.shape), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("change", [Tensor.to_sparse, lambda x: x.to_mkldnn()], ids=["sparse", "mkldnn"])
+def test_other_layouts_are_refused(change, primed) -> None:
+    call = primed | {"q": change(primed["q"])}
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"q must be a dense tensor .*, got torch"):
+            sigmoid_attention(**call)
 
 
 def test_dead_wrappers_of_a_transform_are_computed(primed) -> None:
