@@ -178,7 +178,7 @@ def _gradients(q, k, v, bias, slopes, needs_sums: bool) -> tuple[Tensor, Tensor,
 def forward(*inputs) -> Tensor:
     """flashsigmoid::fwd; in plain eager mode past the dispatcher, which costs more than the kernels of a short call."""
     tensors = inputs[:_TENSOR_COUNT]
-    if not is_plain(tensors):
+    if not is_plain(tensors) or _are_unstored(tensors):
         if _is_eager() and _is_transformed():
             return _Transformed.apply(inputs[_TENSOR_COUNT:], *tensors)  # pyright: ignore[reportReturnType]
         return torch.ops.flashsigmoid.fwd(*inputs)
@@ -200,6 +200,11 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
         if x is not None and (x.__class__ not in _PLAIN or x.is_neg()):
             return False
     return tensors[0] is None or not tensors[0].is_meta
+
+
+def _are_unstored(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether any are the zeros of forward-mode derivatives, which have no memory before an operator takes them."""
+    return any(x is not None and x._is_zerotensor() for x in tensors)
 
 
 def _is_eager() -> bool:
@@ -238,7 +243,7 @@ class _Attention(torch.autograd.Function):
         # with grad enabled a second derivative may be asked for: the op says that there is none
         refuse_batches(dout)
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled() or not is_plain((dout, *saved)):
+        if torch.is_grad_enabled() or not is_plain((dout, *saved)) or _are_unstored((dout, *saved)):
             return None, None, None, *_autograd_fwd(ctx, dout)[:_TENSOR_COUNT]
         return None, None, None, *_given(saved, compute_bwd(ctx.problem, ctx.backend, dout, *saved))
 
