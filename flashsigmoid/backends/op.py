@@ -179,7 +179,7 @@ def forward(*inputs) -> Tensor:
     """flashsigmoid::fwd; in plain eager mode past the dispatcher, which costs more than the kernels of a short call."""
     tensors = inputs[:_TENSOR_COUNT]
     if not is_plain(tensors) or _are_unstored(tensors):
-        if _is_eager() and _is_transformed():
+        if _is_eager() and _is_transformed() and not _is_functionalized():
             return _Transformed.apply(inputs[_TENSOR_COUNT:], *tensors)  # pyright: ignore[reportReturnType]
         return torch.ops.flashsigmoid.fwd(*inputs)
     problem, backend = make(*inputs)
@@ -227,6 +227,12 @@ def needs_sums(*sides: Tensor | None) -> bool:
 def _is_transformed() -> bool:
     """Inside of a transform of torch.func, which the op's own autograd refuses."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_functionalized() -> bool:
+    """Whether the innermost transform is the one that custom functions have no rule for, and operators have."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.peek_interpreter_stack().key() == functorch.TransformType.Functionalize
 
 
 class _Attention(torch.autograd.Function):

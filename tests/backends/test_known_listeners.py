@@ -160,6 +160,18 @@ def test_tracers_before_autograd_see_the_op(primed, taken) -> None:
     assert not taken
 
 
+def test_functionalize_sees_the_op(primed, taken) -> None:
+    q, k, v, backend = primed.values()
+
+    def call(q: Tensor) -> Tensor:
+        return sigmoid_attention(q, k, v, backend=backend).add_(1.0)
+
+    functional = torch.func.functionalize(call)
+    assert torch.equal(functional(q), the_op(primed) + 1.0)
+    assert "flashsigmoid.fwd.default" in [str(node.target) for node in make_fx(functional)(q).graph.nodes]
+    assert not taken
+
+
 def test_a_known_backward_may_be_compiled(primed) -> None:
     q, k, v = (primed[name].requires_grad_() for name in "qkv")
     expected = torch.autograd.grad(sigmoid_attention(**primed).sum(), (q, k, v))
