@@ -98,18 +98,18 @@ def witness(
     Scores, sigmoid and accumulation in float32 (float64 for float64 inputs); A and dS rounded to the input dtype, as
     tensor cores take them; results rounded. Written out by hand, without autograd.
 
-    Every result is stacked (draws, ...), and a draw repeats no rounding of another by construction: each sums in a
-    random order of its own, and has its scores in a unit of its own (one, and from there up to a half; a kernel's is
+    Every result is stacked (draws, ...), and what is rounded in float32 is rounded anew in every draw: each sums in a
+    random order of its own, and has its scores in a unit of its own (one, and from there down to a half; a kernel's is
     1 / log2 e), since the last rounding of a score near b is the same in every order. A sum runs into one accumulator
     wherever a kernel has one: dK and dV over all rows of all query heads of a key head.
 
-    `draws` is how often chance must be asked. If a result is as good as one draw, and one element in M decides the
-    maximum among equals, it is outside twice the largest of all draws this often (normal errors):
+    `draws` is how often chance must be asked. A result as good as one draw, of M elements with independent errors of
+    one size, has a maximum beyond twice that of all draws this often (normal errors):
 
-        draws      2       4       8        16       32
-        M = 1      13 %    3.9 %   0.8 %    0.13 %   0.015 %
-        M = 4      2.9 %   0.5 %   0.06 %   0.005 %  0.002 %
-        M = 16     0.2 %   0.03 %  0.003 %
+        draws      2        4        8        16       32
+        M = 1      13 %     3.9 %    0.83 %   0.13 %   0.015 %
+        M = 4      3.0 %    0.49 %   0.061 %  0.006 %  0.0006 %
+        M = 16     0.24 %   0.025 %  0.002 %  0.0002 %
 
     Large results have M in the hundreds. M is about 1 where errors have one source, as with a single key and row, and
     where one sum is far larger than the others. That is a matter of float32: results in 16 bits round alike.

@@ -69,3 +69,20 @@ def test_one_accumulator_for_all_query_heads_of_a_key_head(seed: int, bits: int)
             if bits < 24:
                 dv = (dv * 2 ** (bits - 2)).round() / 2 ** (bits - 2)  # the largest are between 1 and 4
     assert (max(errors_over_budget(dv[:, :, None], exact, seen)) <= 1.0) == (bits == 24)
+
+
+def test_how_often_a_maximum_is_outside_by_bad_luck() -> None:
+    """The table at `witness`: of D draws of M normal errors each, integrated over the largest of all."""
+    header, *rows = [
+        line.split() for line in (witness.__doc__ or "").splitlines() if line.strip()[:3] in ("dra", "M =")
+    ]
+    largest = torch.linspace(0.0, 12.0, 1_000_001, dtype=torch.float64)
+    below, twice = (torch.erf(x * largest / math.sqrt(2.0)) for x in (1.0, 2.0))
+    shown = 0
+    for row in rows:
+        m = int(row[2])
+        for draws, percent in zip(header[1:], row[3::2], strict=False):
+            chance = torch.trapezoid(1.0 - twice**m, below ** (int(draws) * m)).item()
+            assert float(percent) / 100 == pytest.approx(chance, rel=0.12)
+            shown += 1
+    assert shown == 14
