@@ -6,6 +6,7 @@ No absolute tolerance: with b = -log n outputs shrink with n, and at n = 4096 a 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, TypedDict, Unpack, cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .backends import reference
 from .backends.philox import keep_mask
-from .backends.problem import make_problem
+from .backends.problem import Problem, make_problem
 from .functional import sigmoid_attention_shard
 
 RMS_FACTOR, MAX_FACTOR, FLOOR = 1.5, 2.0, 1e-6
@@ -97,15 +98,32 @@ def witness(
     Scores, sigmoid and accumulation in float32 (float64 for float64 inputs); A and dS rounded to the input dtype, as
     tensor cores take them; results rounded. Written out by hand, without autograd.
 
-    Every result is stacked (draws, ...): the same sums in several random orders, since a small problem has few
-    roundings and one draw of them may be lucky. db and dslopes are a few sums over all rows, each a single draw of its
-    error: there the witness is the exact sum off by three times the root of the rows' summed squared errors.
+    Every result is stacked (draws, ...), and what is rounded in float32 is rounded anew in every draw: each sums in a
+    random order of its own, and has its scores in a unit of its own (one, and from there down to a half; a kernel's is
+    1 / log2 e), since the last rounding of a score near b is the same in every order. A sum runs into one accumulator
+    wherever a kernel has one: dK and dV over all rows of all query heads of a key head.
+
+    `draws` is how often chance must be asked. A result as good as one draw, of M elements with independent errors of
+    one size, has a maximum beyond twice that of all draws this often (normal errors):
+
+        draws      2        4        8        16       32
+        M = 1      13 %     3.9 %    0.83 %   0.13 %   0.015 %
+        M = 4      3.0 %    0.49 %   0.061 %  0.006 %  0.0006 %
+        M = 16     0.24 %   0.025 %  0.002 %  0.0002 %
+
+    Large results have M in the hundreds. M is about 1 where errors have one source, as with a single key and row, and
+    where one sum is far larger than the others. That is a matter of float32: results in 16 bits round alike.
+
+    db and dslopes are a few sums over all rows, each a single draw of its error: there the witness is the exact sum off
+    by three times the root of the rows' summed squared errors.
     """
     orders = [torch.Generator().manual_seed(draw) for draw in range(draws)]
-    results, rows = zip(*(_by_hand(q, k, v, dout, order, **options) for order in orders), strict=True)
+    units = [2.0 ** (draw / draws) for draw in range(draws)]
+    pairs = [_by_hand(q, k, v, dout, order, unit, **options) for order, unit in zip(orders, units, strict=True)]
+    results, rows = zip(*pairs, strict=True)
     stacked = {name: torch.stack([result[name] for result in results]) for name in results[0]}
     if rows[0]:
-        _, exact = _by_hand(q.double(), k.double(), v.double(), dout.double(), orders[0], **_double(options))
+        _, exact = _by_hand(q.double(), k.double(), v.double(), dout.double(), orders[0], 1.0, **_double(options))
         for name, like in (("db", options.get("sigmoid_bias")), ("dslopes", options.get("alibi_slopes"))):
             if name in exact:
                 assert isinstance(like, Tensor)
@@ -129,11 +147,11 @@ def _reduce(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _by_hand(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, order: torch.Generator, **options: Unpack[Options]
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, order: torch.Generator, unit: float, **options: Unpack[Options]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """({out, dq, dk, dv}, {db, dslopes} of every row): the equations of docs/semantics.md with a kernel's roundings.
 
-    `order` draws the order in which each product sums.
+    `order` draws the order in which each product sums; scores are rounded as multiples of 1 / unit.
     """
 
     def product(x: Tensor, y: Tensor) -> Tensor:
@@ -170,14 +188,13 @@ def _by_hand(
     def dense(x: Tensor) -> Tensor:  # (batch, nheads, seqlen, dim) -> (batch, seqlen, nheads, dim)
         return x.transpose(1, 2).to(q.dtype)
 
-    def grouped(x: Tensor) -> Tensor:  # the gradient of a key head is the sum over its query heads
-        return dense(x.unflatten(1, (problem.nheads_k, group)).sum(2))
+    def of_key_head(x: Tensor) -> Tensor:  # (batch, nheads_k, group * seqlen_q, ...): the rows that its gradients sum
+        return x.unflatten(1, (problem.nheads_k, group)).flatten(2, 3)
 
     q_, dout_ = (x.to(dtype).transpose(1, 2) for x in (q, dout))
     k_, v_ = (x.to(dtype).repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
     features = torch.randperm(problem.head_dim, generator=order).to(q.device)
-    tensor_bias = bias if isinstance(bias, Tensor) else None
-    a = reference.weights(problem, q[..., features], k[..., features], tensor_bias, slopes)
+    a = _weights(problem, q[..., features], k[..., features], bias if isinstance(bias, Tensor) else None, slopes, unit)
     keep = torch.ones((), dtype=dtype, device=q.device)
     if "seed" in options and problem.dropout_p > 0:
         kept = keep_mask(options["seed"], problem.dropout_p, problem.origin, tuple(a.shape))
@@ -187,8 +204,8 @@ def _by_hand(
     results = {
         "out": dense(product(dropped, v_)),
         "dq": dense(problem.scale * product(ds, k_)),
-        "dk": grouped(problem.scale * product(ds.mT, q_)),
-        "dv": grouped(product(dropped.mT, dout_)),
+        "dk": dense(problem.scale * product(of_key_head(ds).mT, of_key_head(q_))),
+        "dv": dense(product(of_key_head(dropped).mT, of_key_head(dout_))),
     }
     rows = {}
     keys = torch.randperm(problem.seqlen_k, generator=order).to(q.device)
@@ -201,11 +218,24 @@ def _by_hand(
     return results, rows
 
 
+def _weights(problem: Problem, q: Tensor, k: Tensor, bias: Tensor | None, slopes: Tensor | None, unit: float) -> Tensor:
+    """A = 1 / (1 + e), e = exp(-S), from scores that are computed and rounded as unit * S."""
+    b, dtype = problem.sigmoid_bias, problem.compute_dtype
+    in_units = replace(problem, scale=unit * problem.scale, sigmoid_bias=None if b is None else unit * b)
+    bias, slopes = (None if x is None else unit * x.to(dtype) for x in (bias, slopes))
+    # the unit is taken back exactly: a kernel's exponential has it built in
+    e = torch.exp(reference.scores(in_units, q, k, bias, slopes).double() / -unit).to(dtype)
+    keep = reference.visible(problem, q.device)
+    a = 1.0 / (1.0 + e)
+    return a if keep is None else torch.where(keep, a, 0.0)
+
+
 def errors_over_budget(actual: Tensor, oracle: Tensor, witness: Tensor) -> tuple[float, float]:
     """(rms, maximum) error of `actual` against the oracle, each divided by what the budget allows: at most 1 is inside.
 
     Allowed: 1.5 times the witness's rms error and 2.0 times its maximum, each plus 1e-6 of the oracle's rms, where the
-    witness has the oracle's shape, or several draws stacked in front of it. A NaN or an infinity is inf times over.
+    witness has the oracle's shape, or several draws stacked in front of it: then the rms is that of all of them and the
+    maximum the largest of any. How many draws a maximum needs, `witness` says. A NaN or an infinity is inf times over.
     """
     exact = oracle.double()
     if actual.shape != exact.shape:

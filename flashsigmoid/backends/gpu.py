@@ -65,6 +65,14 @@ def are_aligned(*tensors: Tensor) -> bool:
     return True
 
 
+def allows_tf32() -> bool:
+    """Whether torch may multiply float32 as tf32, by whichever of its switches.
+
+    Where one of the new ones was used, `torch.get_float32_matmul_precision` raises.
+    """
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
+
+
 def too_long(problem: Problem) -> str | None:
     """Why positions do not fit the kernels' integers, None if they do."""
     if max(problem.seqlen_q, problem.seqlen_k, abs(problem.q_offset)) <= LARGEST:
@@ -113,7 +121,7 @@ def find_launch(
 
     `triton` is the module, which is imported by who has kernels only.
     """
-    described = [(x.stride(), x.data_ptr() % 16) for x in loaded]
+    described = [(x.stride(), x.dtype, x.data_ptr() % 16) for x in loaded]
     where = (threads.token, loaded[0].device, *described, *key)
     known = launches.get(where)
     if known is None or known.kernel is not kernel:

@@ -1,7 +1,7 @@
 """Calls that were made before: from their tensors to their launches, past validation, problem, choice and plans.
 
 A call is known by everything but what its tensors hold. Nothing is computed here. Where something listens to the op,
-an option is a tensor, or an address is off 16 bytes, a call is not known.
+an option is a tensor, or an address is off 16 bytes or none, a call is not known.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import op, select
-from .gpu import threads
+from .gpu import allows_tf32, threads
 from .problem import Problem
 
 _MOST = 4096  # calls, or backwards of a call, after which all are forgotten
@@ -62,13 +62,14 @@ def forget() -> None:
 
 
 def _key(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Any, ...] | None:
-    """Of all that decides how they are computed in this thread; None where an address is off 16 bytes."""
-    if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+    """Of all that decides how they are computed in this thread; None where an address is off 16 bytes, or none."""
+    of_q, of_k, of_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if (of_q | of_k | of_v) % 16 or not (of_q and of_k and of_v):
         return None
     return (
         threads.token,
         torch._C._get_deterministic_algorithms(),
-        q.dtype is torch.float32 and torch.get_float32_matmul_precision(),
+        q.dtype is torch.float32 and allows_tf32(),
         q.shape, q.stride(), q.dtype, q.device,
         k.shape, k.stride(), k.dtype, k.device,
         v.shape, v.stride(), v.dtype, v.device,
@@ -96,11 +97,13 @@ class Known:
         return self.run(q, k, v, *_NO_SIDES)
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        op.refuse_batches(dout)
         # with grad enabled a second derivative may be asked for: the op says that there is none
-        if torch.is_grad_enabled() or not op.is_plain((dout, q, k, v)):
+        address = dout.data_ptr() if op.is_plain((dout, q, k, v)) else 0
+        if torch.is_grad_enabled() or not address:
             return torch.ops.flashsigmoid.bwd(dout, q, k, v, *_NO_SIDES, *self.scalars)[:3]
         key = None
-        if dout.data_ptr() % 16 == 0:
+        if address % 16 == 0:
             key = _key(q, k, v, dout.shape, dout.stride(), dout.dtype, dout.device)
         run = self.backwards.get(key)
         if run is not None:

@@ -29,6 +29,7 @@ _TENSORS = (
 )
 _TENSOR_COUNT = len(_TENSORS.split(", "))
 _PLAIN = {Tensor, torch.nn.Parameter}
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 SCALAR_NAMES = tuple(field.split()[1] for field in _SCALARS.split(", "))
 
 torch.library.define(
@@ -178,8 +179,8 @@ def _gradients(q, k, v, bias, slopes, needs_sums: bool) -> tuple[Tensor, Tensor,
 def forward(*inputs) -> Tensor:
     """flashsigmoid::fwd; in plain eager mode past the dispatcher, which costs more than the kernels of a short call."""
     tensors = inputs[:_TENSOR_COUNT]
-    if not is_plain(tensors):
-        if _is_eager() and _is_transformed():
+    if not is_plain(tensors) or _are_unstored(tensors):
+        if _is_eager() and _is_transformed() and not _is_functionalized():
             return _Transformed.apply(inputs[_TENSOR_COUNT:], *tensors)  # pyright: ignore[reportReturnType]
         return torch.ops.flashsigmoid.fwd(*inputs)
     problem, backend = make(*inputs)
@@ -202,9 +203,18 @@ def is_plain(tensors: Sequence[Tensor | None]) -> bool:
     return tensors[0] is None or not tensors[0].is_meta
 
 
+def _are_unstored(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether any are the zeros of forward-mode derivatives, which have no memory before an operator takes them."""
+    return any(x is not None and x._is_zerotensor() for x in tensors)
+
+
 def _is_eager() -> bool:
-    """Neither compiled nor under a dispatch mode."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    """Neither compiled nor under a dispatch mode, be it one that sees operators before autograd does."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH)
+    )
 
 
 def needs_sums(*sides: Tensor | None) -> bool:
@@ -220,6 +230,12 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _is_functionalized() -> bool:
+    """Whether the innermost transform is the one that custom functions have no rule for, and operators have."""
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functorch.peek_interpreter_stack().key() == functorch.TransformType.Functionalize
+
+
 class _Attention(torch.autograd.Function):
     """flashsigmoid::fwd and ::bwd, called directly."""
 
@@ -232,9 +248,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
         # with grad enabled a second derivative may be asked for: the op says that there is none
-        if torch.is_grad_enabled() or not is_plain((dout,)):
-            return None, None, None, *_autograd_fwd(ctx, dout)[:_TENSOR_COUNT]
+        refuse_batches(dout)
         saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or not is_plain((dout, *saved)) or _are_unstored((dout, *saved)):
+            return None, None, None, *_autograd_fwd(ctx, dout)[:_TENSOR_COUNT]
         return None, None, None, *_given(saved, compute_bwd(ctx.problem, ctx.backend, dout, *saved))
 
 
@@ -295,7 +312,16 @@ def _save_fwd(ctx, inputs, output) -> None:
     ctx.scalars = inputs[_TENSOR_COUNT:]
 
 
+def refuse_batches(dout: Tensor) -> None:
+    """Of `is_grads_batched`, whose batches look like one tensor and have no memory."""
+    if torch.compiler.is_compiling():  # it cannot trace the question
+        return
+    if torch._C._functorch.is_legacy_batchedtensor(dout):  # pyright: ignore[reportAttributeAccessIssue]
+        raise BackendUnsupported("is_grads_batched needs backend='reference', got a fused backend")
+
+
 def _autograd_fwd(ctx, dout: Tensor):
+    refuse_batches(dout)
     saved = ctx.saved_tensors
     return *_given(saved, torch.ops.flashsigmoid.bwd(dout, *saved, *ctx.scalars)), *(None,) * len(SCALAR_NAMES)
 

@@ -58,6 +58,8 @@ def validate(
         if not isinstance(x, Tensor) or x.is_nested or x.dim() != (3 if is_packed else 4):
             got = tuple(x.shape) if isinstance(x, Tensor) and not x.is_nested else type(x).__name__
             raise ValueError(f"{name} must be a dense tensor {layout}, got {got}")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense tensor {layout}, got {x.layout}")
         if x.dtype not in _DTYPES or x.dtype != q.dtype:
             raise ValueError(
                 "q, k, v must share one dtype of float16, bfloat16, float32, float64, "

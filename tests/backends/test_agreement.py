@@ -47,8 +47,6 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 PAIRS = {(a, x, b, y) for (a, xs), (b, ys) in itertools.combinations(OPTIONS.items(), 2) for x in xs for y in ys}
 MOST_SCORES = 2**16  # of a drawn case, all heads together
 MORE = 320
-# with 9, one sum of plain torch's dv, of its largest element, rounds 2.5 times as badly as any of the witness's
-SEEDS = {9: 1009}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +147,13 @@ def drawn() -> tuple[Case, ...]:
     return tuple(cases)
 
 
+def draws(case: Case) -> int:
+    """Of the witness: in float32 one element may decide the maximum, of few scores it does."""
+    if case.dtype != torch.float32:
+        return 2
+    return 32 if case.scores() <= 2**10 else 8
+
+
 def check(case: Case, seed: int) -> None:
     """Every backend on one case, beside one oracle and one witness."""
     tensors = make_qkv(
@@ -165,8 +170,7 @@ def check(case: Case, seed: int) -> None:
     options = case.options(seed)
     options.setdefault("sigmoid_bias", -math.log(case.seqlen_k))
     expected = oracle(*tensors, **options)
-    # float32 has heavy tails: the one largest score decides the maximum
-    seen = witness(*tensors, draws=8 if case.dtype == torch.float32 else 2, **options)
+    seen = witness(*tensors, draws=draws(case), **options)
     problem = make_problem(
         *tensors[:3], bias=None, slopes=None, sigmoid_bias=0.0, scale=None, causal=False, window_left=None,
         window_right=None, q_offset=None, dropout_p=0.0, origin=(0, 0, 0, 0), sigmoid="auto",
@@ -178,18 +182,18 @@ def check(case: Case, seed: int) -> None:
             assert_within_budget(f"{backend} {name} of {case}", result, expected[name], seen[name])
 
 
-def check_in_small_tiles(case: Case, index: int, monkeypatch: pytest.MonkeyPatch, seed: int | None = None) -> None:
+def check_in_small_tiles(case: Case, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if case.slab is not None:
         monkeypatch.setattr(blocked, "_tile", lambda problem: TILE)
         monkeypatch.setattr(blocked, "_strip", lambda problem: STRIP)
         monkeypatch.setattr(blocked, "_scores", lambda problem: case.slab * TILE[0] * TILE[1])
         interpret_in_tiles(monkeypatch, 32, 64 if case.slab == 1 else 16, has_descriptors=index % 3 > 0)
-    check(case, index if seed is None else seed)
+    check(case, index)
 
 
 @pytest.mark.parametrize("index", range(len(drawn())))
 def test_drawn_cases(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_in_small_tiles(drawn()[index], index, monkeypatch, SEEDS.get(index))
+    check_in_small_tiles(drawn()[index], index, monkeypatch)
 
 
 @pytest.mark.long

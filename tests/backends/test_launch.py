@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import threading
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -173,6 +174,17 @@ def test_another_device_is_made_current_for_a_launch(monkeypatch: pytest.MonkeyP
     assert len(kernel.compiled.calls) == 1
 
 
+def test_a_launch_is_on_the_stream_that_is_current_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, _ = started(by_pointers)
+    streams = iter((5, 9))
+    monkeypatch.setattr(launch, "_get_stream", lambda index: next(streams))
+    seen: list[int] = []
+    monkeypatch.setattr(launch, "_run", lambda x, y, z, stream, *args: seen.append(stream))
+    for _ in range(2):
+        launch.run(3, rows(), (torch.empty(3), None))
+    assert seen == [5, 9]
+
+
 def test_a_launch_is_known_by_layout_alignment_thread_and_key() -> None:
     launches: dict = {}
     kernel = Kernel()
@@ -184,11 +196,38 @@ def test_a_launch_is_known_by_layout_alignment_thread_and_key() -> None:
     base = find((k, v))
     assert find(rows()) is base
     off = torch.randn(k.numel() + 1, dtype=k.dtype)[1:].view(k.shape)
-    others = [find((k, v.transpose(1, 2).contiguous().transpose(1, 2))), find((k, off)), find((k, v), ("other",))]
+    others = [
+        find((k, v.transpose(1, 2).contiguous().transpose(1, 2))), find((k, off)), find((k, v), ("other",)),
+        find((k, v.bfloat16())), find((k.to("meta"), v.to("meta"))),
+    ]  # fmt: skip
     found: list[gpu.Launch] = []
     for _ in range(2):  # a thread may have the identifier of the one before
         thread = threading.Thread(target=lambda: found.append(find((k, v))))
         thread.start()
         thread.join()
-    assert len({id(x) for x in (base, *others, *found)}) == 6
+    assert len({id(x) for x in (base, *others, *found)}) == 8
     assert find((k, v), kernel=Kernel()) is not base
+
+
+def test_products_of_float32_by_each_of_torchs_switches() -> None:
+    """Where one of the new ones allows tf32, the older question raises."""
+    from flashsigmoid.backends.problem import make_problem
+    from flashsigmoid.backends.triton.launch import _precision
+
+    q = torch.zeros(1, 1, 1, 16)
+    problem = make_problem(
+        q, q, q, bias=None, slopes=None, sigmoid_bias=0.0, scale=None, causal=False, window_left=None,
+        window_right=None, q_offset=None, dropout_p=0.0, origin=(0, 0, 0, 0), sigmoid="auto",
+    )  # fmt: skip
+    problem = replace(problem, arch="sm_90", device="cuda")
+    try:
+        for precision, expected in (("highest", "bf16x6"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(precision)
+            assert _precision(problem) == expected
+            assert _precision(replace(problem, dtype=torch.bfloat16)) == "ieee"
+        for precision, expected in (("ieee", "bf16x6"), ("tf32", "tf32"), ("none", "bf16x6")):
+            setattr(torch.backends.cuda.matmul, "fp32_precision", precision)  # noqa: B010
+            assert _precision(problem) == expected
+    finally:
+        setattr(torch.backends.cuda.matmul, "fp32_precision", "none")  # noqa: B010
+        torch.set_float32_matmul_precision("highest")

@@ -36,27 +36,28 @@ def results(
     """Of one sequence, q (seqlen_q, nheads, head_dim): the exact result, and witnesses that sum in several orders.
 
     As `testing.witness`, on the GPU and with few Python steps for many keys: weights rounded, sums of parts of the keys
-    in float32, rounded once. A sequence of one key has one rounding of a weight: each draw adds its scores in another
-    order, and rounds the weights at another place between two powers of two, so that no draw's luck is the witness.
+    in float32, rounded once. A sequence of one key has one rounding of a score and of a weight: each draw adds its
+    scores in another order, and rounds both at another place between two powers of two, so that no draw's luck is the
+    witness. Of few weights there are more draws, by the table at `testing.witness`.
     """
     (seqlen_q, _, head_dim), (n, nheads_k, _) = q.shape, k.shape
     qd = q.double().transpose(0, 1).unflatten(0, (nheads_k, -1))  # (nheads_k, group, seqlen_q, head_dim)
     kd, vd = (x.double().transpose(0, 1) for x in (k, v))
 
-    def weights(dtype: torch.dtype, channels: Any = slice(None)) -> Tensor:
+    def weights(dtype: torch.dtype, channels: Any = slice(None), unit: float = 1.0) -> Tensor:
         qc, kc = (x[..., channels].to(dtype) for x in (qd, kd))
         s = torch.einsum("kgid,kjd->kgij", qc, kc).flatten(0, 1)  # (nheads, seqlen_q, n)
         b = sigmoid_bias
         if isinstance(b, Tensor):
             b = b.to(dtype)[:, None, None] if b.dim() == 1 else b.to(dtype)[..., None]
         distance = torch.arange(seqlen_q, device=DEVICE)[:, None] + n - seqlen_q - torch.arange(n, device=DEVICE)
-        s = s * (head_dim**-0.5 if scale is None else scale) + b
+        s = s * (unit * (head_dim**-0.5 if scale is None else scale)) + unit * b
         if alibi_slopes is not None:
-            s = s - alibi_slopes.to(dtype)[:, None, None] * distance.abs()
+            s = s - unit * alibi_slopes.to(dtype)[:, None, None] * distance.abs()
         left, right = window_size
         if causal:
             right = 0 if right is None else min(0, right)
-        a = torch.sigmoid(s)
+        a = 1.0 / (1.0 + torch.exp(s.double() / -unit).to(dtype))
         for cut in ([] if left is None else [distance > left]) + ([] if right is None else [distance < -right]):
             a = a.masked_fill(cut, 0.0)
         return a.unflatten(0, (nheads_k, -1))
@@ -66,10 +67,12 @@ def results(
 
     exact = product(weights(torch.float64), vd)
     vf, witnesses = vd.float(), []
-    for draw in range(4):
-        generator, shift = torch.Generator().manual_seed(draw), 2.0 ** (draw / 4 if q.dtype.itemsize == 2 else 0)
+    draws = 32 if n * q.shape[0] * q.shape[1] <= 2**10 else 4
+    for draw in range(draws):
+        generator, unit = torch.Generator().manual_seed(draw), 2.0 ** (draw / draws)
+        shift = unit if q.dtype.itemsize == 2 else 1.0
         order, channels = (torch.randperm(size, generator=generator).to(DEVICE) for size in (n, head_dim))
-        a = (weights(torch.float32, channels) * shift).to(q.dtype).float() / shift
+        a = (weights(torch.float32, channels, unit) * shift).to(q.dtype).float() / shift
         # one accumulator takes the parts one after the other
         total = sum((product(a[..., part], vf[:, part]) for part in order.chunk(64)), torch.zeros_like(exact).float())
         witnesses.append(total.to(q.dtype))

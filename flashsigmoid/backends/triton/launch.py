@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..formula import Formula, choose_formula, make_formula
-from ..gpu import LONG, Launch, are_aligned, bias_strides, find_launch, slopes_strides
+from ..gpu import LONG, Launch, allows_tf32, are_aligned, bias_strides, find_launch, slopes_strides
 from ..philox import threshold
 from ..problem import Problem
 from . import bwd, fwd
@@ -315,7 +315,7 @@ def _descriptor(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
 
 
 def _precision(problem: Problem) -> str:
-    """Of float32 products: six of bfloat16 parts make one of float32; torch's own switch allows one of tf32."""
+    """Of float32 products: six of bfloat16 parts make one of float32; torch's own switches allow one of tf32."""
     if problem.dtype != torch.float32 or not (problem.arch or "").startswith("sm_"):
         return "ieee"
-    return "bf16x6" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if allows_tf32() else "bf16x6"
