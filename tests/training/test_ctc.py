@@ -125,12 +125,16 @@ def test_packed_training_goes_on_to_the_same_bits(tmp_path) -> None:
         if progress.step == 3 and not progress.validated:
             os.kill(os.getpid(), signal.SIGINT)
 
-    run = replace(RUN, model=replace(RUN.model, packing=True, position="alibi"))
+    run = replace(RUN, model=replace(RUN.model, packing=True, position="alibi", alibi_bias=True))
     whole = train_speech(run, tmp_path / "whole", device="cpu", show=quiet)
     with pytest.raises(Interrupted):
         train_speech(run, tmp_path / "halves", device="cpu", show=stop)
     assert train_speech(run, tmp_path / "halves", resume=True, device="cpu", show=quiet) == whole
     assert differences(remains(tmp_path / "whole"), remains(tmp_path / "halves")) == []
+    assert load_recogniser(tmp_path / "whole")[0].config == run.model
+    plain = replace(run, model=replace(run.model, alibi_bias=None))
+    with pytest.raises(ValueError, match=r"model\.alibi_bias must stay as the run began to resume it, True, got None"):
+        train_speech(plain, tmp_path / "whole", resume=True, device="cpu", show=quiet)
 
 
 def test_workers_read_the_same(tmp_path) -> None:
