@@ -21,8 +21,9 @@ def an4_sample() -> SpeechRun:
     Paper: arXiv:2409.04431, its practices for speech at toy size. Command: flashsigmoid train an4_sample. Hardware: 2
     CPU cores. Wall time: 58 and 88 s of CPU time an arm on one core; 3 minutes each beside several other processes.
     Expected: over three seeds character errors of 21.5, 21.7 and 41.8 % (softmax 18.8 to 22.1 %), the best constant
-    answer has 68.1 % (benchmarks/results/an4_sample); alibi_bias=true changes nothing. With CAPE in place of ALiBi so few utterances teach less: a run of 200 steps ended at 50 %, where this one stood at 29 %
-    after 200.
+    answer has 68.1 % (benchmarks/results/an4_sample); alibi_bias=true changes nothing. With CAPE
+    in place of ALiBi so few utterances teach less: a run of 200 steps ended at 50 %, where this one stood at 29 % after
+    200.
     """
     return SpeechRun(
         name="an4_sample",
