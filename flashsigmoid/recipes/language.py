@@ -65,7 +65,7 @@ def enwik8() -> LanguageRun:
     it.
 
     Paper: arXiv:2409.04431, its practices for language. Command: flashsigmoid train enwik8 --data enwik8:FILE, the file
-    enwik8 or its zip. Hardware: 1 GPU of 40 GB. Wall time: not yet measured (estimate: 2 to 3 minutes on an H100).
+    enwik8 or its zip. Hardware: 1 GPU of 40 GB. Wall time: not yet measured (estimate: 4 to 5 minutes on an H100).
     Expected: not yet measured.
     """
     return LanguageRun(
@@ -87,7 +87,7 @@ def enwik8_4k() -> LanguageRun:
     """`enwik8` at n = 4096, with as many bytes in a step.
 
     Paper: arXiv:2409.04431, where hybrid-norm is needed at this length. Command: flashsigmoid train enwik8_4k --data
-    enwik8:FILE. Hardware: 1 GPU of 40 GB. Wall time: not yet measured (estimate: 3 to 4 minutes on an H100).
+    enwik8:FILE. Hardware: 1 GPU of 40 GB. Wall time: not yet measured (estimate: 5 to 6 minutes on an H100).
     Expected: not yet measured.
     """
     run = enwik8()
