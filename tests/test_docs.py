@@ -68,6 +68,30 @@ def test_documented_options_exist() -> None:
                 assert word.partition("=")[0] in known, line
 
 
+def test_documented_pairs_can_be_planned() -> None:
+    """Their recipes, fields and arms fit together; nothing is trained."""
+    pytest.importorskip("typer")
+    from typer.main import get_command
+
+    from flashsigmoid.cli import app
+    from flashsigmoid.cli.options import read_assignments, read_named_fields
+    from flashsigmoid.cli.recipes import find_recipes
+    from flashsigmoid.studies.pair import ARMS, plan
+
+    command = get_command(app).commands["pair"]  # pyright: ignore[reportAttributeAccessIssue]
+    recipes, missing = find_recipes()
+    if missing:
+        pytest.skip(missing)
+    lines = [line for line in command_lines() if line.startswith("flashsigmoid pair ")]
+    found = [shlex.split(line, comments=True)[2:] for line in lines]
+    assert len(found) > 5
+    for words in found:
+        given = command.make_context("pair", list(words)).params
+        arms = read_named_fields("--arm", given["arm"]) if given["arm"] else ARMS
+        fields, then = read_assignments(given["assignments"]), read_named_fields("--then", given["then"])
+        assert plan(recipes, given["recipe"], Path("out"), arms=arms, fields=fields, then=then), words
+
+
 @pages
 def test_tables_are_those_of_the_records(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)

@@ -18,7 +18,7 @@ TRY_AGAIN = 75  # an exit code: EX_TEMPFAIL of sysexits.h
 
 @app.command(
     epilog="Examples: flashsigmoid pair digits; flashsigmoid pair enwik8 --jobs 2 --max-minutes 9 "
-    "--arm rope:position=rope --arm softmax-rope:attention=softmax,position=rope; "
+    "--arm rope:position=rope,alibi_bias=none --arm softmax:attention=softmax; "
     "flashsigmoid pair simclr_digits --then probe_digits --then finetune_digits:steps=600"
 )
 def pair(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import CAPE, MLP, Block, RMSNorm, SigmoidAttention, SoftmaxAttention, sincos_positions
-from ..nn.attention import AttentionFn, Packing
+from ..nn.attention import AttentionFn, Packing, check_alibi_bias
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -45,6 +45,7 @@ class SpeechConfig:
     packing: bool = False  # the blocks see utterances in a row, without padding, instead of padded ones
     attention: Literal["sigmoid", "softmax"] = "sigmoid"  # the one field in which a pair differs
     sigmoid_bias: float | None = None  # b; None: -log(seqlen) of this config, whatever the input's length
+    alibi_bias: bool | None = None  # True: each head its own b, `nn.alibi_bias` of n = exp(-b); else b for all
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strides", tuple(self.strides))
@@ -71,10 +72,12 @@ class SpeechConfig:
             raise ValueError(f"dropout_p must be in [0, 1), got {self.dropout_p}")
         if self.sigmoid_bias is not None and not self.sigmoid_bias < math.inf:
             raise ValueError(f"sigmoid_bias must be a number below inf, or None, got {self.sigmoid_bias}")
+        if self.alibi_bias:
+            check_alibi_bias(self.position, self.bias)
 
     @property
     def bias(self) -> float:
-        """b of every attention: `sigmoid_bias`, or -log(seqlen)."""
+        """b of every attention: `sigmoid_bias`, or -log(seqlen); with alibi_bias what its heads' are computed from."""
         return -math.log(self.seqlen) if self.sigmoid_bias is None else self.sigmoid_bias
 
     def positions(self, frames: int) -> int:
@@ -121,6 +124,7 @@ class SpeechEncoder(nn.Module):
                 qk_norm=config.qk_norm,
                 position=config.position if config.position in ("rope", "alibi") else None,
                 sigmoid_bias=config.bias,
+                alibi_bias=bool(config.alibi_bias),
                 dropout_p=config.dropout_p,
                 **injected,
             )

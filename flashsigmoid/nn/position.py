@@ -143,7 +143,8 @@ def alibi_bias(
         b = -log n_m,   n_m = sum_{d < n} e^(-m d) = (1 - e^(-m n)) / (1 - e^(-m))               causal
                         n_m = sum_{|d| <= (n - 1) / 2} e^(-m |d|) = 2 n_m'(n') - 1, n' = (n + 1) / 2   both sides
 
-    A head of slope m sees about n_m of the n keys, the last row of n causal ones, or the middle row of n. With
+    A head of slope m sees about n_m of the n keys, the last row of n causal ones, or the middle row of n (of an even n
+    it has e^(-m n / 2) tanh(m / 4) keys fewer, an eighth of one at most for slopes up to 1/2). With
     b = -log n, the limit of m to 0, its rows begin with a mass of n_m / n: of n = 2048 keys a slope of 1/2 sees 2.5.
     The mass sum_d sigmoid(b - m d) is below 1 and above n_m / (n_m + 1).
 

@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..samples import an4
@@ -239,8 +240,12 @@ def log_mel(samples: np.ndarray, rate: int, mels: int) -> Float[Tensor, "frames 
     return ((x - x.mean(0)) / x.std(0, correction=0).clamp(min=_FLOOR)).float()
 
 
-def collate(samples: Sequence[Sample | None]) -> AudioBatch:
+def collate(samples: Sequence[Sample | None], frames: int = 0) -> AudioBatch:
     """What is left, padded; for a DataLoader.
+
+    Args:
+        samples: features and tokens, None for what is left out.
+        frames: of the batch, unless an utterance has more. Default: 0.
 
     Raises:
         ValueError: nothing is left.
@@ -250,8 +255,9 @@ def collate(samples: Sequence[Sample | None]) -> AudioBatch:
         raise ValueError(f"a batch must have at least one usable utterance, got {len(samples)} that are not")
     features, tokens = [x for x, _ in kept], [x for _, x in kept]
     pad = torch.nn.utils.rnn.pad_sequence
+    padded = pad(features, batch_first=True)
     return AudioBatch(
-        pad(features, batch_first=True),
+        F.pad(padded, (0, 0, 0, max(0, frames - padded.shape[1]))),
         torch.tensor([len(x) for x in features]),
         pad(tokens, batch_first=True),
         torch.tensor([len(x) for x in tokens]),

@@ -5,6 +5,7 @@ Steps, optimizer and resume are module.py's, audio is audio.py's.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from .checkpoint import WEIGHTS, find_checkpoint, load_config
 from .data import shuffled
 from .hearing import write_hearing
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
-from .run import Run
+from .run import Run, check_cuda_graphs
 
 FINAL = ("val/cer", "val/cer_se", "val/wer", "val/wer_se", "val/loss", "baseline/constant_cer")
 
@@ -56,6 +57,9 @@ class SpeechRun(Run):
     data: AudioConfig = field(default_factory=AudioConfig)
     augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     workers: int = 0  # processes that read audio; 0: this one
+    pad_frames: int | None = None  # to which a shorter training batch is padded; None: its longest utterance's
+    compile: bool = False  # torch.compile what trains on batches of pad_frames: a minute at most, then faster steps
+    cuda_graphs: bool = False  # of what is compiled: a step of a small model no longer waits for Python
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +72,13 @@ class SpeechRun(Run):
             raise ValueError(f"model.mels must be data.mels={self.data.mels}, got {self.model.mels}")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.pad_frames is not None and self.pad_frames < 1:
+            raise ValueError(f"pad_frames must be positive or None, got {self.pad_frames}")
+        if self.compile and (self.pad_frames is None or self.model.packing):  # batches must be of one shape
+            raise ValueError(
+                f"compile needs pad_frames and model.packing=False, got {self.pad_frames}, {self.model.packing}"
+            )
+        check_cuda_graphs(self.cuda_graphs, self.compile, self.accumulate)
 
     def build(self) -> nn.Module:
         """The model to train."""
@@ -83,9 +94,11 @@ class SpeechRun(Run):
 
 
 class SpeechBatch(NamedTuple):
-    """Utterances, and where the data stand after them."""
+    """Utterances, their lengths where nobody waits for a device to know them, and where the data stand after them."""
 
     audio: AudioBatch
+    frames: Tensor  # (batch,) int64, on the CPU, of each utterance
+    characters: Tensor  # (batch,) int64, on the CPU
     position: dict[str, Any]
 
 
@@ -105,6 +118,8 @@ class SpeechModule(RunModule):
     def __init__(self, run: SpeechRun, data: AudioData) -> None:
         super().__init__(run, run.build())
         self.data = data
+        mode, encode = "reduce-overhead" if run.cuda_graphs else None, self.model.__call__
+        self._encode = torch.compile(encode, dynamic=False, mode=mode) if run.compile else encode
         self._nats, self._texts = 0.0, ([], [])  # of a validation: loss, what was heard and what was said
 
     def train_dataloader(self) -> Feed:
@@ -113,40 +128,48 @@ class SpeechModule(RunModule):
 
     def _train_batches(self) -> Iterator[SpeechBatch]:
         start = 0 if self.position is None else self.position["sample"]
-        loader = self._loader(self.data.train, _Order(self.run.seed, len(self.data.train), start))
+        order = _Order(self.run.seed, len(self.data.train), start)
+        loader = self._loader(self.data.train, order, self.run.pad_frames or 0)
         for number, audio in enumerate(loader, 1):
-            yield SpeechBatch(audio, {"sample": start + number * self.run.batch})
+            position = {"sample": start + number * self.run.batch}
+            yield SpeechBatch(audio, audio.lengths, audio.token_lengths, position)
 
     def val_dataloader(self) -> Feed:
         """The validation utterances."""
         loader = self._loader(self.data.val, None)
-        return Feed(lambda: (SpeechBatch(audio, {}) for audio in loader))
+        return Feed(lambda: (SpeechBatch(audio, audio.lengths, audio.token_lengths, {}) for audio in loader))
 
-    def _loader(self, dataset: Any, order: Any) -> DataLoader:
+    def _loader(self, dataset: Any, order: Any, frames: int = 0) -> DataLoader:
         return DataLoader(
             dataset,
             batch_size=self.run.batch,
             sampler=order,
             num_workers=self.run.workers,
-            collate_fn=collate,
+            collate_fn=functools.partial(collate, frames=frames),
+            pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.run.seed),  # else a draw of the training's
         )
 
     def transfer_batch_to_device(self, batch: SpeechBatch, device: torch.device, dataloader_idx: int) -> SpeechBatch:
         """Lightning's hook: only the audio and its text move."""
-        return SpeechBatch(AudioBatch(*(x.to(device, non_blocking=True) for x in batch.audio)), batch.position)
+        return batch._replace(audio=AudioBatch(*(x.to(device, non_blocking=True) for x in batch.audio)))
 
-    def _nats_of(self, batch: AudioBatch, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of each utterance, log-probabilities and their lengths."""
-        logits, lengths = self.model(features, batch.lengths)
+    def _nats_of(self, batch: SpeechBatch, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss of each utterance, log-probabilities, and their lengths on the CPU, where torch's loss reads them."""
+        # a longer batch, or one that lacks an utterance left out, would be compiled anew
+        is_whole = self.training and features.shape[:2] == (self.run.batch, self.run.pad_frames)
+        logits, _ = (self._encode if is_whole else self.model)(features, batch.audio.lengths)
         log_probs = logits.float().log_softmax(-1)
-        nats = F.ctc_loss(log_probs.transpose(0, 1), batch.tokens, lengths, batch.token_lengths, reduction="none")
+        lengths = torch.tensor([self.run.model.positions(frames) for frames in batch.frames.tolist()])
+        nats = F.ctc_loss(
+            log_probs.transpose(0, 1), batch.audio.tokens, lengths, batch.characters, reduction="none"
+        )  # fmt: skip
         return nats, log_probs, lengths
 
     def batch_loss(self, batch: SpeechBatch) -> Tensor:
         """Mean loss of a batch after SpecAugment."""
         features = spec_augment(batch.audio.features, batch.audio.lengths, self.run.augment)
-        return self._nats_of(batch.audio, features)[0].sum() / batch.audio.token_lengths.sum()
+        return self._nats_of(batch, features)[0].sum() / batch.audio.token_lengths.sum()
 
     def on_validation_epoch_start(self) -> None:
         """Start anew."""
@@ -154,11 +177,11 @@ class SpeechModule(RunModule):
 
     def validation_step(self, batch: SpeechBatch, batch_idx: int) -> None:
         """Add what was heard in a batch, by the best path."""
-        nats, log_probs, lengths = self._nats_of(batch.audio, batch.audio.features)
+        nats, log_probs, lengths = self._nats_of(batch, batch.audio.features)
         self._nats += float(nats.sum())
         heard, said = self._texts
         heard += map(self.run.data.decode, greedy(log_probs, lengths))
-        ends = batch.audio.token_lengths.tolist()
+        ends = batch.characters.tolist()
         said += [self.run.data.decode(row[:end]) for row, end in zip(batch.audio.tokens.tolist(), ends, strict=True)]
 
     def validated(self) -> Iterator[Metric]:

@@ -73,7 +73,8 @@ class LanguageModule(RunModule):
             block.recompute = run.recompute
         self.data = data
         # only what trains and validates is compiled: prompts of any length would each be compiled anew
-        self._nats = torch.compile(nats_of, dynamic=False) if run.compile else nats_of
+        mode = "reduce-overhead" if run.cuda_graphs else None
+        self._nats = torch.compile(nats_of, dynamic=False, mode=mode) if run.compile else nats_of
         self.read_per_sample = ("tokens_per_s", run.model.seqlen)
         self._val = (0.0, 0, 0)  # nats, tokens, bytes
         self._byte_lengths = torch.from_numpy(data.tokenizer.byte_lengths())
@@ -82,9 +83,12 @@ class LanguageModule(RunModule):
         """Whether it can be trained on a mesh.
 
         Raises:
-            ValueError: a batch that dp does not divide, or a context that cp does not; as `check_compiled`.
+            ValueError: a batch that dp does not divide, or a context that cp does not; CUDA graphs on several ranks; as
+                `check_compiled`.
         """
         run = self.run
+        if run.cuda_graphs and sizes.size > 1:
+            raise ValueError(f"cuda_graphs must be false on a mesh of several ranks, got {sizes}")
         if run.compile:
             check_compiled(sizes.tp, sizes.cp, run.recompute)
         if run.batch % sizes.dp:

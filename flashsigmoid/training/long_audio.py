@@ -118,7 +118,7 @@ def long_audio(
     path = Path(run) / NAME
     path.unlink(missing_ok=True)
     settings = {name: load_config(checkpoint)["run"][name] for name in ("name", "seed")}
-    settings |= {"attention": model.config.attention, "position": model.config.position}
+    settings |= {name: getattr(model.config, name) for name in ("attention", "position", "alibi_bias")}
     with RecordWriter(path, settings) as writer:
         for factor, answers in heard.items():
             tags: dict[str, Any] = {"step": step, "factor": factor, "groups": len(answers)}

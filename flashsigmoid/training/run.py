@@ -116,12 +116,14 @@ class LanguageRun(Run):
     sample_tokens: int = 300  # of the text drawn at the end; 0: none
     attention_snapshots: int = 6  # of the weights for a validation text, spread over the validations; 0: none
     compile: bool = False  # torch.compile what trains and validates: some minutes at most, then faster steps
+    cuda_graphs: bool = False  # of what is compiled: a step of a small model no longer waits for Python
     recompute: Recompute = "none"  # of each block in the backward: "full" all but its input, "selective" nor q, k, v
     eval_stride: int | None = None  # of the windows in which whole splits are evaluated at the end; None: seqlen / 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_snapshots(self.attention_snapshots)
+        check_cuda_graphs(self.cuda_graphs, self.compile, self.accumulate)
         check_recompute(self.recompute)
         if self.sample_tokens < 0:
             raise ValueError(f"sample_tokens must not be negative, got {self.sample_tokens}")
@@ -148,6 +150,15 @@ def check_snapshots(count: int) -> None:
     """Raises ValueError for a field attention_snapshots that is no number of snapshots."""
     if type(count) is not int or count < 0:
         raise ValueError(f"attention_snapshots must be a non-negative integer, got {count!r}")
+
+
+def check_cuda_graphs(cuda_graphs: bool, compile: bool, accumulate: int) -> None:
+    """Raises ValueError for a field cuda_graphs that the fields compile and accumulate do not allow.
+
+    Gradients of one micro-batch lie where the next one's are written.
+    """
+    if cuda_graphs and not (compile and accumulate == 1):
+        raise ValueError(f"cuda_graphs needs compile=True and accumulate=1, got {compile}, {accumulate}")
 
 
 def check_unchanged(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -132,3 +132,23 @@ def test_a_training_that_is_stopped_goes_on(precision, tmp_path) -> None:
     resumed = train(run, tmp_path / "whole", device="cuda", resume=True, show=lambda progress: None)
     assert resumed["val/loss"] == pytest.approx(whole["val/loss"], rel=1e-3)
     assert load_model(tmp_path / "whole", "cuda")[0].embedding.weight.device.type == "cuda"
+
+
+@pytest.mark.parametrize("kind", ["language", "speech"])
+@pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
+def test_a_training_by_cuda_graphs_is_the_same_training(kind, attention, tmp_path) -> None:
+    """Twelve steps: losses and norms of gradients as in eager mode, up to rounding; validation is there too."""
+    from flashsigmoid.recipes import language, speech
+    from flashsigmoid.record import read_records
+
+    run = (language.demo if kind == "language" else speech.an4_sample)().with_attention(attention)
+    model = replace(run.model, nlayers=2, dropout_p=0.0)
+    run = replace(run, model=model, steps=12, val_every=6, save_every=12, log_every=1)
+    graphs = {"compile": True, "cuda_graphs": True} | ({"pad_frames": 360} if kind == "speech" else {})
+    found = []
+    for name, changes in (("eager", {}), ("graphs", graphs)):
+        replace(run, **changes).train(tmp_path / name, device="cuda", show=lambda _: None)
+        records = read_records(tmp_path / name / "records.jsonl").records
+        found.append([r.value for r in records if r.name in ("train/loss", "grad_norm", "val/loss")])
+    assert len(found[0]) == len(found[1]) == 2 * 12 + 3
+    assert found[1] == pytest.approx(found[0], rel=1e-3)

@@ -21,13 +21,17 @@ def config_positions(lengths: torch.Tensor) -> torch.Tensor:
 
 
 positions = pytest.mark.parametrize("position", ["cape", "sincos", "rope", "alibi"])
+BY_SLOPE = {"position": "alibi", "alibi_bias": True}
+practices = pytest.mark.parametrize(
+    "change", [*({"position": name} for name in ("cape", "sincos", "rope", "alibi")), BY_SLOPE], ids=str
+)
 attentions = pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
 
 
-@positions
+@practices
 @attentions
-def test_an_utterance_gets_in_a_padded_batch_what_it_gets_alone(position, attention) -> None:
-    model = SpeechEncoder(replace(TINY, position=position, attention=attention)).double().eval()
+def test_an_utterance_gets_in_a_padded_batch_what_it_gets_alone(change, attention) -> None:
+    model = SpeechEncoder(replace(TINY, **change, attention=attention)).double().eval()
     lengths = torch.tensor([37, 18, 1, 20])
     features = torch.randn(4, 37, 6, dtype=torch.float64)  # beyond the end it is no zero
     logits, out_lengths = model(features, lengths)
@@ -40,20 +44,29 @@ def test_an_utterance_gets_in_a_padded_batch_what_it_gets_alone(position, attent
         assert_close(logits[i, :m], alone[0])
 
 
-@positions
+@practices
 @attentions
 @pytest.mark.parametrize("fault", [None, "longer"])
-def test_packed_utterances_get_what_padded_ones_get(position, attention, fault) -> None:
-    """Logits and gradients, against float64, with the error of the padded batch as the witness."""
+def test_packed_utterances_get_what_padded_ones_get(change, attention, fault) -> None:
+    check_packing(replace(TINY, **change, attention=attention), fault)
+
+
+def test_packed_utterances_get_the_b_of_their_slopes() -> None:
+    """One b for all heads, in the packed batch only, is seen."""
+    check_packing(replace(TINY, **BY_SLOPE), "b for all")
+
+
+def check_packing(config: SpeechConfig, fault: str | None) -> None:
+    """Logits and gradients, against float64, with the error of the padded batch as the witness; a fault is seen."""
     lengths = torch.tensor([37, 18, 1, 20])
     features, weight = torch.randn(4, 37, 6), torch.randn(4, 10, 5)
-    config = replace(TINY, position=position, attention=attention)
     model = SpeechEncoder(config).eval()
     found = []
     for dtype, packing in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
-        twin = SpeechEncoder(replace(config, packing=packing)).eval()
+        by_slope = None if fault == "b for all" and packing else config.alibi_bias
+        twin = SpeechEncoder(replace(config, packing=packing, alibi_bias=by_slope)).eval()
         twin.load_state_dict(model.state_dict())
-        of = lengths + 1 if fault and packing else lengths
+        of = lengths + 1 if fault == "longer" and packing else lengths
         logits, _ = twin.to(dtype)(features.to(dtype), of.clamp(max=37))
         within = (torch.arange(10) < config_positions(lengths)[:, None])[..., None]
         logits = logits.masked_fill(~within, 0.0)
@@ -69,10 +82,10 @@ def test_packed_utterances_get_what_padded_ones_get(position, attention, fault) 
                 assert_within_budget(name, a, o, w)
 
 
-@positions
-def test_packing_trains(position) -> None:
+@practices
+def test_packing_trains(change) -> None:
     """With dropout and CAPE drawing: every parameter gets a gradient, as without packing."""
-    config = replace(TINY, position=position, packing=True, dropout_p=0.1)
+    config = replace(TINY, **change, packing=True, dropout_p=0.1)
     model = SpeechEncoder(config).train()
     logits, lengths = model(torch.randn(3, 30, 6), torch.tensor([30, 7, 12]))
     assert lengths.tolist() == [8, 2, 3]
@@ -130,6 +143,35 @@ def test_b_is_a_constant_of_the_training_context() -> None:
     assert replace(TINY, sigmoid_bias=-3.0).bias == -3.0
 
 
+@pytest.mark.parametrize("longest", [12, 50])
+def test_by_alibi_bias_a_head_has_the_b_of_its_slope_whatever_the_length(longest) -> None:
+    """-log of what its slope lets through on both sides of the middle of seqlen positions."""
+    seen, config = [], replace(TINY, seqlen=9, **BY_SLOPE)
+
+    def attend(q, k, v, **options):
+        seen.append((options["sigmoid_bias"], options["alibi_slopes"]))
+        return v
+
+    model = SpeechEncoder(config, attention_fn=attend).eval()
+    model(torch.randn(2, longest, 6), torch.tensor([longest, 5]))
+    distance = (torch.arange(9, dtype=torch.float64) - 4).abs()
+    assert len(seen) == 2
+    for bias, slopes in seen:
+        keys = (-slopes.double()[:, None] * distance).exp().sum(-1)
+        assert_close(bias, -keys.log().float())
+        assert bias[0] > bias[1] > -math.log(9)  # the first head's slope is the steepest
+    assert model.state_dict().keys() == SpeechEncoder(TINY).state_dict().keys()
+
+
+def test_alibi_bias_has_no_effect_on_the_softmax_twin() -> None:
+    torch.manual_seed(0)
+    model = SpeechEncoder(replace(TINY, **BY_SLOPE, attention="softmax")).eval()
+    plain = SpeechEncoder(replace(model.config, alibi_bias=None)).eval()
+    plain.load_state_dict(model.state_dict())
+    features, lengths = torch.randn(2, 30, 6), torch.tensor([30, 11])
+    assert torch.equal(model(features, lengths)[0], plain(features, lengths)[0])
+
+
 def test_an_injected_attention_is_called_with_zeroed_values() -> None:
     seen = []
 
@@ -165,6 +207,8 @@ def test_the_papers_size() -> None:
         ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"sigmoid_bias": math.nan}, "sigmoid_bias must be a number below inf, or None, got nan"),
+        ({"alibi_bias": True}, "position must be 'alibi' with alibi_bias=True, got 'cape'"),
+        ({**BY_SLOPE, "sigmoid_bias": 0.5}, "sigmoid_bias must be -log n .* with alibi_bias=True, got 0.5"),
     ],
 )
 def test_bad_fields_are_one_clear_error(change, message) -> None:

@@ -95,6 +95,19 @@ def test_alibi_bias_counts_the_keys_that_a_slope_lets_through(n, causal):
     assert_close(alibi_bias(slopes, n, causal=causal)[6].item(), -math.log(n))
 
 
+@pytest.mark.parametrize("n", [2, 48, 512])
+def test_alibi_bias_of_an_even_number_of_keys_is_between_its_neighbours(n):
+    """An even n has no middle row: of those beside it, which see n/2 keys on one side and n/2 - 1 on the other."""
+    m = torch.cat((alibi_slopes(4), alibi_slopes(16), torch.tensor([0.0]))).double()
+    distance = torch.arange(n, dtype=torch.float64) - n // 2
+    keys = (-m[:, None] * distance.abs()).exp().sum(-1)
+    found = alibi_bias(m, n, causal=False)
+    assert_close(found, -(keys + (-m * n / 2).exp() * (m / 4).tanh()).log().float())
+    before, after = (alibi_bias(m, n + step, causal=False) for step in (-1, 1))
+    assert (after <= found).all()
+    assert (found <= before).all()
+
+
 @pytest.mark.parametrize("n", [0.5, math.inf, math.nan])
 def test_alibi_bias_errors(n):
     with pytest.raises(ValueError, match=f"seqlen must be at least 1 and finite, got {n}"):

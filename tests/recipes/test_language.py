@@ -31,6 +31,13 @@ def test_a_recipe_is_documented(recipe):
 
 
 @recipes
+def test_only_the_papers_own_has_one_b_for_all_heads(recipe):
+    run = recipe()
+    assert run.model.position == "alibi"
+    assert run.model.alibi_bias is (None if run.name.startswith("paper") else True)
+
+
+@recipes
 def test_the_schedule_fits(recipe):
     run = recipe()
     assert run.optim.warmup < run.steps / 5

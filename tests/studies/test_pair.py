@@ -38,7 +38,7 @@ def test_a_pair_is_planned_seed_by_seed() -> None:
 
 
 def test_arms_differ_in_the_fields_that_they_name() -> None:
-    arms = {"rope": {"position": "rope"}, "wide": {"dim": "256", "betas": "0.9,0.95"}}
+    arms = {"rope": {"position": "rope", "alibi_bias": "none"}, "wide": {"dim": "256", "betas": "0.9,0.95"}}
     rope, wide = plan(ALL, "demo", Path("out"), seeds=1, arms=arms)
     assert (rope.run.model.position, wide.run.model.dim, wide.run.optim.betas) == ("rope", 256, (0.9, 0.95))
     words = wide.command("cpu")

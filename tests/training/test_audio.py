@@ -241,6 +241,13 @@ def test_batches_are_padded_with_zeros() -> None:
         assert torch.equal(batch.features[i, : len(features)], features)
         assert not batch.features[i, len(features) :].any()
         assert torch.equal(batch.tokens[i, : batch.token_lengths[i]], tokens)
+    longest = batch.features.shape[1]
+    longer, same = (collate([data.val[i] for i in range(4)], frames=longest + extra) for extra in (5, -5))
+    assert longer.features.shape[1] == longest + 5
+    assert torch.equal(longer.features[:, :longest], batch.features)
+    assert not longer.features[:, longest:].any()
+    assert torch.equal(same.features, batch.features)
+    assert torch.equal(longer.lengths, batch.lengths)
 
 
 def test_spec_augment_hides_stripes_within_their_bounds() -> None:

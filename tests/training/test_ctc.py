@@ -125,12 +125,16 @@ def test_packed_training_goes_on_to_the_same_bits(tmp_path) -> None:
         if progress.step == 3 and not progress.validated:
             os.kill(os.getpid(), signal.SIGINT)
 
-    run = replace(RUN, model=replace(RUN.model, packing=True, position="alibi"))
+    run = replace(RUN, model=replace(RUN.model, packing=True, position="alibi", alibi_bias=True))
     whole = train_speech(run, tmp_path / "whole", device="cpu", show=quiet)
     with pytest.raises(Interrupted):
         train_speech(run, tmp_path / "halves", device="cpu", show=stop)
     assert train_speech(run, tmp_path / "halves", resume=True, device="cpu", show=quiet) == whole
     assert differences(remains(tmp_path / "whole"), remains(tmp_path / "halves")) == []
+    assert load_recogniser(tmp_path / "whole")[0].config == run.model
+    plain = replace(run, model=replace(run.model, alibi_bias=None))
+    with pytest.raises(ValueError, match=r"model\.alibi_bias must stay as the run began to resume it, True, got None"):
+        train_speech(plain, tmp_path / "whole", resume=True, device="cpu", show=quiet)
 
 
 def test_workers_read_the_same(tmp_path) -> None:
@@ -186,6 +190,74 @@ def test_the_loss_is_that_of_every_utterance_alone() -> None:
     loss = float(module.batch_loss(batch).detach())
     assert loss == pytest.approx(nats / int(audio.token_lengths.sum()), rel=1e-5)
     assert math.isfinite(loss)
+    padded = SpeechModule(replace(run, pad_frames=700), module.data).eval()
+    padded.load_state_dict(module.state_dict())
+    longer = next(iter(padded.train_dataloader()))
+    assert longer.audio.features.shape[1] == 700 > audio.features.shape[1]
+    assert float(padded.batch_loss(longer).detach()) == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_step_does_not_wait_to_know_lengths(monkeypatch) -> None:
+    """torch's CTC loss copies lengths to the CPU, where it finds them then: the meta device would fail at that."""
+    module = SpeechModule(RUN, load_audio(RUN.data, RUN.model.positions)).to("meta")
+    batch = module.transfer_batch_to_device(next(iter(module.train_dataloader())), torch.device("meta"), 0)
+    assert {x.device.type for x in batch.audio} == {"meta"}
+    seen = []
+
+    def loss(log_probs, targets, input_lengths, target_lengths, **options):
+        seen.append((input_lengths, target_lengths))
+        return log_probs.new_zeros(log_probs.shape[1])
+
+    monkeypatch.setattr(torch.nn.functional, "ctc_loss", loss)
+    assert module.batch_loss(batch).is_meta
+    ((positions, characters),) = seen
+    assert positions.tolist() == [RUN.model.positions(frames) for frames in batch.frames.tolist()]
+    assert {positions.device.type, characters.device.type} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"position": "cape"},
+        {"position": "rope", "attention": "softmax"},
+        {"position": "sincos", "norm": "hybrid"},
+        {"position": "alibi", "attention": "softmax"},
+        {"position": "alibi", "alibi_bias": True},
+    ],
+    ids=str,
+)
+def test_compiled_it_is_the_same_loss_without_a_break(model, monkeypatch) -> None:
+    """By the compiler's first half, which would name what it cannot take; a run of the second half takes minutes.
+
+    Batches of another shape, and validation, run as they are.
+    """
+    calls, modes = [], []
+
+    def compiled(function, **options):
+        modes.append(options["mode"])
+        fast = torch._dynamo.optimize("aot_eager", nopython=True)(function)
+        return lambda *tensors: calls.append(1) or fast(*tensors)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    run = replace(RUN, accumulate=1, pad_frames=640, model=replace(RUN.model, **model))
+    data = load_audio(run.data, run.model.positions)
+    plain, fast = (SpeechModule(replace(run, compile=each, cuda_graphs=each), data) for each in (False, True))
+    assert modes == ["reduce-overhead"]
+    fast.load_state_dict(plain.state_dict())
+    batch = next(iter(fast.train_dataloader()))
+    for module in (plain, fast):
+        module.train()
+        torch.manual_seed(0)
+        module.batch_loss(batch).backward()
+    assert calls == [1]
+    for (name, a), (_, b) in zip(plain.model.named_parameters(), fast.model.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    audio = batch.audio._replace(features=torch.nn.functional.pad(batch.audio.features, (0, 0, 0, 1)))
+    with torch.no_grad():
+        fast.batch_loss(batch._replace(audio=audio))
+        fast.eval()
+        fast.batch_loss(batch)
+    assert calls == [1]
 
 
 def test_corrupt_audio_is_left_out_counted_and_remembered(tmp_path, capsys) -> None:
@@ -264,6 +336,13 @@ def test_a_resampled_file_or_no_speech_model_is_one_clear_error(tmp_path) -> Non
     ("change", "message"),
     [
         ({"workers": -1}, "workers must be at least 0, got -1"),
+        ({"pad_frames": 0}, "pad_frames must be positive or None, got 0"),
+        ({"compile": True}, "compile needs pad_frames and model.packing=False, got None, False"),
+        (
+            {"compile": True, "pad_frames": 640, "model": replace(RUN.model, packing=True)},
+            "compile needs pad_frames and model.packing=False, got 640, True",
+        ),
+        ({"cuda_graphs": True}, "cuda_graphs needs compile=True and accumulate=1, got False, 2"),
         ({"data": AudioConfig()}, "model.mels must be data.mels=80, got 20"),
         ({"data": AudioConfig(characters="AB")}, "model.vocab_size must be the number of .* blank, 3, got 29"),
     ],

@@ -12,6 +12,7 @@ import torch
 from training.test_resume import quiet, signal_at
 from training.tiny import tiny_model, tiny_run, write_text
 
+from flashsigmoid.distributed.processes import MeshSizes
 from flashsigmoid.record import read_records
 from flashsigmoid.training.callbacks import Interrupted, Progress, Stopwatch, show_line
 from flashsigmoid.training.checkpoint import load_model
@@ -211,6 +212,7 @@ def test_the_stopwatch_stands_still_when_stopped(monkeypatch):
         ("steps", 13, "steps must be at most val_every=6 or a multiple of it, got 13"),
         ("batch", 1.5, "batch must be a positive integer, got 1.5"),
         ("precision", "fp8", "precision must be 'fp32' or 'bf16', got 'fp8'"),
+        ("cuda_graphs", True, "cuda_graphs needs compile=True and accumulate=1, got False, 2"),
         ("sample_tokens", -1, "sample_tokens must not be negative, got -1"),
         ("seed", -1, r"seed must be in \[0, 2\^32\), got -1"),
     ],
@@ -218,6 +220,18 @@ def test_the_stopwatch_stands_still_when_stopped(monkeypatch):
 def test_bad_runs(field, value, rule):
     with pytest.raises(ValueError, match=rule):
         tiny_run(None, **{field: value})
+
+
+def test_cuda_graphs_are_of_what_is_compiled_and_of_one_rank(text, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: modes.append(options["mode"]) or function)
+    for cuda_graphs in (False, True):
+        run = tiny_run(text, compile=True, accumulate=1, cuda_graphs=cuda_graphs)
+        module = LanguageModule(run, load_data(run))
+        module.check_mesh(MeshSizes())
+    assert modes == [None, "reduce-overhead"]
+    with pytest.raises(ValueError, match="cuda_graphs must be false on a mesh of several ranks, got dp=2,cp=1,tp=1"):
+        module.check_mesh(MeshSizes(dp=2))
 
 
 def test_describing_a_run_needs_no_lightning():

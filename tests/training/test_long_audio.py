@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,12 +72,15 @@ def test_what_is_heard_is_the_joined_samples(tmp_path, run) -> None:
 
 
 def test_it_leaves_records(tmp_path, run) -> None:
+    run = replace(run, model=replace(run.model, position="alibi", alibi_bias=True))
     train_speech(run, tmp_path / "run", device="cpu", show=quiet)
     said: list[str] = []
     path = long_audio(tmp_path / "run", factors=(1, 2, 4), show=said.append)
     file = read_records(path)
     assert path == tmp_path / "run/long-audio.jsonl"
-    assert file.settings["attention"] == "sigmoid"
+    assert {name: file.settings[name] for name in ("attention", "position", "alibi_bias")} == {
+        "attention": "sigmoid", "position": "alibi", "alibi_bias": True,
+    }  # fmt: skip
     for factor, groups in ((1, 8), (2, 4), (4, 2)):
         found = {r.name: r for r in file.records if r.tags["factor"] == factor}
         assert {*found} == {"long/cer", "long/cer_se", "long/wer", "long/wer_se", "long/seconds"}
