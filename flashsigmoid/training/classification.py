@@ -26,7 +26,7 @@ from .data import shuffled_all
 from .images import ImageConfig, ImageData, collate, load_images
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .optim import adamw
-from .run import Run, check_snapshots
+from .run import Run, check_cuda_graphs, check_snapshots
 from .snapshots import is_due
 from .transfer import Initial, load_encoder
 
@@ -48,9 +48,7 @@ class VisionRun(Run):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.cuda_graphs and not (self.compile and self.accumulate == 1):
-            # gradients of one micro-batch lie where the next one's are written
-            raise ValueError(f"cuda_graphs needs compile=True and accumulate=1, got {self.compile}, {self.accumulate}")
+        check_cuda_graphs(self.cuda_graphs, self.compile, self.accumulate)
         check_snapshots(self.attention_snapshots)
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
