@@ -92,7 +92,7 @@ def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 @pytest.fixture(autouse=True)
 def nan_poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty and its kin, called from a module of the package, return poison, not whatever was there."""
-    # dynamo lists torch's functions once, by identity, and again after a process group is made: before they are replaced
+    # dynamo lists torch's functions by identity, once, and anew after a process group: before any is replaced
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
     for owner, name in ALLOCATORS:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
