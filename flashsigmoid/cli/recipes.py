@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from ..training.run import Run
 
 
-_ROOMS = {"language": "text", "vision": "images", "speech": "speech"}
-
-
 def find_recipes() -> tuple[dict[str, Callable[[], Run]], str]:
     """All recipes by name, and which are not here and why."""
     recipes: dict[str, Callable[[], Run]] = {}
@@ -44,7 +41,10 @@ def find_recipe(name: str | None) -> Callable[[], Run]:
 
 def _rooms() -> Iterator[tuple[dict[str, Callable[[], Run]], str]]:
     """The recipes of each room, or why there are none; one by one, since the later ones take seconds to import."""
-    for room, what in _ROOMS.items():
+    from ..recipes import language
+
+    yield dict(language.RECIPES), ""
+    for room, what in (("vision", "images"), ("speech", "speech")):
         try:
             yield importlib.import_module(f"..recipes.{room}", __package__).RECIPES, ""
         except ModuleNotFoundError as error:

@@ -96,7 +96,7 @@ def train(
         return
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     after = _next(run, folder)
-    print(f"run: {folder}" + (after and f"   next: {after}"))
+    print(f"run: {folder}   next: {after}")
 
 
 def _has_checkpoint(folder: Path) -> bool:
@@ -129,4 +129,4 @@ def _next(run: Run, folder: Path) -> str:
         "LanguageRun": f"flashsigmoid generate {folder}   flashsigmoid report {folder}",
         "SpeechRun": f"flashsigmoid transcribe {folder} FILE...",
     }
-    return commands.get(type(run).__name__, "")
+    return commands.get(type(run).__name__, f"flashsigmoid report {folder}")
