@@ -333,7 +333,7 @@ def test_the_demo_of_speech_reports_errors_against_the_constant(flashsigmoid, tm
     outcome = flashsigmoid("demo", "speech", *tiny)
     assert outcome.code == 0, outcome.err
     assert re.search(r"The validation character errors ended at [\d.]+% ± [\d.]+% for sigmoid and ", outcome.out)
-    assert "; the best constant answer has 68.1%." in outcome.out
+    assert "; the best constant answer has 68.1%;" in outcome.out
     assert "Fewer than 3 standard errors below the constant are no sign of learning: " in outcome.out
     assert "The character errors of sigmoid minus those of softmax are " in outcome.out
     page = (tmp_path / "runs/demo-speech/report.html").read_text("utf-8")
@@ -362,7 +362,7 @@ def test_train_on_images(flashsigmoid, tmp_path):
     first = flashsigmoid("train", "digits", "--steps", "2", *tiny)
     assert first.code == 0, first.err
     assert first.out.startswith("val/accuracy 0.")
-    assert first.out.splitlines()[-1] == f"run: {out}"
+    assert first.out.splitlines()[-1] == f"run: {out}   next: flashsigmoid report {out}"
     assert_one_error(flashsigmoid("train", "digits", "--steps", "2", *tiny), 1, "out_dir must not hold a run unless")
     assert flashsigmoid("train", "digits", "--steps", "2", "--resume", *tiny).out == first.out
     assert_one_error(flashsigmoid("train", "digits", "--tokenizer", "bpe", *tiny), 1, "the run has no field data.token")
@@ -560,9 +560,9 @@ def test_demo_vision_trains_both_arms_on_digits(flashsigmoid, tmp_path):
         f"{each['val/accuracy']:.1%} ± {each['val/accuracy_se']:.1%} for {arm}"
         for each, arm in zip(values, ("sigmoid", "softmax"), strict=True)
     )
-    assert f"The validation accuracy ended at {ends}; the most frequent class alone gets 11.7%." in first.out
+    assert f"The validation accuracy ended at {ends}; the most frequent class alone gets 11.7%;" in first.out
     assert " standard errors above the most frequent class for sigmoid and " in first.out
-    assert "side of the standard error of the difference, " in first.out
+    assert " the standard error of the difference, " in first.out
     assert "bigram" not in first.out
     assert {each["data/skipped"] for each in values} == {0.0}
 

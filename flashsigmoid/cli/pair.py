@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from .options import Device, Fields, read_assignments, read_named_fields
-from .recipes import find_recipe, find_recipes
+from .recipes import find_recipe
 from .root import app
 from .show import print_arms, progress_bar
 
@@ -58,17 +58,16 @@ def pair(
     from ..report import difference_statement, summary_rows, write_report
     from ..studies.pair import ARMS, compared, plan, train_trials
 
-    find_recipe(recipe)
-    recipes, _ = find_recipes()
+    after = read_named_fields("--then", then)
     folder = out or Path("runs") / recipe
     trials = plan(
-        recipes,
+        {name: find_recipe(name) for name in (recipe, *after)},
         recipe,
         folder,
         seeds=seeds,
         arms=read_named_fields("--arm", arm) if arm else ARMS,
         fields=read_assignments(assignments),
-        then=read_named_fields("--then", then),
+        then=after,
     )
     go_on = "the same command goes on"
     try:

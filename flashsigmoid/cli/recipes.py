@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,15 +15,11 @@ if TYPE_CHECKING:
 
 def find_recipes() -> tuple[dict[str, Callable[[], Run]], str]:
     """All recipes by name, and which are not here and why."""
-    from ..recipes import language
-
-    recipes: dict[str, Callable[[], Run]] = dict(language.RECIPES)
+    recipes: dict[str, Callable[[], Run]] = {}
     missing = []
-    for room, what in (("vision", "images"), ("speech", "speech")):
-        try:
-            recipes |= importlib.import_module(f"..recipes.{room}", __package__).RECIPES
-        except ModuleNotFoundError as error:
-            missing.append(f"recipes for {what} need {error.name}: pip install 'flashsigmoid[{room}]'")
+    for found, reason in _rooms():
+        recipes |= found
+        missing += [reason] * bool(reason)
     return recipes, "; ".join(missing)
 
 
@@ -33,13 +29,26 @@ def find_recipe(name: str | None) -> Callable[[], Run]:
     Raises:
         ValueError: there is none; says which is near, and which extra would bring more.
     """
+    for found, _ in _rooms():
+        if name in found:
+            return found[name]
     recipes, missing = find_recipes()
-    if name in recipes:
-        return recipes[name]
     near = difflib.get_close_matches(name or "", recipes, n=1)
     hints = [f"did you mean {other}?" for other in near] + [missing] * bool(missing)
     got = "; ".join([name or "none", *hints])
     raise ValueError(f"RECIPE must be one of those that flashsigmoid train --list names, got {got}")
+
+
+def _rooms() -> Iterator[tuple[dict[str, Callable[[], Run]], str]]:
+    """The recipes of each room, or why there are none; one by one, since the later ones take seconds to import."""
+    from ..recipes import language
+
+    yield dict(language.RECIPES), ""
+    for room, what in (("vision", "images"), ("speech", "speech")):
+        try:
+            yield importlib.import_module(f"..recipes.{room}", __package__).RECIPES, ""
+        except ModuleNotFoundError as error:
+            yield {}, f"recipes for {what} need {error.name}: pip install 'flashsigmoid[{room}]'"
 
 
 def remove_run(folder: Path) -> None:

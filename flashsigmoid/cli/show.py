@@ -66,10 +66,16 @@ def print_arms(rows: list[dict[str, str]]) -> None:
 
 
 def print_table(rows: list[dict[str, str]]) -> None:
-    """One line per row, under the names of its columns."""
+    """One line per row, under the names of its columns; one column per row where words would not fit the terminal."""
     table = Table()
     for name in rows[0]:
         table.add_column(name, no_wrap=name == next(iter(rows[0])), overflow="fold")
     for row in rows:
         table.add_row(*row.values())
-    Console().print(table)
+    console = Console()
+    words = (" ".join([name, *(row[name] for row in rows)]).split() for name in rows[0])
+    narrowest = 1 + sum(3 + max(map(len, each)) for each in words)  # with the lines between columns
+    if len(rows) < len(rows[0]) and narrowest > console.width:
+        print_arms(rows)
+    else:
+        console.print(table)

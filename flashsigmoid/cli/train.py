@@ -58,7 +58,6 @@ def train(
 ) -> None:
     """Train a model by a recipe. Ctrl-C saves a checkpoint, --resume goes on from it."""
     from ..recipes.fields import override
-    from ..training.checkpoint import checkpoints
 
     if list_recipes:
         recipes, missing = find_recipes()
@@ -87,16 +86,23 @@ def train(
     folder = out or Path("runs") / str(recipe) / run.model.attention
     if mesh is not None and _launched(mesh, device):
         return
-    if resume and not checkpoints(folder) and os.environ.get("RANK", "0") == "0":
+    is_first = os.environ.get("RANK", "0") == "0"
+    if resume and is_first and not _has_checkpoint(folder):
         print(f"no checkpoint in {folder} to resume from: training from the beginning", file=sys.stderr)
     results = train_shown(
         run, folder, resume=resume, device=device, max_minutes=max_minutes, mesh=mesh, probe_every=probe_every
     )
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first:
         return
     print(", ".join(f"{name} {value:.4f}" for name, value in results.items()))
     after = _next(run, folder)
-    print(f"run: {folder}" + (after and f"   next: {after}"))
+    print(f"run: {folder}   next: {after}")
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    from ..training.checkpoint import checkpoints
+
+    return bool(checkpoints(folder))
 
 
 def _launched(mesh: str, device: str) -> bool:
@@ -123,4 +129,4 @@ def _next(run: Run, folder: Path) -> str:
         "LanguageRun": f"flashsigmoid generate {folder}   flashsigmoid report {folder}",
         "SpeechRun": f"flashsigmoid transcribe {folder} FILE...",
     }
-    return commands.get(type(run).__name__, "")
+    return commands.get(type(run).__name__, f"flashsigmoid report {folder}")

@@ -154,12 +154,12 @@ def spread_text(spread: Spread) -> str:
 
 
 def difference_text(arm: Arm, base: Arm) -> str:
-    """arm - base of the final losses, signed, with the standard deviation over seeds."""
+    """arm - base of the final losses, signed, with the standard error of their mean over seeds."""
     spread = paired_differences(arm, base)
     if _is_open(arm, base) or not spread.values:
         return "open"
-    deviation = f" ± {loss_text(spread.deviation)}" if len(spread.values) > 1 else ""
-    return f"{spread.mean:+.3f}{deviation}"
+    error = f" ± {loss_text(spread.standard_error)}" if len(spread.values) > 1 else ""
+    return f"{spread.mean:+.3f}{error}"
 
 
 def below_text(arm: Arm, baseline: str) -> str:

@@ -50,7 +50,8 @@ def joined(utterances: Sequence[Utterance], factor: int, most: int) -> list[list
         used = own[: len(own) // most * most]
         groups += [used[i : i + factor] for i in range(0, len(used), factor)]
     if not groups:
-        raise ValueError(f"a speaker must have at least {most} utterances, got {max(map(len, speakers.values()))}")
+        got = max(map(len, speakers.values()))
+        raise ValueError(f"a speaker must have at least {most} utterances, the largest factor, got {got}")
     return groups
 
 

@@ -33,7 +33,7 @@ def test_groups_are_of_one_speaker_and_the_same_audio() -> None:
     for factor, each in groups.items():
         assert all(len(group) == factor and len({u.speaker for u in group}) == 1 for group in each)
         assert [*itertools.chain(*each)] == [*itertools.chain(*groups[4])]
-    with pytest.raises(ValueError, match="a speaker must have at least 16 utterances, got 9"):
+    with pytest.raises(ValueError, match="a speaker must have at least 16 utterances, the largest factor, got 9"):
         joined(found, 4, 16)
     with pytest.raises(ValueError, match="factor must divide the largest factor, 8, got 3"):
         joined(found, 3, 8)
