@@ -299,6 +299,7 @@ def _split_block(block: Block, tp: DeviceMesh) -> None:
     for name, dim in (
         ("attention.q_norm", 2),
         ("attention.k_norm", 2),
+        ("attention.out_norm", 2),
         ("attention_out_norm", 1),
         ("attention_scale", 1),
         ("mlp_out_norm", 1),

@@ -34,6 +34,7 @@ class GPTConfig:
     position: Literal["alibi", "rope"] = "alibi"  # the paper's choice for sigmoid language models is ALiBi
     norm: Literal["pre", "hybrid"] = "pre"  # hybrid also normalises each branch's output: 1B at 4096 needs it
     qk_norm: bool = True  # RMSNorm of queries and keys per head
+    out_norm: bool = False  # RMSNorm of what each head gives, for which b can be lower, as -log(seqlen) - 3
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     mlp_dim: int | None = None  # hidden channels; None: 8/3 dim rounded up to 64 (swiglu), 4 dim (gelu)
     layer_scale: float | None = None  # initial factor per channel on each branch; None: no LayerScale
@@ -144,6 +145,7 @@ class GPT(nn.Module):
                 config.nheads,
                 nheads_k=config.nheads_k,
                 qk_norm=config.qk_norm,
+                out_norm=config.out_norm,
                 position=config.position,
                 sigmoid_bias=config.bias,
                 alibi_bias=bool(config.alibi_bias),
@@ -309,7 +311,7 @@ def memory_estimate(
     p = parameter_count(config)
     s, d, q, k = dtype.itemsize, config.dim, config.dim, config.dim * config.kv_heads // config.nheads
     swiglu = config.mlp == "swiglu"
-    normed = 2 * d + (q + k if config.qk_norm else 0)
+    normed = 2 * d + (q + k if config.qk_norm else 0) + (q if config.out_norm else 0)
     normed += 2 * d if config.norm == "hybrid" else 0
     inputs = (2 if s == 4 else 3 + config.gate + 1 + swiglu) + (0 if config.layer_scale is None else 2)
     narrow = inputs * d + 2 * q + 2 * k + (3 * q if config.gate else 0) + (4 if swiglu else 2) * config.hidden

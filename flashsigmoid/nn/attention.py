@@ -63,9 +63,9 @@ class SigmoidAttention(nn.Module):
     """Multi-head sigmoid self-attention.
 
         q, k, v = W_q x, W_k x, W_v x              per head; q and k normalised (RMSNorm), then turned by RoPE
-        out = W_o (g * A v),   A = sigmoid(q k^T / sqrt(head_dim) + b - alibi_slope * |i - j|)
+        out = W_o (g * N(A v)),   A = sigmoid(q k^T / sqrt(head_dim) + b - alibi_slope * |i - j|)
 
-    with g = sigmoid(W_g x) elementwise if `gate`, else 1.
+    with g = sigmoid(W_g x) elementwise if `gate`, else 1, and N an RMSNorm if `out_norm`, else nothing.
 
     Args:
         dim: channels of x.
@@ -73,6 +73,9 @@ class SigmoidAttention(nn.Module):
         nheads_k: key and value heads; query head h reads key head h // (nheads // nheads_k). Default: nheads.
         head_dim: channels per head. Default: dim // nheads.
         qk_norm: RMSNorm (eps 1e-5) of every query and key head, before RoPE. Default: True.
+        out_norm: RMSNorm (eps 1e-12: A v is small) of every head's A v. What a row of A adds up to no longer counts, and b
+            can be lower, as -log n - 3, where the weights are exponentials of the scores and none is near its largest
+            value, 1. Default: False.
         position: "rope", "alibi" or None. Default: None.
         rope_base: base of RoPE's wavelengths. Default: 10,000.
         sigmoid_bias: b. None: -log(seqlen), or -log(keys kept) of each sequence under a key mask; a model
@@ -106,6 +109,7 @@ class SigmoidAttention(nn.Module):
         nheads_k: int | None = None,
         head_dim: int | None = None,
         qk_norm: bool = True,
+        out_norm: bool = False,
         position: Literal["rope", "alibi"] | None = None,
         rope_base: float = 10_000.0,
         sigmoid_bias: float | None = None,
@@ -155,6 +159,7 @@ class SigmoidAttention(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=proj_bias)
         self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.out_norm = RMSNorm(self.head_dim, eps=1e-12) if out_norm else nn.Identity()
         self.rope = RotaryEmbedding(self.head_dim, rope_base) if position == "rope" else nn.Identity()
         self.sigmoid_bias, self.alibi_bias = sigmoid_bias, alibi_bias and bias_mode == "fixed"
         if bias_mode != "fixed":
@@ -234,7 +239,7 @@ class SigmoidAttention(nn.Module):
             out = self._attend_cache(q, k, v, key_mask, cache)
         else:
             out = self._attend(q, k, v, key_mask)
-        out = out.flatten(2)
+        out = self.out_norm(out).to(v.dtype).flatten(2)
         if self.gate_proj is not None:
             out = out * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(out)

@@ -36,6 +36,7 @@ MODELS = {
     "bias of slopes": replace(TINY, alibi_bias=True),
     "bias of heads": TINY,
     "one bias": replace(TINY, norm="hybrid"),
+    "normed heads": replace(TINY, out_norm=True, sigmoid_bias=-6.0, gate=True),
     "softmax": replace(TINY, attention="softmax"),
     "softmax, rope": replace(TINY, attention="softmax", position="rope", window_size=(9, None)),
 }

@@ -35,6 +35,7 @@ def largest_difference(losses: list[float], alone: list[float]) -> float:
         ("bias of heads", (1, 1, 2), {}),
         ("bias of slopes", (1, 1, 2), {}),
         ("bias of slopes", (1, 2, 1), {}),
+        ("normed heads", (1, 1, 2), {}),
         ("softmax", (1, 1, 2), {}),
         ("softmax, rope", (1, 2, 1), {}),
     ],

@@ -38,6 +38,7 @@ SHAPES = [
     {"position": "rope", "nheads_k": 1, "gate": True},
     {"window_size": (5, None), "norm": "hybrid", "layer_scale": 0.5},
     {"sigmoid_bias": -1.0, "qk_norm": False, "mlp": "gelu"},
+    {"sigmoid_bias": -6.0, "out_norm": True},
     {"alibi_bias": True},
     {"attention": "softmax"},
     {"attention": "softmax", "position": "rope", "nheads_k": 1, "window_size": (5, None)},
@@ -48,7 +49,7 @@ def reordered(model: GPT) -> GPT:
     """The same function, with the channels of the residual stream in a random order: its sums round in other places."""
     model, order = copy.deepcopy(model), torch.randperm(model.config.dim)
     for name, parameter in model.named_parameters():
-        if "q_norm" not in name and "k_norm" not in name:
+        if not any(head in name for head in ("q_norm", "k_norm", "attention.out_norm")):
             ends_branch = name.endswith(("out_proj.weight", "down_proj.weight")) or parameter.dim() == 1
             parameter.data = parameter.data[order] if ends_branch else parameter.data[:, order]
     return model

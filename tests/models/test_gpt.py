@@ -35,6 +35,7 @@ VARIANTS = {
     "gqa, gate, window": replace(SMALL, nheads_k=2, gate=True, window_size=(5, None)),
     "gelu, LayerScale, no QK-norm": replace(SMALL, mlp="gelu", layer_scale=0.1, qk_norm=False),
     "no bias": replace(SMALL, sigmoid_bias=0.0),
+    "normed heads": replace(SMALL, out_norm=True, sigmoid_bias=-6.0, nheads_k=2, gate=True),
 }
 variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
 

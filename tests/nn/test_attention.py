@@ -44,11 +44,13 @@ OPTIONS = [
     {"position": "alibi", "sigmoid_bias": -math.log(65), "alibi_bias": True},
     {"position": "alibi", "causal": True, "nheads_k": 2, "sigmoid_bias": -math.log(64), "alibi_bias": True},
     {"position": "alibi", "sigmoid_bias": -2.0, "alibi_bias": True, "bias_mode": "per_head"},
+    {"out_norm": True},
+    {"out_norm": True, "sigmoid_bias": -math.log(65) - 3.0, "position": "alibi", "causal": True, "gate": True},
 ]
 
 
-def rms(x, weight):
-    return weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+def rms(x, weight, eps=1e-5):
+    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 def turned(x, base):
@@ -86,7 +88,8 @@ def written_out(module, x, options, weights_of_scores):
         scores = q[:, :, h] @ k[:, :, h_k].mT / math.sqrt(head_dim)
         if options.get("position") == "alibi":
             scores = scores - 2.0 ** (-8.0 * (h + 1) / NHEADS) * distance
-        heads.append(weights_of_scores(scores, h, keep) @ v[:, :, h_k])
+        out = weights_of_scores(scores, h, keep) @ v[:, :, h_k]
+        heads.append(rms(out, module.out_norm.weight, 1e-12) if options.get("out_norm") else out)
     out = torch.cat(heads, -1)
     if options.get("gate"):
         out = out * module.gate_proj(x).sigmoid()

@@ -103,8 +103,8 @@ def weights_of(module: SigmoidAttention, seqlen: int) -> Weights:
     """The matrices of one of our modules, in float64.
 
     Args:
-        module: `nn.SigmoidAttention`, or its softmax twin, without QK-norm, position, gate, mask and biases of the
-            projections.
+        module: `nn.SigmoidAttention`, or its softmax twin, without QK-norm, out_norm, position, gate, mask and
+            biases of the projections.
         seqlen: n of -log n where the module has no constant b.
 
     Raises:
@@ -112,6 +112,7 @@ def weights_of(module: SigmoidAttention, seqlen: int) -> Weights:
     """
     plain = {
         "qk_norm": isinstance(module.q_norm, torch.nn.Identity),
+        "out_norm": isinstance(module.out_norm, torch.nn.Identity),
         "position": module.position is None,
         "gate": module.gate_proj is None,
         "proj_bias": module.q_proj.bias is None,
