@@ -73,8 +73,8 @@ class SigmoidAttention(nn.Module):
         nheads_k: key and value heads; query head h reads key head h // (nheads // nheads_k). Default: nheads.
         head_dim: channels per head. Default: dim // nheads.
         qk_norm: RMSNorm (eps 1e-5) of every query and key head, before RoPE. Default: True.
-        out_norm: RMSNorm (eps 1e-12: A v is small) of every head's A v. What a row of A adds up to no longer counts, and
-            b can be lower, as -log n - 3, where the weights are exponentials of the scores and none is near its
+        out_norm: RMSNorm (eps 1e-12: A v is small) of every head's A v. What a row of A adds up to does not count then,
+            and b can be lower, as -log n - 3, where the weights are exponentials of the scores and none is near its
             largest value, 1. Default: False.
         position: "rope", "alibi" or None. Default: None.
         rope_base: base of RoPE's wavelengths. Default: 10,000.
