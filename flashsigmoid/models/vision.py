@@ -30,9 +30,10 @@ class VisionAttention(Attention):
     """timm's multi-head attention with sigmoid in place of softmax: the same parameters, arguments and layout.
 
         q, k, v = W_qkv x       per head; q and k normalised if qk_norm
-        out = W_o A v,          A = sigmoid(t q k^T / sqrt(head_dim) + b)
+        out = W_o N(A v),       A = sigmoid(t q k^T / sqrt(head_dim) + b)
 
-    with t = 1, or a parameter of every head that starts there: exp(log_temperature).
+    with t = 1, or a parameter of every head that starts there: exp(log_temperature), and N nothing, or an RMSNorm of
+    every head as in `nn.SigmoidAttention` with out_norm.
 
     It is what timm takes as `attn_layer`; `integrations.timm` makes one of an attention that is already there.
 
@@ -56,6 +57,7 @@ class VisionAttention(Attention):
         bias_mode: Literal["fixed", "learnable", "per_head"] = "fixed",
         attention_fn: AttentionFn | None = None,
         learnable_temperature: bool = False,
+        out_norm: bool = False,
     ) -> None:
         """Set the attributes anew: b fixed, or one parameter, or one of every head, that starts at sigmoid_bias.
 
@@ -67,6 +69,7 @@ class VisionAttention(Attention):
         device = self.qkv.weight.device
         temperature = nn.Parameter(torch.zeros(self.num_heads, device=device)) if learnable_temperature else None
         self.register_parameter("log_temperature", temperature)
+        self.out_norm = ours.RMSNorm(self.head_dim, eps=1e-12).to(device) if out_norm else nn.Identity()
         self._parameters.pop("sigmoid_bias", None)
         if bias_mode == "fixed":
             self.sigmoid_bias: float | Tensor | None = sigmoid_bias
@@ -132,7 +135,7 @@ class VisionAttention(Attention):
         attend = self.attention_fn
         if attend is None:
             attend = ours.attention.sigmoid_attention if self.kind == "sigmoid" else ours.attention.softmax_attention
-        out = self.norm(attend(q, k, v, **options).flatten(2))
+        out = self.norm(self.out_norm(attend(q, k, v, **options)).to(v.dtype).flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
@@ -194,6 +197,7 @@ class ViTConfig:
     sigmoid_bias: float | None = None  # b; None: -log of the tokens at img_size
     bias_mode: Literal["fixed", "learnable", "per_head"] = "fixed"
     learnable_temperature: bool = False  # a factor of the scores for every head, which starts at 1
+    out_norm: bool = False  # RMSNorm of what each head gives, for which b can be lower, as -log n - 3
     layer_scale: float | None = 1e-4  # initial factor per channel on each branch; None: no LayerScale
     qk_norm: bool = True
     position: Literal["learned", "sincos"] = "learned"
@@ -277,7 +281,9 @@ def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> 
         _fix_positions(model)
     b = -math.log(tokens(model)) if config.sigmoid_bias is None else config.sigmoid_bias
     for attention in attentions:
-        attention.configure(config.attention, b, config.bias_mode, attention_fn, config.learnable_temperature)
+        attention.configure(
+            config.attention, b, config.bias_mode, attention_fn, config.learnable_temperature, config.out_norm
+        )
         if config.nheads_k is not None:
             attention.share_keys(config.nheads_k)
     return model

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..models.vision import ViTConfig
+from ..models.vision import ViTConfig, initial_bias
 from ..training.augment import AugmentConfig, ViewsConfig
 from ..training.classification import ImageRun
 from ..training.contrastive import ContrastiveRun
@@ -474,25 +474,28 @@ RECIPES: dict[str, Callable[[], ImageRun | PretrainingRun]] = {
     )
 }
 
-# one practice each, taken away or added: what differs from the base in the model's description
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "softmax": {"attention": "softmax"},
-    "no-bias": {"sigmoid_bias": 0.0},
-    "no-layer-scale": {"layer_scale": None},
-    "no-qk-norm": {"qk_norm": False},
-    "learnable-bias": {"bias_mode": "learnable"},
-    "bias-per-head": {"bias_mode": "per_head"},
-    "learnable-temperature": {"learnable_temperature": True},
-    "multi-query": {"nheads_k": 1},
-    "sin-cos-positions": {"position": "sincos"},
-    "average-pooling": {"pool": "avg"},
-}
-
 
 def ablations(base: ImageRun) -> dict[str, ImageRun]:
-    """The variants of a run that `ABLATIONS` names, with the run itself as "base": each differs in one field.
+    """A run as "base", and its variants by name: each has one practice more or less in the model's description.
+
+    "bias-lower" is for QK-norm: scores N(0, 1) make a row's mass e^(1/2) times what b = -log n would have it.
 
     Source: arXiv:2409.04431 (its practices for vision; learnable b and temperature, multi-query).
     """
-    return {name: replace(base, model=replace(base.model, **change)) for name, change in ABLATIONS.items()}
+    b = initial_bias(base.model)
+    changes: dict[str, dict[str, Any]] = {
+        "base": {},
+        "softmax": {"attention": "softmax"},
+        "no-bias": {"sigmoid_bias": 0.0},
+        "no-layer-scale": {"layer_scale": None},
+        "no-qk-norm": {"qk_norm": False},
+        "learnable-bias": {"bias_mode": "learnable"},
+        "bias-per-head": {"bias_mode": "per_head"},
+        "bias-lower": {"sigmoid_bias": b - 0.5},
+        "out-norm": {"out_norm": True, "sigmoid_bias": b - 3.0},
+        "learnable-temperature": {"learnable_temperature": True},
+        "multi-query": {"nheads_k": 1},
+        "sin-cos-positions": {"position": "sincos"},
+        "average-pooling": {"pool": "avg"},
+    }
+    return {name: replace(base, model=replace(base.model, **change)) for name, change in changes.items()}

@@ -66,6 +66,23 @@ def test_an_attention_is_the_equation() -> None:
     torch.testing.assert_close(attention(x), expected)
 
 
+def test_out_norm_is_the_equation_in_a_pair() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, out_norm=True, sigmoid_bias=-math.log(17) - 3.0)
+    model, twin = build_vit(config), build_vit(dataclasses.replace(config, attention="softmax"))
+    twin.load_state_dict(model.state_dict())
+    attention = attentions(model)[0].double()
+    torch.nn.init.uniform_(attention.out_norm.weight)
+    x = torch.randn(2, 17, 48, dtype=torch.float64)
+    q, k, v = (y.transpose(1, 2) for y in attention.qkv(x).unflatten(-1, (3, 4, 12)).unbind(2))
+    a = torch.sigmoid(attention.q_norm(q) @ attention.k_norm(k).mT / math.sqrt(12) + config.sigmoid_bias)
+    heads = a @ v
+    heads = heads / (heads.square().mean(-1, keepdim=True) + 1e-12).sqrt() * attention.out_norm.weight
+    torch.testing.assert_close(attention(x), attention.proj(heads.transpose(1, 2).flatten(2)))
+    attention.configure(sigmoid_bias=-2.0)
+    assert "out_norm.weight" not in attention.state_dict()
+
+
 def test_a_mask_removes_keys() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 9, 48)

@@ -14,7 +14,7 @@ import torch
 from training.test_classification import RUN, few, numbers, quiet, remains  # noqa: F401  few: fewer digits
 from training.tiny import differences
 
-from flashsigmoid.recipes.vision import ABLATIONS, ablations
+from flashsigmoid.recipes.vision import ablations
 from flashsigmoid.record import read_records
 from flashsigmoid.studies.elementwise import ACTIVATIONS
 from flashsigmoid.studies.vision_ablation import ActivationRun, chosen, summarise, variants, vision_ablation
@@ -37,7 +37,7 @@ def test_every_variant_trains_once_and_is_then_taken(tmp_path) -> None:
         seen.append(progress.name)
 
     path = vision_ablation(BASE, tmp_path, device="cpu", show=show)
-    names = [*ABLATIONS, *OTHERS]
+    names = [*ablations(BASE), *OTHERS]
     assert list(dict.fromkeys(seen)) == names
     found = summary(path)
     assert list(dict.fromkeys(name for name, _ in found)) == names
@@ -137,12 +137,15 @@ def test_a_variant_differs_from_the_base_in_what_its_name_says() -> None:
     assert changed.pop("base") == set()
     # without the class token there is a token less
     assert changed.pop("average-pooling") == {"pool", "sigmoid_bias"}
+    assert changed.pop("out-norm") == {"out_norm", "sigmoid_bias"}
+    for name, by in (("bias-lower", 0.5), ("out-norm", 3.0)):
+        assert settings[name]["sigmoid_bias"] == pytest.approx(settings["base"]["sigmoid_bias"] - by)
     for name, fields in changed.items():
         if name in ACTIVATIONS:
             assert fields == {"activation", "divide_by_seqlen", "sigmoid_bias"}, name
         else:
             assert len(fields) == 1, name
-    assert ablations(BASE).keys() == ABLATIONS.keys() == settings.keys() - set(OTHERS)
+    assert ablations(BASE).keys() == settings.keys() - set(OTHERS)
     assert list(chosen(BASE, ["softmax", "base"])) == ["base", "softmax"]
 
 
