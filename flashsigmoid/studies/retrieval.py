@@ -31,7 +31,7 @@ class Difficulty:
     samples: int  # sequences of each task, length and number of pairs there
 
 
-QUICK = Budget(steps=1500, batch=32, seqlen=32, lr=2e-3, weight_decay=0.0)
+QUICK = Budget(steps=1200, batch=32, seqlen=32, lr=1e-3, weight_decay=0.0)
 FULL = Budget(steps=8000, batch=64, seqlen=128, lr=2e-3, weight_decay=0.0)
 QUICK_ASKED = Difficulty(each=16, trained_pairs=8, pairs=(4, 8, 16), samples=128)
 FULL_ASKED = Difficulty(each=64, trained_pairs=16, pairs=(4, 8, 16, 32, 64), samples=1024)
@@ -228,7 +228,7 @@ def retrieval(
 
     Command: flashsigmoid study retrieval (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds, n = 128, 8,000
     steps of 64, 2 layers of 128, 64 values to guess from, up to 16 pairs in training. Quick: three seeds, n = 32,
-    1,500 steps of 32, 2 layers of 128, 16 values, up to 8 pairs. Time: about half an hour of an idle core for the
+    1,200 steps of 32, 2 layers of 128, 16 values, up to 8 pairs. Time: about half an hour of an idle core for the
     quick one. Expected: benchmarks/results/studies.
 
     Args:
