@@ -247,7 +247,13 @@ def _run_side_by_side(
             pool.submit(_run_alone, study, trial.arm, trial.seed, trial.settings["quick"], out_dir, device, command)
             for trial in trials
         ]
-        wait(futures)
+        try:
+            wait(futures)
+        except BaseException:  # a signal: leaving the block would wait for all trials
+            for process in multiprocessing.active_children():
+                process.terminate()
+            pool.shutdown(cancel_futures=True)
+            raise
     for future in futures:
         future.result()
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -191,3 +195,19 @@ def test_a_study_has_the_function_of_its_name(name) -> None:
     assert load(name).__name__ == name.replace("-", "_")
     with pytest.raises(ValueError, match=r"name must be one of diagnosis, .*, got 'sleep'"):
         load("sleep")
+
+
+@pytest.mark.long
+def test_a_signal_ends_the_trials_that_run_side_by_side(tmp_path) -> None:
+    """The command and its workers, and what stands behind in the queue is not begun."""
+    words = [sys.executable, "-m", "flashsigmoid", "study", "retrieval", "--quick", "--jobs", "2", "--device", "cpu"]
+    study = subprocess.Popen([*words, "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(begun := list(tmp_path.glob("trials/*.jsonl"))) < 2:
+        assert study.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    study.send_signal(signal.SIGTERM)
+    study.communicate(timeout=30)  # what workers hold open ends, too
+    assert study.returncode == 143
+    assert sorted(tmp_path.glob("trials/*.jsonl")) == sorted(begun)
