@@ -201,7 +201,8 @@ def test_a_pair_is_stopped_goes_on_and_is_compared_and_a_failure_is_named(tmp_pa
     third = pair(tmp_path, *words, *broken)
     out, err = third.communicate(timeout=WAIT_S)
     assert third.returncode == 1, err
-    assert re.search(r"broken-0 failed; the end of other/broken/seed-0/log.txt:\n  error: .*nowhere.txt", err)
+    end = r"  no checkpoint in .* to resume from: training from the beginning\n  error: .*nowhere.txt"
+    assert re.search(rf"broken-0 failed; the end of other/broken/seed-0/log.txt:\n{end}", err)
     assert err.splitlines()[-1] == "error: all trainings must end, got 1 of 3 that failed: broken-0"
     assert re.search(r"^sigmoid-0  2/2  val/loss \d", err, re.MULTILINE)
     assert re.search(r"seeds +│ 1 +│ 1 ", out)
