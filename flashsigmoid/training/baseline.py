@@ -114,17 +114,18 @@ def best_constant(said: Sequence[str], candidates: Iterable[str], characters: st
 def _errors(answers: Sequence[str], said: Sequence[str]) -> list[int]:
     """Sum over `said` of the edit distance of each answer; the answers have one length."""
     longest = max(map(len, said))
-    texts = np.array([[ord(c) for c in text.ljust(longest, "\0")] for text in said])
-    ends, place = np.array([len(text) for text in said]), np.arange(longest + 1)
+    numbers = {c: i for i, c in enumerate(dict.fromkeys("".join(["\0", *said, *answers])))}
+    # 16 bits: a distance is at most the longer length, and what a core works on stays in its cache
+    texts = np.array([[numbers[c] for c in text.ljust(longest, "\0")] for text in said], np.int16)
+    ends, place = np.array([len(text) for text in said]), np.arange(longest + 1, dtype=np.int16)
     total: list[int] = []
-    # (answers, texts, longest + 1) in a few megabytes
-    size = max(1, 2_000_000 // (len(said) * (longest + 1)))
+    size = max(1, 200_000 // (len(said) * (longest + 1)))
     for first in range(0, len(answers), size):
-        codes = np.array([[ord(c) for c in answer] for answer in answers[first : first + size]]).astype(int)
+        codes = np.array([[numbers[c] for c in answer] for answer in answers[first : first + size]], np.int16)
         row = np.broadcast_to(place, (len(codes), len(said), longest + 1))
         for column in codes.reshape(len(codes), -1).T:
             kept = row[..., :-1] + (texts[None] != column[:, None, None])
-            row = np.concatenate([row[..., :1] + 1, np.minimum(row[..., 1:] + 1, kept)], -1)
+            row = np.concatenate([row[..., :1] + np.int16(1), np.minimum(row[..., 1:] + np.int16(1), kept)], -1)
             # an insertion after each: the least of row[j] + (i - j) over j <= i
             row = np.minimum.accumulate(row - place, -1) + place
         total += (
