@@ -79,7 +79,10 @@ def flex_softmax(
         return score - slopes[head] * (query - key).abs()
 
     # inside somebody's torch.compile it is compiled with the rest
-    attend = _flex() if torch.compiler.is_compiling() else _compiled_flex()
+    is_inside = torch.compiler.is_compiling()
+    attend = _flex() if is_inside else _compiled_flex()
+    if is_inside and slopes is not None:
+        slopes = _realized(slopes)
     out = attend(
         *(x.transpose(1, 2) for x in (q, k, v)),
         score_mod=None if slopes is None else alibi,
@@ -88,6 +91,20 @@ def flex_softmax(
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+@torch.library.custom_op("flashsigmoid::realized", mutates_args=())
+def _realized(x: Tensor) -> Tensor:
+    """A copy of x that lies in memory: FlexAttention compiles no score that reads what its own graph computes."""
+    return x.clone()
+
+
+@_realized.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+_realized.register_autograd(lambda ctx, grad: grad)
 
 
 def block_mask(seqlen: int, causal: bool, window_size: _Window, device: torch.device) -> Any:

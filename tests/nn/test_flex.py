@@ -48,3 +48,19 @@ def test_who_is_sent_there() -> None:
     q, k, v = (torch.randn(1, 9, 2, 8) for _ in range(3))
     options = {"scale": 0.3, "causal": True, "alibi_slopes": alibi_slopes(2)}
     assert torch.equal(fused_softmax_attention(q, k, v, **options), softmax_attention(q, k, v, **options))
+
+
+@pytest.mark.long  # a compiler takes its time
+@pytest.mark.parametrize("nheads", [2, 6])
+def test_slopes_that_the_compiled_graph_asks_for(nheads: int) -> None:
+    """As a model that is compiled whole does; computed there they would leave FlexAttention without a kernel."""
+    q, k, v = (torch.randn(1, 256, nheads, 32) for _ in range(3))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flex_softmax(q, k, v, 0.2, True, (None, None), alibi_slopes(nheads, q.device))
+
+    options = {"scale": 0.2, "causal": True, "alibi_slopes": alibi_slopes(nheads)}
+    oracle = softmax_attention(q.double(), k.double(), v.double(), **options)
+    with torch.no_grad():
+        actual = torch.compile(attend, fullgraph=True)(q, k, v)
+    assert_within_budget("out", actual, oracle, softmax_attention(q, k, v, **options))
