@@ -40,6 +40,7 @@ class SpeechConfig:
     cape_scale: float = 1.03  # and of the factor of all
     norm: Literal["pre", "hybrid"] = "pre"
     qk_norm: bool = True  # RMSNorm of queries and keys per head
+    out_norm: bool = False  # RMSNorm of what each head gives, for which b can be lower, as -log(seqlen) - 3
     layer_scale: float | None = 0.1  # initial factor per channel on each branch; None: no LayerScale
     dropout_p: float = 0.0  # of attention weights and of what enters the blocks, in training, in [0, 1)
     packing: bool = False  # the blocks see utterances in a row, without padding, instead of padded ones
@@ -122,6 +123,7 @@ class SpeechEncoder(nn.Module):
                 config.dim,
                 config.nheads,
                 qk_norm=config.qk_norm,
+                out_norm=config.out_norm,
                 position=config.position if config.position in ("rope", "alibi") else None,
                 sigmoid_bias=config.bias,
                 alibi_bias=bool(config.alibi_bias),

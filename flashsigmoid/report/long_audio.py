@@ -8,27 +8,9 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from ..record import read_records
-from .arms import Arm, Run
+from .arms import Arm
 from .figures import Drawing, Panel, colour
-
-_FILE = "long-audio.jsonl"
-Lengths = dict[int, dict[str, float]]  # factor to "cer", "cer_se", "wer", "wer_se", "seconds"
-
-
-def read_lengths(run: Run) -> Lengths:
-    """What a run has recorded, by factor; empty if nothing.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    path, found = run.path / _FILE, Lengths()
-    if not path.is_file():
-        return found
-    for record in read_records(path).records:
-        if record.value is not None and "factor" in record.tags:
-            found.setdefault(int(str(record.tags["factor"])), {})[record.name.rpartition("/")[2]] = record.value
-    return found
+from .recognisers import read_lengths
 
 
 def long_drawing(arms: Sequence[Arm]) -> Drawing:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .arms import Arm, Run, value_of
+from ..record import read_records
+from .arms import Arm, Run, Spread, value_of
 from .classifiers import LEARNED, are_of_images
 from .words import NOT_RECORDED, count, join, quoted, run_name
 
 CER, WER, CONSTANT = "val/cer", "val/wer", "baseline/constant_cer"
+_FILE = "long-audio.jsonl"
+Lengths = dict[int, dict[str, float]]  # factor to "cer", "cer_se", "wer", "wer_se", "seconds"
 
 
 def are_of_speech(arms: Sequence[Arm]) -> bool:
@@ -32,6 +35,35 @@ def rows(arm: Arm, base: Arm) -> dict[str, str]:
         "best constant answer": _percent(arm, CONSTANT),
         "standard errors below it": NOT_RECORDED if below is None else f"{below:.1f}",
     }
+
+
+def read_lengths(run: Run) -> Lengths:
+    """What a run has recorded, by factor; empty if nothing.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path, found = run.path / _FILE, Lengths()
+    if not path.is_file():
+        return found
+    for record in read_records(path).records:
+        if record.value is not None and "factor" in record.tags:
+            found.setdefault(int(str(record.tags["factor"])), {})[record.name.rpartition("/")[2]] = record.value
+    return found
+
+
+def long_rows(arm: Arm, arms: Sequence[Arm]) -> dict[str, str]:
+    """Character errors by the utterances that were joined, mean over seeds and range; none where no run has them."""
+    known = {each.label: [lengths for run in each.runs if (lengths := read_lengths(run))] for each in arms}
+    factors = sorted({factor for runs in known.values() for lengths in runs for factor in lengths})
+    found = {}
+    for factor in factors:
+        values = Spread(tuple(lengths[factor]["cer"] for lengths in known[arm.label] if factor in lengths))
+        text = f"{values.mean:.1%}" if values.values else NOT_RECORDED
+        if len(values.values) > 1:
+            text += f" ({min(values.values):.1%} to {max(values.values):.1%})"
+        found[f"character errors, {factor} joined"] = text
+    return found
 
 
 def error_text(arm: Arm, name: str) -> str:

@@ -34,7 +34,7 @@ def arm_rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
         if are_classifiers(arms):
             row |= classifiers.rows(arm, base)
         if are_of_speech(arms):
-            row |= recognisers.rows(arm, base)
+            row |= recognisers.rows(arm, base) | recognisers.long_rows(arm, arms)
         row |= {f"final loss, {unit}": spread_text(arm.finals), "best loss": spread_text(arm.bests)}
         if len(arms) > 1:
             row[f"minus {base.label}"] = "" if arm is base else difference_text(arm, base)

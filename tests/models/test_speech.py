@@ -22,8 +22,9 @@ def config_positions(lengths: torch.Tensor) -> torch.Tensor:
 
 positions = pytest.mark.parametrize("position", ["cape", "sincos", "rope", "alibi"])
 BY_SLOPE = {"position": "alibi", "alibi_bias": True}
+NORMED = {"position": "alibi", "out_norm": True, "sigmoid_bias": -6.0}
 practices = pytest.mark.parametrize(
-    "change", [*({"position": name} for name in ("cape", "sincos", "rope", "alibi")), BY_SLOPE], ids=str
+    "change", [*({"position": name} for name in ("cape", "sincos", "rope", "alibi")), BY_SLOPE, NORMED], ids=str
 )
 attentions = pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
 

@@ -109,11 +109,15 @@ def test_errors_on_longer_audio(tmp_path) -> None:
     ]
     assert long_drawing(group_arms(load_runs(folders))).panels == ()
     assert "longer audio" not in write_report(folders, tmp_path / "page.html").read_text("utf-8")
+    assert not [name for name in summary_rows(folders)[0] if "joined" in name]
     for folder, cer in zip(folders, (0.2, 0.25, 0.3), strict=True):
         with RecordWriter(folder / "long-audio.jsonl", {}) as writer:
             for factor in (1, 2, 4):
                 for name in ("cer", "cer_se", "wer", "wer_se", "seconds"):
                     writer.write(f"long/{name}", factor if name == "seconds" else cer * factor, factor=factor)
+    row, base = summary_rows(folders)
+    assert row["character errors, 2 joined"] == "50.0% (40.0% to 60.0%)"
+    assert base["character errors, 4 joined"] == "100.0%"
     arms = group_arms(load_runs(folders))
     drawing = long_drawing(arms)
     assert [panel.title for panel in drawing.panels] == ["character errors", "word errors"]
