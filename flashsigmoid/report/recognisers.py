@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..record import read_records
-from .arms import Arm, Run, Spread, value_of
+from .arms import Arm, Run, Spread, group_arms, load_runs, value_of
 from .classifiers import LEARNED, are_of_images
 from .words import NOT_RECORDED, count, join, quoted, run_name
 
@@ -64,6 +65,30 @@ def long_rows(arm: Arm, arms: Sequence[Arm]) -> dict[str, str]:
             text += f" ({min(values.values):.1%} to {max(values.values):.1%})"
         found[f"character errors, {factor} joined"] = text
     return found
+
+
+def position_rows(path: str | Path) -> list[dict[str, str]]:
+    """One row per folder in a folder, each with the runs of both arms by one position encoding: column name -> text.
+
+    Raises:
+        ValueError: it has none, or records that cannot be read.
+    """
+    rows: list[dict[str, str]] = []
+    for folder in sorted(each for each in Path(path).iterdir() if each.is_dir()):
+        arms = sorted(group_arms(load_runs([folder])), key=lambda arm: str(arm.settings["attention"]))
+        rows.append({"positions": folder.name, "seeds": str(len(arms[0].runs)), "character errors": _both(arms, CER)})
+        rows[-1]["word errors"] = _both(arms, WER)
+        by_arm = [long_rows(arm, arms) for arm in arms]
+        for name in by_arm[0]:
+            if "1 joined" not in name:
+                rows[-1][name.removeprefix("character errors, ")] = " / ".join(row[name] for row in by_arm)
+    if not rows:
+        raise ValueError(f"a folder must have one for each position encoding, got none in {path}")
+    return rows
+
+
+def _both(arms: Sequence[Arm], name: str) -> str:
+    return " / ".join(error_text(arm, name) for arm in arms)
 
 
 def error_text(arm: Arm, name: str) -> str:

@@ -17,6 +17,7 @@ from .conversion import NOTE as CONVERSION_NOTE
 from .conversion import conversion_rows
 from .pretrained import NOTE as PRETRAINED_NOTE
 from .pretrained import pretrained_rows
+from .recognisers import position_rows
 from .speed import Speed, ceilings_text, speeds
 from .studies import study_note, study_rows
 from .summary import summary_rows
@@ -59,6 +60,13 @@ def pretrained(path: str | Path) -> str:
     """A folder of pretrainings by `flashsigmoid pair --then`: a row per method."""
     rows = pretrained_rows(path)
     return _table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n{PRETRAINED_NOTE}\n"
+
+
+def positions(path: str | Path) -> str:
+    """A folder of recognisers by position encoding: a row for each, both arms, single utterances and joined ones."""
+    rows = position_rows(path)
+    note = "Character errors: sigmoid / softmax, of utterances as they are (± standard error) and joined."
+    return _table(list(rows[0]), [list(row.values()) for row in rows]) + f"\n{note}\n"
 
 
 def study(path: str | Path) -> str:
@@ -146,6 +154,7 @@ KINDS: dict[str, Callable[[str | Path], str]] = {
     "ablation": ablation,
     "conversion": conversion,
     "pretrained": pretrained,
+    "positions": positions,
     "speed": speed,
     "faults": faults,
     "gpu-speed": gpu_speed,

@@ -14,7 +14,9 @@ from flashsigmoid.report import accuracy_statement, summary_rows, write_report
 from flashsigmoid.report.arms import group_arms, load_runs
 from flashsigmoid.report.hearing import spans
 from flashsigmoid.report.long_audio import long_drawing
+from flashsigmoid.report.recognisers import position_rows
 from flashsigmoid.report.summary import warnings
+from flashsigmoid.report.tables import positions
 
 
 def make(
@@ -127,6 +129,23 @@ def test_errors_on_longer_audio(tmp_path) -> None:
     lines = {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
     assert lines == {"sigmoid": pytest.approx([0.25, 0.5, 1.0]), "softmax": pytest.approx([0.25, 0.5, 1.0])}
     assert "<h3>Errors on longer audio</h3>" in write_report(folders, tmp_path / "page.html").read_text("utf-8")
+
+
+def test_a_row_for_each_position_encoding(tmp_path) -> None:
+    for name, cers in (("rope", (0.3, 0.2)), ("alibi", (0.1, 0.15))):
+        for attention, cer in zip(("softmax", "sigmoid"), cers, strict=True):
+            folder = make(tmp_path / name / attention / "seed-0", cer, attention=attention, position=name)
+            with RecordWriter(folder / "long-audio.jsonl", {}) as writer:
+                for factor in (1, 2):
+                    writer.write("long/cer", cer * factor, factor=factor)
+    assert [list(row.values()) for row in position_rows(tmp_path)] == [
+        ["alibi", "1", "15.0% ± 3.0% / 10.0% ± 3.0%", "30.0% ± 6.0% / 20.0% ± 6.0%", "30.0% / 20.0%"],
+        ["rope", "1", "20.0% ± 3.0% / 30.0% ± 3.0%", "40.0% ± 6.0% / 60.0% ± 6.0%", "40.0% / 60.0%"],
+    ]
+    assert "| rope | 1 | 20.0% ± 3.0% / 30.0% ± 3.0% |" in positions(tmp_path)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="must have one for each position encoding, got none"):
+        position_rows(tmp_path / "none")
 
 
 def test_the_page_is_of_speech_and_names_what_was_left_out(tmp_path) -> None:
