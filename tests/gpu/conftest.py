@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,14 @@ def freed() -> Iterator[None]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remember how each test ended, and what it measured: `record_property("error_over_budget", {"value": ...})`."""
+    """Remember how each test ended, and what it measured: `record_property("error_over_budget", {"value": ...})`.
+
+    A failure is told at once: a run that is cut short has no summary.
+    """
+    if report.failed and "gpu" in Path(report.fspath).parts and "PYTEST_XDIST_WORKER" not in os.environ:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        told = report.longreprtext if crash is None else crash.message
+        print(f"\n{report.nodeid} failed: {told.strip()[:300]}", file=sys.__stderr__)
     if report.when == "call" or report.outcome != "passed":
         outcomes[report.nodeid] = report.outcome
     if report.when == "call":
