@@ -46,7 +46,7 @@ def train(
         str | None,
         typer.Option(
             metavar="dp=N,cp=N,tp=N",
-            help="Processes along each axis, started here if not by torchrun.",
+            help="Processes along each axis, started here if not by torchrun or srun.",
             show_default="one",
         ),
     ] = None,
@@ -57,6 +57,7 @@ def train(
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
 ) -> None:
     """Train a model by a recipe. Ctrl-C saves a checkpoint, --resume goes on from it."""
+    from ..distributed.cluster import adopt_launcher
     from ..recipes.fields import override
 
     if list_recipes:
@@ -83,6 +84,7 @@ def train(
     if run.model.sigmoid_bias is not None and run.model.attention != "sigmoid":
         bias = run.model.sigmoid_bias
         raise ValueError(f"sigmoid_bias has no effect with attention={run.model.attention}, got {bias}")
+    adopt_launcher()
     folder = out or Path("runs") / str(recipe) / run.model.attention
     if mesh is not None and _launched(mesh, device):
         return

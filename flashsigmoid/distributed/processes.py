@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -73,7 +74,7 @@ def parse_mesh(text: str) -> MeshSizes:
 
 
 def is_launched() -> bool:
-    """Whether a launcher (torchrun, or `launch`) started this process as one of several."""
+    """Whether a launcher (torchrun, `launch`, or one of `cluster`) started this process as one of several."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 
@@ -148,6 +149,20 @@ class Processes:
         if given[1] is not None:
             raise given[1]
         return given[0]
+
+    def on_this_machine(self) -> int:
+        """How many ranks this machine has.
+
+        Raises:
+            ValueError: others have another number.
+        """
+        given: list[Any] = [None] * self.size
+        dist.all_gather_object(given, socket.gethostname(), group=self.agreeing)
+        counts = {name: given.count(name) for name in given}
+        if len({*counts.values()}) > 1:
+            told = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"every machine must have the same number of ranks, got {told}")
+        return counts[socket.gethostname()]
 
     def same(self, what: str, x: Any) -> None:
         """Whether all ranks have the same.
@@ -227,7 +242,9 @@ def processes(sizes: MeshSizes | None, device: str, timeout_s: float) -> Iterato
         ValueError: sizes that do not make up the number of ranks.
     """
     if not is_launched():
-        raise ValueError("a mesh needs processes: flashsigmoid train --mesh starts them, torchrun too, got none")
+        raise ValueError(
+            "a mesh needs processes: flashsigmoid train --mesh starts them, torchrun and srun too, got none"
+        )
     size = int(os.environ["WORLD_SIZE"])
     sizes = MeshSizes(dp=size) if sizes is None else sizes
     if sizes.size != size:
@@ -246,6 +263,8 @@ def processes(sizes: MeshSizes | None, device: str, timeout_s: float) -> Iterato
     )
     here = Processes(rank, size, sizes, device, PrefixStore("roll call", store), timeout_s)
     try:
+        if "LOCAL_WORLD_SIZE" not in os.environ:  # torchrun sets it, others do not
+            os.environ["LOCAL_WORLD_SIZE"] = str(here.on_this_machine())
         yield here
     except Exception as error:
         here.end(error)

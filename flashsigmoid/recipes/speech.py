@@ -47,8 +47,8 @@ def an4() -> SpeechRun:
     test part; choose settings on --set data.hold_out=10, every tenth training speaker.
 
     Paper: arXiv:2409.04431, its practices for speech. Command: flashsigmoid train an4 --set data.root=manifest.tsv, a
-    file with the columns split (train, test), path, text and speaker. Hardware: 1 GPU. Wall time: three minutes alone on
-    an H100 by the time of a step, 51 ms; 8 minutes beside eleven others. Expected: character errors of 6.2 to 6.4 %,
+    file with the columns split (train, test), path, text and speaker. Hardware: 1 GPU. Wall time: three minutes alone
+    on an H100 by the time of a step, 51 ms; 8 minutes beside eleven others. Expected: character errors of 6.2 to 6.4 %,
     softmax 5.7 to 6.2 %, three seeds (benchmarks/results/an4).
     """
     return SpeechRun(

@@ -17,6 +17,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..distributed import checkpoint as sharded
+from ..distributed.cluster import adopt_launcher
 from ..distributed.plans import AXES
 from ..distributed.processes import MeshSizes, Processes, is_launched, parse_mesh, processes
 from .checkpoint import CONFIG, TRAINER, WEIGHTS, load_trainer
@@ -95,6 +96,7 @@ def joined(mesh: str | None, device: str, timeout_s: float) -> Iterator[Processe
     Raises:
         ValueError: a mesh that the ranks do not make up, or without processes; a device that none of it has.
     """
+    adopt_launcher()
     sizes: MeshSizes | None = None if mesh is None else parse_mesh(mesh)
     if sizes is None and not is_launched():
         yield None

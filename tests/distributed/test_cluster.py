@@ -1,0 +1,113 @@
+"""Ranks from Slurm's variables: two processes that find each other, and what is left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed.runs import far, free_port, losses
+
+from flashsigmoid.distributed.cluster import adopt_launcher
+
+ROOT = Path(__file__).parents[2]
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234567",
+    "SLURM_STEP_NODELIST": "node[07-08],other3",
+}  # fmt: skip
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+SCRIPT = """
+import json, os
+from flashsigmoid.training.mesh import joined
+with joined(None, "cpu", 60.0) as world:
+    here = os.environ["LOCAL_WORLD_SIZE"]
+    print(json.dumps([world.rank, world.size, str(world.sizes), world.largest(world.rank), here]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher but that of the test, and nothing of it left."""
+    for name in (*TORCHRUN, *(name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_", "LSB_")))):
+        monkeypatch.setenv(name, "")  # what adopt_launcher sets is taken back
+        monkeypatch.delenv(name)
+
+
+def adopted(monkeypatch: pytest.MonkeyPatch, **variables: str) -> dict[str, str]:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    adopt_launcher()
+    return {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+
+
+def test_a_step_of_slurm_has_torchruns_variables(monkeypatch) -> None:
+    expected = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "node07", "MASTER_PORT": "19567"}
+    assert adopted(monkeypatch, **STEP) == expected
+    assert adopted(monkeypatch, **STEP) == expected  # a second time nothing changes
+
+
+def test_an_address_that_is_given_stands(monkeypatch) -> None:
+    found = adopted(monkeypatch, **STEP, MASTER_ADDR="here", MASTER_PORT="29500")
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("here", "29500")
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"},  # a batch script
+        {**STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --pty bash
+    ],
+)
+def test_one_process_stays_alone(monkeypatch, variables) -> None:
+    assert adopted(monkeypatch, **variables) == {}
+
+
+def test_torchrun_within_a_step_is_left_alone(monkeypatch) -> None:
+    own = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    assert adopted(monkeypatch, **STEP, **own) == own
+
+
+def srun(words: list[str], ranks: int = 2, **changes: str) -> list[subprocess.CompletedProcess[str]]:
+    """What srun would start."""
+    shared = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SLURM_STEP_NUM_TASKS": str(ranks),
+        "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "7", "MASTER_PORT": str(free_port()), **changes,
+    }  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [sys.executable, *words],
+            env={**shared, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    ended = [(process, *process.communicate(timeout=120)) for process in started]
+    return [subprocess.CompletedProcess(words, process.returncode, out, err) for process, out, err in ended]
+
+
+def test_processes_of_srun_find_each_other() -> None:
+    ended = srun(["-c", SCRIPT])
+    assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
+    assert [json.loads(process.stdout) for process in ended] == [
+        [rank, 2, "dp=2,cp=1,tp=1", [1], "2"] for rank in (0, 1)
+    ]
+
+
+@pytest.mark.long
+def test_srun_trains_as_torchrun_does(tmp_path) -> None:
+    words = ["-m", "flashsigmoid", "train", "demo", "--device", "cpu", "--steps", "4"]
+    for field in ("val_every=4", "save_every=2", "log_every=1", "data.val_windows=4", "sample_tokens=0"):
+        words += ["--set", field]
+    elastic = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*elastic, *words, "--out", str(tmp_path / "torchrun")], env=environment, check=True)
+    ended = srun([*words, "--out", str(tmp_path / "srun"), "--mesh", "dp=2"])
+    assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
+    assert len(losses(tmp_path / "srun")) == 4
+    assert far(losses(tmp_path / "srun"), losses(tmp_path / "torchrun")) == 0.0
