@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future as SaveFuture
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,56 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: 
         optim_state_dict={**state, **tensors["optim"]},
         options=options,
     )
+
+
+def load_whole(
+    model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], state: dict[str, Any]
+) -> None:
+    """Take the state of one process alone, in place: every rank has all of it and keeps its shards.
+
+    Args:
+        model, optimizer: sharded.
+        weights: by name.
+        state: of that process's optimizer, whose parameters were in the same order.
+
+    Raises:
+        ValueError: other tensors than those of the model.
+    """
+    names = parameter_names(model, optimizer)
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
+    moments = {names[i]: of_one for i, of_one in state["state"].items()}
+    options, whole = StateDictOptions(full_state_dict=True), cast(dict[str, Any], weights)
+    try:
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=whole,
+            optim_state_dict={"state": moments, "param_groups": groups},
+            options=options,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"a checkpoint must fit the model, got another: {error}") from error
+
+
+def one_process_state(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> dict[str, Any]:
+    """What one process's optimizer of this model would have saved, of a sharded checkpoint.
+
+    Args:
+        model, optimizer: of one process, the optimizer fresh.
+        path: of the checkpoint.
+    """
+    moments = load_tensors(path, "optim.")
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, name in enumerate(parameter_names(model, optimizer)):
+        prefix = f"state.{name}."
+        state[i] = {key.removeprefix(prefix): x for key, x in moments.items() if key.startswith(prefix)}
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """The names of an optimizer's parameters, by their numbers in its state."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def load_tensors(path: Path, prefix: str = "model.") -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 FOLDER = "checkpoints"
 WEIGHTS, TRAINER, CONFIG, TOKENIZER = "model.safetensors", "trainer.pt", "config.json", "tokenizer.json"
+SHARDED = "sharded"  # key of what `DirectoryCheckpoint` loads: the path of a checkpoint that a mesh wrote
 _PREFIX = "model."  # of the model inside the LightningModule
 
 
@@ -198,13 +199,13 @@ class DirectoryCheckpoint(CheckpointIO):
             ValueError: a file is damaged.
         """
         path = Path(path)
-        if not (path / WEIGHTS).is_file():
-            raise ValueError(f"a run on a mesh must be resumed on one, --mesh dp=1 at least, got {path}")
         state = load_trainer(path)
         try:
-            weights = load_file(path / WEIGHTS)
+            weights = load_weights(path)
         except SafetensorError as error:
             raise _not_whole(path, error) from error
+        if not (path / WEIGHTS).is_file():
+            state[SHARDED] = path  # moments that want the optimizer's order: the module takes them
         others = state.get("state_dict", {})  # an average of the weights
         return {**state, "state_dict": {**{_PREFIX + key: value for key, value in weights.items()}, **others}}
 

@@ -20,7 +20,7 @@ from ..distributed import checkpoint as sharded
 from ..distributed.cluster import adopt_launcher
 from ..distributed.plans import AXES
 from ..distributed.processes import MeshSizes, Processes, is_launched, parse_mesh, processes
-from .checkpoint import CONFIG, TRAINER, WEIGHTS, load_trainer
+from .checkpoint import CONFIG, TRAINER, WEIGHTS, load_trainer, load_weights
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -74,13 +74,15 @@ class MeshStrategy(ModelParallelStrategy):
         """Weights and optimizer in place, from however many ranks; the rest is returned.
 
         Raises:
-            ValueError: a file is damaged, or one process alone wrote it.
+            ValueError: a file is damaged, or is of another model.
         """
-        path = Path(checkpoint_path)
-        if (path / WEIGHTS).is_file():
-            raise ValueError(f"a run on a mesh must go on from a sharded checkpoint, got {path}")
+        path, model = Path(checkpoint_path), cast(Any, self.lightning_module).model
         state = load_trainer(path)
-        sharded.load(path, cast(Any, self.lightning_module).model, self.optimizers[0], self.world)
+        if (path / WEIGHTS).is_file():
+            (own,) = state["optimizer_states"]
+            sharded.load_whole(model, self.optimizers[0], load_weights(path), own)
+            return {**state, "optimizer_states": [{}]}
+        sharded.load(path, model, self.optimizers[0], self.world)
         return state
 
 

@@ -22,12 +22,14 @@ from pytorch_lightning.plugins.environments import LightningEnvironment  # pyrig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..distributed.checkpoint import one_process_state
 from ..distributed.plans import clip_grad_norm
 from ..distributed.processes import MeshSizes, Processes, restarts
 from ..record import RECORDS_NAME, RecordWriter, read_records
 from .callbacks import Interrupted, Muted, Recorder, Saver, Show, Stopwatch, quiet_lightning, show_line
 from .checkpoint import (
     FOLDER,
+    SHARDED,
     DirectoryCheckpoint,
     checkpoints,
     clean,
@@ -199,6 +201,9 @@ class RunModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back; the random states wait until nothing else draws before the first batch."""
+        if (path := checkpoint.pop(SHARDED, None)) is not None:  # of a mesh
+            state = one_process_state(self.model, self.configure_optimizers(), path)
+            checkpoint["optimizer_states"] = [state]
         ours: dict[str, Any] = checkpoint["flashsigmoid"]
         self._resumed, self.position = ours, ours["position"]
         self._skips = torch.tensor([ours.get("skipped_steps", 0), 0, 0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from safetensors.torch import load_file
 from training.tiny import differences, write_text
 
 from flashsigmoid.distributed.checkpoint import damage
-from flashsigmoid.training import language
-from flashsigmoid.training.checkpoint import checkpoints, export_weights, load_model
+from flashsigmoid.training import language, module
+from flashsigmoid.training.callbacks import Interrupted
+from flashsigmoid.training.checkpoint import checkpoints, export_weights, load_model, load_trainer
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,40 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path, text, ranks, alone, allo
         shutil.copytree(tmp_path / "run", tmp_path / mesh)
         trained(ranks, text, tmp_path / mesh, mesh, resume=True)
         assert far(losses(tmp_path / mesh), losses(alone)) <= allowed, (mesh, steps)
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "cp=2", "tp=2"])
+def test_one_process_and_a_mesh_go_on_from_each_other(tmp_path, text, ranks, alone, allowed, mesh):
+    """One process to step 3, the mesh to step 6, one process to the end: the losses of one, moments and all."""
+    out, run = tmp_path / "run", mesh_run(text)
+    with pytest.raises(Interrupted, match="143"):
+        language.train(run, out, device="cpu", show=runs.stopped_at(3))
+    answers = on(ranks, text, out, mesh, "SIGTERM 6", resume=True)
+    assert [answer["error"] for answer in answers] == ["Interrupted 143 6"] * 2, answers
+    assert not (checkpoints(out)[-1] / "model.safetensors").is_file()
+    language.train(run, out, device="cpu", resume=True, show=lambda progress: None)
+    assert far(losses(out), losses(alone)) <= allowed
+    moments = {}
+    for folder in (out, alone):
+        (state,) = load_trainer(checkpoints(folder)[-1])["optimizer_states"]
+        moments[folder] = [of_one["exp_avg_sq"].double() for of_one in state["state"].values()]
+        assert {float(of_one["step"]) for of_one in state["state"].values()} == {12.0}
+    for here, there in zip(*moments.values(), strict=True):
+        assert (here - there).norm() <= 100.0 * allowed * there.norm()
+
+
+def test_moments_that_are_lost_are_seen(tmp_path, text, alone, allowed, whole):
+    """A mesh's checkpoint whose moments are forgotten."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(checkpoints(out)[-1])
+    with mock.patch.object(module, "one_process_state", forgotten):
+        language.train(mesh_run(text), out, device="cpu", resume=True, show=lambda progress: None)
+    assert far(losses(out), losses(alone)) > 10.0 * allowed
+
+
+def forgotten(model, optimizer, path):
+    return optimizer.state_dict()
 
 
 @pytest.mark.long
