@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import assert_rounded
 from torch import Tensor, nn
 
 from flashsigmoid import sigmoid_attention
@@ -139,7 +140,7 @@ def test_balanced_slopes() -> None:
         i[:, None] - i
     )
     weights = scores.sigmoid().tril()
-    torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bihd", weights, v), rtol=1e-9, atol=1e-12)
+    assert_rounded(out, torch.einsum("bhij,bjhd->bihd", weights, v))
 
 
 def weights(attend: Any, q: Tensor, k: Tensor, **options: Any) -> Tensor:
@@ -210,7 +211,7 @@ def test_an_even_row_is_not_sharpened_where_its_entropy_is_what_it_should_be() -
     q = torch.tensor([9.0, 0.0, 0.0]).reshape(1, 1, 1, 3).double()
     k = torch.eye(3).reshape(1, 3, 1, 3).double()
     ours, theirs = (weights(fn, q, k, scale=1.0) for fn in (neighbours.adaptive_temperature(), softmax_attention))
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0.0)
+    assert_rounded(ours, theirs)
 
 
 @pytest.mark.parametrize("position", POSITIONS)

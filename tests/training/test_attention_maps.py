@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models.test_vision import SMALL, attentions, images
+from rounding import assert_rounded
 
 from flashsigmoid.backends.reference import attention_weights
 from flashsigmoid.diagnostics import softmax_weights
@@ -50,7 +51,7 @@ def test_rows_are_those_of_the_formula(attention, query, bias) -> None:
     weights = torch.stack([formula[i] for i in (0, 2)], dim=1)[:, :, [1, 3]]
     rows = attention_rows(model, images().double(), blocks=[0, 2], heads=[1, 3], query=query)
     wanted = weights.mean(-2) if query is None else weights[..., query, :]
-    torch.testing.assert_close(rows, wanted.float(), rtol=1e-5, atol=0.0)
+    assert_rounded(rows, wanted.float())
     assert all(each.attention_fn is None for each in attentions(model))
     with torch.no_grad():
         assert torch.equal(model(images().double()), expected)
