@@ -18,6 +18,8 @@ from flashsigmoid.record import RecordWriter, read_records
 from flashsigmoid.training.attention_maps import ARTIFACT, NAME, attention_rows, write_attention_maps
 from flashsigmoid.training.images import ImageConfig, load_images
 
+EPS = torch.finfo(torch.float32).eps
+
 
 def relu_attention(q, k, v, *, scale, **options):
     """An attention that is neither: A = relu(scale * Q K^T) / n."""
@@ -94,8 +96,8 @@ def test_the_file(tmp_path, attention, pool) -> None:
     assert str(found["query"]) == ("class token" if pool == "token" else "mean")
     on_patches = found["maps"].sum((-2, -1))
     if attention == "softmax":
-        assert found["sums"] == pytest.approx(1.0, rel=1e-5)
+        assert found["sums"] == pytest.approx(1.0, rel=17 * EPS)  # 17 terms at most
     if pool == "avg":  # there is no other token
-        assert on_patches == pytest.approx(found["sums"], rel=1e-5)
+        assert on_patches == pytest.approx(found["sums"], rel=16 * EPS)
     else:
         assert (on_patches < found["sums"]).all()

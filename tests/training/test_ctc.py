@@ -116,7 +116,8 @@ def test_a_signal_saves_and_resuming_ends_with_the_same_bits(tmp_path, attention
         assert [said[i] for i in dict.fromkeys(seen["path"].tolist()) if i >= 0] == list(said)
         assert seen["maps"].shape == (2, 2, positions, positions)
         masses = seen["maps"].astype("f4").sum(-1)
-        assert (abs(masses - 1.0).max() < 0.01) == (attention == "softmax")  # float16
+        # float16 rounds a weight by at most 2^-12 of the power of two above it
+        assert (abs(masses - 1.0).max() <= 2**-11) == (attention == "softmax")
     with pytest.raises(ValueError, match=r"run\.seed must stay as the run began to resume it, 0, got 1"):
         train_speech(replace(run, seed=1), tmp_path / "whole", resume=True, device="cpu", show=quiet)
 
@@ -189,13 +190,13 @@ def test_the_loss_is_that_of_every_utterance_alone() -> None:
         )  # fmt: skip
         nats += float(loss.detach())
     loss = float(module.batch_loss(batch).detach())
-    assert loss == pytest.approx(nats / int(audio.token_lengths.sum()), rel=1e-5)
+    assert_rounded(loss, nats / int(audio.token_lengths.sum()), dtype=torch.float32)
     assert math.isfinite(loss)
     padded = SpeechModule(replace(run, pad_frames=700), module.data).eval()
     padded.load_state_dict(module.state_dict())
     longer = next(iter(padded.train_dataloader()))
     assert longer.audio.features.shape[1] == 700 > audio.features.shape[1]
-    assert float(padded.batch_loss(longer).detach()) == pytest.approx(loss, rel=1e-5)
+    assert_rounded(float(padded.batch_loss(longer).detach()), loss, dtype=torch.float32)
 
 
 def test_a_step_does_not_wait_to_know_lengths(monkeypatch) -> None:

@@ -386,7 +386,8 @@ def test_early_layers_learn_more_slowly(tmp_path) -> None:
         ("cls_token", 0.125),
     ):
         moved = (after[name] - before[name]).abs()
-        assert moved.median() == pytest.approx(scale * 1e-2, rel=0.05)
+        # g / (|g| + 1e-8) with gradients above 1e-5
+        assert moved.median().item() == pytest.approx(scale * 1e-2, rel=1e-3)
 
 
 def test_both_arms_and_all_seeds_begin_with_the_same_origin(tmp_path) -> None:
