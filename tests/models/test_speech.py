@@ -78,7 +78,7 @@ def check_packing(config: SpeechConfig, fault: str | None) -> None:
         if fault is None:
             assert_within_budget(name, a, o, w)
         else:
-            with pytest.raises(AssertionError):
+            with pytest.raises(AssertionError, match=f"{name} must be inside the error budget"):
                 assert_within_budget(name, a, o, w)
 
 

@@ -119,8 +119,7 @@ def test_a_conversion_goes_on_where_it_stopped(tmp_path, tied):
     train_arm(run, tmp_path / "whole", device="cpu", show=quiet)
     stopped = tmp_path / "stopped"
     train_arm(run, stopped, device="cpu", show=quiet)
-    for step in stopped.glob("checkpoints/step-00000004"):
-        step.rename(tmp_path / "gone")
+    (stopped / "checkpoints/step-00000004").rename(tmp_path / "gone")
     train_arm(run, stopped, device="cpu", show=quiet, resume=True)
     one, other = (load_file(tmp_path / name / MODEL / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(one[name], other[name]) for name in one)
