@@ -15,13 +15,13 @@ LAYER = 64  # an attention layer of these tests: 16 features in, 8 or 16 of a he
 
 def units(actual: Tensor | float, expected: Tensor | float, dtype: torch.dtype, of: float | None = None) -> float:
     """max |actual - expected|, in eps of the dtype times `of`, by default the largest |expected|."""
-    actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
-    if not expected.numel():
+    found, exact = (torch.as_tensor(x, dtype=torch.float64).detach() for x in (actual, expected))
+    if not exact.numel():
         return 0.0
-    size = torch.where(expected.isfinite(), expected, 0.0).abs().max().item() if of is None else of
+    size = torch.where(exact.isfinite(), exact, 0.0).abs().max().item() if of is None else of
     # equal infinities and two NaNs differ by nothing
-    same = (actual == expected) | (actual.isnan() & expected.isnan())
-    error = torch.where(same, 0.0, actual - expected).abs().nan_to_num(math.inf).max().item()
+    same = (found == exact) | (found.isnan() & exact.isnan())
+    error = torch.where(same, 0.0, found - exact).abs().nan_to_num(math.inf).max().item()
     allowed = torch.finfo(dtype).eps * size
     return error / allowed if allowed else (math.inf if error else 0.0)
 
