@@ -13,7 +13,6 @@ from .candidate import Attention, Candidate, Inputs, visible
 from .problems import Shape
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Flex(Candidate):

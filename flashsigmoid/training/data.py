@@ -143,9 +143,10 @@ def shuffled_all(indices: Sequence[int], count: int, *, seed: int, epoch: int) -
     Raises:
         ValueError: an index is outside range(count).
     """
+    for index in (min(indices), max(indices)) if len(indices) else ():
+        if not 0 <= index < count:
+            raise ValueError(f"index must be in range({count}), got {index}")
     found = np.asarray(indices, dtype=np.uint64)
-    if len(found) and not found.max() < count:
-        raise ValueError(f"index must be in range({count}), got {int(found.max())}")
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     key, low = _key(seed, epoch), np.uint64((1 << half) - 1)
     rest = np.arange(len(found))  # whose numbers are not in range(count) yet

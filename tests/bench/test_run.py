@@ -135,8 +135,11 @@ def test_the_gate_knows_right_from_wrong(shape: Shape) -> None:
         step = candidate.prepare(inputs, "both")()
         results = {key: candidate.dense(x, inputs) for key, x in zip(RESULTS["both"], step, strict=True)}
         errors = gate.errors(results, candidate.kind)
-        assert max(errors.rms.values()) < 1e-6
-        assert candidate.kind == "softmax" or (errors.over_budget or 0.0) <= 1.0
+        if candidate.kind == "softmax":  # no witness: some ten roundings in a row
+            assert max(errors.rms.values()) < 8 * torch.finfo(torch.float32).eps
+        else:
+            assert errors.over_budget is not None
+            assert errors.over_budget <= 1.0
         for key, x in results.items():
             wrong = gate.errors({key: 1.01 * x}, candidate.kind)
             assert wrong.rms[key] == pytest.approx(0.01, rel=0.01)
@@ -150,7 +153,9 @@ def test_flex_attention_means_the_same(shape: Shape, kind: str, monkeypatch: pyt
     monkeypatch.setattr(Flex, "attention", lambda self, inputs: attention_of(inputs, self.kind))
     inputs, candidate = make_inputs(shape, torch.float32, "cpu"), Flex(kind)
     (out,) = candidate.prepare(inputs, "forward")()
-    assert Gate(inputs).errors({"out": candidate.dense(out, inputs)}, kind).rms["out"] < 1e-6
+    errors = Gate(inputs).errors({"out": candidate.dense(out, inputs)}, kind)
+    assert errors.rms["out"] < 8 * torch.finfo(torch.float32).eps
+    assert kind == "softmax" or (errors.over_budget is not None and errors.over_budget <= 1.0)
 
 
 def test_importing_the_bench_imports_no_peer() -> None:

@@ -13,6 +13,7 @@ from distributed import cases
 from distributed.cases import FAULTS, Case, layout_of, sizes_of
 from distributed.crew import Crew
 from distributed.expected import over_budget
+from rounding import assert_rounded
 
 from flashsigmoid.distributed.cost import SCHEMES, cost, softmax_ring_cost
 from flashsigmoid.distributed.layout import ORDERS
@@ -90,8 +91,7 @@ def test_a_module_takes_it_as_attention_fn(crew: Crew) -> None:
     whole = (out, *torch.autograd.grad(out, (x, module.q_proj.weight), dx))
     for scheme in SCHEMES:
         for found, expected in zip(crew.run(cases.attend_by_module, 2, scheme)[0], whole, strict=True):
-            rms = expected.square().mean().sqrt()
-            assert (found - expected).square().mean().sqrt() <= 1e-14 * rms
+            assert_rounded(found, expected)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

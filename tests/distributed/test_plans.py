@@ -8,7 +8,7 @@ import pytest
 import torch
 from distributed import language
 from distributed.crew import Crew
-from distributed.language import MODELS, losses_alone
+from distributed.language import MODELS, losses_alone, rounding_alone
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from flashsigmoid.distributed.initialize import initialize
@@ -45,7 +45,7 @@ def test_two_processes_train_as_one(crew: Crew, name: str, sizes: tuple[int, int
     assert alone[-1] < alone[0]
     both = crew.run(language.losses_of, name, sizes, STEPS, torch.float64, **layout)
     assert both[0] == both[1]
-    assert largest_difference(both[0], alone) <= 1e-9
+    assert largest_difference(both[0], alone) <= 4.0 * rounding_alone(name, STEPS, torch.float64)
 
 
 @pytest.mark.parametrize(("name", "sizes"), [("rope", (2, 1, 1)), ("gelu", (1, 1, 2))])
@@ -75,7 +75,7 @@ def test_compiled_blocks_train_as_one(crew: Crew, name: str, sizes, layout: dict
     """Blocks are alike, and compiled once or twice."""
     alone = losses_alone(name, STEPS, torch.float64)
     for losses, found in crew.run(language.losses_compiled, name, sizes, STEPS, torch.float64, **layout):
-        assert largest_difference(losses, alone) <= 1e-9
+        assert largest_difference(losses, alone) <= 4.0 * rounding_alone(name, STEPS, torch.float64)
         assert 1 <= found <= graphs
 
 
@@ -92,7 +92,7 @@ def test_a_mixed_precision_policy_rounds_and_trains(crew: Crew) -> None:
 def test_a_planted_fault_changes_the_loss(crew: Crew, fault: str, name: str, sizes: tuple[int, int, int]) -> None:
     alone = losses_alone(name, 2, torch.float64)
     wrong = crew.run(language.losses_with_fault, fault, name, sizes, 2, torch.float64)
-    assert largest_difference(wrong[0], alone) > 1e-6
+    assert largest_difference(wrong[0], alone) > 1000.0 * rounding_alone(name, 2, torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,11 @@ def test_meshes_of_four_processes_train_as_one_for_a_hundred_steps() -> None:
                 tags = {"model": name, **dict(zip(AXES, sizes, strict=True))}
                 writer.write("largest_relative_difference", difference, step=100, **tags)
                 writer.write("loss", losses[-1], unit="nats_per_token", step=100, **tags)
-                assert difference <= 1e-9, (name, sizes)
+                # over 100 steps rounding grows along one direction, by a factor that each mesh draws anew
+                assert difference <= 16.0 * rounding_alone(name, 100, torch.float64), (name, sizes)
         first = crew.run(language.losses_of, "alibi", (1, 2, 2), 1, torch.float32)[0]
         difference = largest_difference(first, losses_alone("alibi", 1, torch.float32))
         writer.write("first_step_float32", difference, step=1, model="alibi", dp=1, cp=2, tp=2)
-        assert difference <= 1e-5
+        assert difference <= 4.0 * rounding_alone("alibi", 1, torch.float32)
     crew.run(language.release)
     crew.close()

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from rounding import assert_rounded
 
 from flashsigmoid import functional, sigmoid_attention
 from flashsigmoid.integrations.flash_attn import (
@@ -150,7 +151,7 @@ def test_alibi_counts_the_distance_from_the_last_key_in_full() -> None:
             for j in range(i + 5 - 3 + 1):
                 score = q[0, i, h] @ k[0, j, h] / 2.0 - 1.0 - slopes[h] * abs(i + 5 - 3 - j)
                 expected[0, i, h] += torch.sigmoid(score) * v[0, j, h]
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=0.0)
+    assert_rounded(out, expected)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 2), (3, -1), (3, 0), [2, 1], (None, -1), (None, 4)])
@@ -234,10 +235,10 @@ def test_varlen_is_dense_for_every_sequence(bias) -> None:
         keywords["alibi_slopes"] = slopes[s]
         parts.append(flash_attn_func(q[None, rows], k[None, columns], v[None, columns], **keywords)[0])
     expected = torch.cat(parts)
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    assert_rounded(out, expected)
     grads = (torch.autograd.grad(x, leaves, dout) for x in (out, expected))
     for mine, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+        assert_rounded(mine, theirs)
 
 
 @functions

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import LAYER, assert_rounded
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -118,7 +119,7 @@ def test_texts_with_padding(build, side):
     out = hidden(ours, **inputs)
     assert out.isfinite().all()
     # the rows of padding are nobody's
-    torch.testing.assert_close(out[keep], hidden(reference, **inputs)[keep])
+    assert_rounded(out[keep], hidden(reference, **inputs)[keep])
 
 
 def test_padding_changes_nothing():
@@ -127,13 +128,13 @@ def test_padding_changes_nothing():
     inputs = texts("left")
     position = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     alone = hidden(ours, input_ids=inputs["input_ids"][1:2, 4:])
-    torch.testing.assert_close(hidden(ours, **inputs, position_ids=position)[1:2, 4:], alone)
+    assert_rounded(hidden(ours, **inputs, position_ids=position)[1:2, 4:], alone)
 
 
 def test_images():
     ours, reference = pair(vit)
     images = torch.randn(2, 3, 24, 24, dtype=torch.float64)
-    torch.testing.assert_close(hidden(ours, pixel_values=images), hidden(reference, pixel_values=images))
+    assert_rounded(hidden(ours, pixel_values=images), hidden(reference, pixel_values=images))
 
 
 def test_packed_sequences():
@@ -141,8 +142,8 @@ def test_packed_sequences():
     inputs = {"input_ids": torch.randint(1, 40, (1, 9)), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])}
     inputs["use_cache"] = False  # with a cache transformers takes positions for those of one sequence
     out = hidden(ours, **inputs)
-    torch.testing.assert_close(out, hidden(reference, **inputs))
-    torch.testing.assert_close(out[:, 4:7], hidden(ours, input_ids=inputs["input_ids"][:, 4:7]))
+    assert_rounded(out, hidden(reference, **inputs))
+    assert_rounded(out[:, 4:7], hidden(ours, input_ids=inputs["input_ids"][:, 4:7]))
 
 
 def test_looking_both_ways_with_a_causal_model():
@@ -150,7 +151,7 @@ def test_looking_both_ways_with_a_causal_model():
     inputs = texts("none")
     del inputs["attention_mask"]
     out = hidden(ours, **inputs)
-    torch.testing.assert_close(out, hidden(reference, **inputs))
+    assert_rounded(out, hidden(reference, **inputs))
     assert not torch.allclose(out[:, :3], hidden(ours, input_ids=inputs["input_ids"][:, :3]))
 
 
@@ -163,7 +164,7 @@ def test_generate(build, cache):
     cached = ours.generate(**inputs, **options, cache_implementation=cache)
     plain = reference.generate(**inputs, **options, use_cache=False)
     assert torch.equal(cached.sequences, plain.sequences)
-    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(plain.logits))
+    assert_rounded(torch.stack(cached.logits), torch.stack(plain.logits))
 
 
 def test_prefill_in_chunks_with_a_dynamic_cache():
@@ -172,7 +173,7 @@ def test_prefill_in_chunks_with_a_dynamic_cache():
     cache, parts = transformers.DynamicCache(), []
     for chunk in tokens.split(4, dim=1):
         parts.append(with_cache(ours, chunk, cache).logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), ours(tokens).logits)
+    assert_rounded(torch.cat(parts, dim=1), ours(tokens).logits)
 
 
 def test_a_static_cache_under_torch_compile():
@@ -184,7 +185,7 @@ def test_a_static_cache_under_torch_compile():
         logits = [with_cache(ours, tokens[:, :6], cache).logits]
         step = torch.compile(ours, backend="eager", fullgraph=True)
         logits += [with_cache(step, tokens[:, t : t + 1], cache).logits for t in range(6, 9)]
-        torch.testing.assert_close(torch.cat(logits, dim=1), reference(tokens).logits)
+        assert_rounded(torch.cat(logits, dim=1), reference(tokens).logits)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -206,12 +207,18 @@ def test_training(build, checkpointing):
     if checkpointing:
         enable = "activation_checkpointing_enable"  # of 5.24, before it gradient_checkpointing_enable
         getattr(ours, enable if hasattr(ours, enable) else "gradient_checkpointing_enable")()
+    weight = None
     for model in (ours, reference):
-        (hidden(model, **inputs)[keep] ** 2).mean().backward()
+        out = hidden(model, **inputs)[keep]
+        # not the mean of squares: the last norm makes a constant of it, and of all gradients before it nothing
+        weight = torch.randn_like(out) if weight is None else weight
+        (out * weight).mean().backward()
+    size = max(p.grad.abs().max().item() for p in reference.parameters() if p.grad is not None)
     for (name, ours_p), (_, theirs) in zip(ours.named_parameters(), reference.named_parameters(), strict=True):
         assert (ours_p.grad is None) == (theirs.grad is None), name
         if theirs.grad is not None:
-            torch.testing.assert_close(ours_p.grad, theirs.grad, msg=lambda text, name=name: f"{name}: {text}")
+            assert theirs.grad.abs().max() > 1e-6 * size, name
+            assert_rounded(ours_p.grad, theirs.grad, 4 * LAYER, name=name)
 
 
 def test_masks_say_no_more_than_attention_has_to_be_told():
@@ -250,7 +257,7 @@ def test_the_bias_is_saved_and_loaded(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sigmoid", dtype="auto")
     assert loaded.config.sigmoid_bias == BIAS
     tokens = torch.randint(1, 40, (1, 9))
-    torch.testing.assert_close(loaded(tokens).logits, ours(tokens).logits)
+    assert_rounded(loaded(tokens).logits, ours(tokens).logits)
 
 
 @pytest.mark.parametrize("b", [None, "-3", True])

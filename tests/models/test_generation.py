@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounding import LAYER, assert_rounded
 
 from flashsigmoid import sigmoid_attention
 from flashsigmoid.models.generation import generate, kept, stream
@@ -71,7 +72,8 @@ def test_prefill_and_decoding_are_the_full_forward_at_every_position(shape):
         decoded = torch.cat(logits, dim=1)
         exact = exact_model(tokens)
         near = torch.stack([reordered(model)(tokens) for _ in range(8)])
-    torch.testing.assert_close(near, exact.float().expand_as(near))  # or the budget would have no meaning
+    # or the budget would have no meaning; three layers of an attention and an MLP
+    assert_rounded(near, exact.float().expand_as(near), 6 * LAYER)
     for t in range(24):
         assert_within_budget(f"logits[{t}]", decoded[:, t], exact[:, t], near[:, :, t])
 
@@ -104,9 +106,9 @@ def test_padding_among_the_tokens_is_masked_for_good():
         cache.seqlens = cache.seqlens + 5
         logits.append(model(tokens[:, 5:], cache, mask[:, 5:]))
         full = model(tokens, key_mask=mask)
-        torch.testing.assert_close(torch.cat(logits, dim=1), full)
-        torch.testing.assert_close(full[:1], model(tokens[:1]))
-        torch.testing.assert_close(full[1:, 2:4], model(tokens[1:, 2:4]))
+        assert_rounded(torch.cat(logits, dim=1), full)
+        assert_rounded(full[:1], model(tokens[:1]))
+        assert_rounded(full[1:, 2:4], model(tokens[1:, 2:4]))
 
 
 def test_a_step_computes_new_tokens_only(model):

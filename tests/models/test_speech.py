@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.testing import assert_close
+from rounding import assert_rounded
 
 from flashsigmoid.models.speech import SpeechConfig, SpeechEncoder, parameter_count, speech_255m, speech_small
 from flashsigmoid.nn import SigmoidAttention, SoftmaxAttention
@@ -42,7 +42,7 @@ def test_an_utterance_gets_in_a_padded_batch_what_it_gets_alone(change, attentio
     for i, (n, m) in enumerate(zip(lengths.tolist(), out_lengths.tolist(), strict=True)):
         alone, (length,) = model(features[i : i + 1, :n], lengths[i : i + 1])
         assert length == m == alone.shape[1]
-        assert_close(logits[i, :m], alone[0])
+        assert_rounded(logits[i, :m], alone[0])
 
 
 @practices
@@ -79,7 +79,7 @@ def check_packing(config: SpeechConfig, fault: str | None) -> None:
         if fault is None:
             assert_within_budget(name, a, o, w)
         else:
-            with pytest.raises(AssertionError):
+            with pytest.raises(AssertionError, match=f"{name} must be inside the error budget"):
                 assert_within_budget(name, a, o, w)
 
 
@@ -159,7 +159,7 @@ def test_by_alibi_bias_a_head_has_the_b_of_its_slope_whatever_the_length(longest
     assert len(seen) == 2
     for bias, slopes in seen:
         keys = (-slopes.double()[:, None] * distance).exp().sum(-1)
-        assert_close(bias, -keys.log().float())
+        assert_rounded(bias, -keys.log().float())
         assert bias[0] > bias[1] > -math.log(9)  # the first head's slope is the steepest
     assert model.state_dict().keys() == SpeechEncoder(TINY).state_dict().keys()
 

@@ -10,6 +10,7 @@ import math
 import pytest
 import timm
 import torch
+from rounding import assert_rounded
 from timm.layers.attention import Attention
 
 from flashsigmoid.models.vision import VisionAttention, ViTConfig, build_vit, tokens
@@ -52,7 +53,7 @@ def test_the_softmax_twin_is_timms_own_model() -> None:
         qk_norm=True,
     ).eval()  # fmt: skip
     plain.load_state_dict(twin.state_dict())
-    torch.testing.assert_close(twin(images()), plain(images()))
+    assert_rounded(twin(images()), plain(images()))
 
 
 def test_an_attention_is_the_equation() -> None:
@@ -63,7 +64,7 @@ def test_an_attention_is_the_equation() -> None:
     q, k, v = (y.transpose(1, 2) for y in attention.qkv(x).unflatten(-1, (3, 4, 12)).unbind(2))
     a = torch.sigmoid(attention.q_norm(q) @ attention.k_norm(k).mT / math.sqrt(12) - 2.0)
     expected = attention.proj((a @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x), expected)
+    assert_rounded(attention(x), expected)
 
 
 def test_out_norm_is_the_equation_in_a_pair() -> None:
@@ -78,7 +79,7 @@ def test_out_norm_is_the_equation_in_a_pair() -> None:
     a = torch.sigmoid(attention.q_norm(q) @ attention.k_norm(k).mT / math.sqrt(12) + config.sigmoid_bias)
     heads = a @ v
     heads = heads / (heads.square().mean(-1, keepdim=True) + 1e-12).sqrt() * attention.out_norm.weight
-    torch.testing.assert_close(attention(x), attention.proj(heads.transpose(1, 2).flatten(2)))
+    assert_rounded(attention(x), attention.proj(heads.transpose(1, 2).flatten(2)))
     attention.configure(sigmoid_bias=-2.0)
     assert "out_norm.weight" not in attention.state_dict()
 
@@ -92,8 +93,8 @@ def test_a_mask_removes_keys() -> None:
         attention = VisionAttention(48, num_heads=4)
         attention.configure(kind)
         masked = attention(x, attn_mask=keep[:, None, None])
-        torch.testing.assert_close(masked[:1, :6], attention(x[:1, :6]))
-        torch.testing.assert_close(masked[1:], attention(x[1:]))
+        assert_rounded(masked[:1, :6], attention(x[:1, :6]))
+        assert_rounded(masked[1:], attention(x[1:]))
         for wrong in (keep, keep[:, None, None].float(), torch.ones(2, 1, 9, 9, dtype=torch.bool)):
             with pytest.raises(ValueError, match="attn_mask must be bool, of shape"):
                 attention(x, attn_mask=wrong)
@@ -104,7 +105,7 @@ def test_causal_tokens_do_not_see_the_future() -> None:
     x = torch.randn(1, 9, 48)
     other = x.clone()
     other[:, 5:] = 0.0
-    torch.testing.assert_close(attention(x, is_causal=True)[:, :5], attention(other, is_causal=True)[:, :5])
+    assert_rounded(attention(x, is_causal=True)[:, :5], attention(other, is_causal=True)[:, :5])
 
 
 @pytest.mark.parametrize(("mode", "shape"), [("learnable", ()), ("per_head", (4,))])
@@ -116,7 +117,7 @@ def test_a_learnable_bias_starts_at_minus_log_n_and_learns(mode, shape) -> None:
     b = attentions(model)[0].sigmoid_bias
     assert isinstance(b, torch.nn.Parameter)
     assert b.shape == shape
-    torch.testing.assert_close(b.detach(), torch.full(shape, -math.log(17)))
+    assert_rounded(b.detach(), torch.full(shape, -math.log(17)))
     model(images()).square().sum().backward()
     assert b.grad is not None
     assert b.grad.abs().min() > 0
@@ -140,7 +141,7 @@ def test_query_heads_share_key_heads(kind, nheads_k) -> None:
         for name, x in shared.state_dict().items()
     }
     whole.load_state_dict(state)
-    torch.testing.assert_close(shared(images().double()), whole(images().double()))
+    assert_rounded(shared(images().double()), whole(images().double()))
     shared(images().double()).sum().backward()
     assert all(a.qkv.weight.grad.abs().sum() > 0 for a in attentions(shared))
 
@@ -174,7 +175,7 @@ def test_a_learnable_temperature_starts_at_the_default_and_multiplies_the_scores
             assert attention.log_temperature is not None
             attention.log_temperature.fill_(math.log(3.0))
             other.scale *= 3.0
-    torch.testing.assert_close(warm(images()), plain(images()))
+    assert_rounded(warm(images()), plain(images()))
     assert not torch.allclose(build_vit(config).eval()(images()), warm(images()))
 
 
@@ -192,7 +193,7 @@ def test_a_model_is_copied_saved_and_compiled() -> None:
     torch.save(model, buffer)
     buffer.seek(0)
     for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        torch.testing.assert_close(other(images()), model(images()))
+        assert_rounded(other(images()), model(images()))
 
 
 def test_papers_sizes_on_the_meta_device() -> None:

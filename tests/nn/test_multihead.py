@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
+from rounding import assert_rounded
 from torch.nn import functional as F
-from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import flashsigmoid
@@ -87,11 +87,18 @@ def inputs(form=None, seqlen_q=5, seqlen_k=7, batch=3, batch_first=True):
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
+def assert_same(actual, expected):
+    """(out, weights or None) of two computations."""
+    assert (actual[1] is None) == (expected[1] is None)
+    for name, a, e in zip(("out", "weights"), actual, expected, strict=True):
+        if e is not None:
+            assert_rounded(a, e, name=name)
+
+
 def assert_agree(oracle, ours, tensors, **call):
     """Outputs, weights and every gradient."""
     (expected, expected_weights), (actual, actual_weights) = oracle(*tensors, **call), ours(*tensors, **call)
-    assert_close(actual, expected)
-    assert_close(actual_weights, expected_weights)
+    assert_same((actual, actual_weights), (expected, expected_weights))
     dout = torch.randn_like(expected)
     results = []
     for module, out in ((oracle.torch_mha, expected), (ours, actual)):
@@ -101,7 +108,7 @@ def assert_agree(oracle, ours, tensors, **call):
     assert results[0].keys() == results[1].keys()
     for name, gradient in results[0].items():
         assert gradient is not None, name
-        assert_close(results[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+        assert_rounded(results[1][name], gradient, name=name)
 
 
 def padding(batch=3, seqlen_k=7, dtype=torch.bool):
@@ -215,7 +222,7 @@ def test_query_key_and_value_may_be_one_tensor(same):
     oracle, ours = pair(batch_first=True)
     x, y, z = inputs(seqlen_q=6, seqlen_k=6)
     args = {1: (x, y, z), 2: (x, y, y), 3: (x, x, x)}[same]
-    assert_close(ours(*args), oracle(*args))
+    assert_same(ours(*args), oracle(*args))
 
 
 def test_a_given_bias_is_used_as_it_is():
@@ -230,9 +237,9 @@ def test_a_row_does_not_depend_on_its_batch(need_weights):
     query, key, value = inputs()
     out, weights = ours(query, key, value, padding(), need_weights)
     alone, weights_alone = ours(query[1:2], key[1:2, :4], value[1:2, :4], None, need_weights)
-    assert_close(out[1:2], alone)
+    assert_rounded(out[1:2], alone)
     if need_weights:
-        assert_close(weights[1:2, :, :4], weights_alone)
+        assert_rounded(weights[1:2, :, :4], weights_alone)
         assert (weights[1, :, 4:] == 0).all()
 
 
@@ -261,7 +268,7 @@ def test_dropout_is_the_same_with_and_without_weights_and_off_in_eval():
     for need_weights in (False, True):
         torch.manual_seed(11)
         results.append(ours(*tensors, padding(), need_weights, average_attn_weights=False))
-    assert_close(results[0][0], results[1][0])
+    assert_rounded(results[0][0], results[1][0])
     weights = results[1][1]
     assert 0.3 < (weights[0] == 0).double().mean() < 0.6
     assert not torch.equal(ours(*tensors, need_weights=False)[0], ours(*tensors, need_weights=False)[0])
@@ -319,7 +326,7 @@ def test_an_explicit_fused_backend_computes_or_raises(form):
     reference = pair(form, backend="reference")[1]
     reference.load_state_dict(ours.state_dict())
     reference.batch_first = True
-    assert_close(reference(*tensors)[0], ours(*tensors, need_weights=False)[0])
+    assert_rounded(reference(*tensors)[0], ours(*tensors, need_weights=False)[0])
 
 
 # ---- errors ----
@@ -427,12 +434,12 @@ def test_encoder_layer_agrees_and_never_takes_the_fast_path(monkeypatch, norm_fi
         call["is_causal"] = True
     expected = oracle.train()(x, **call)
     with grad_mode():
-        assert_close(ours.train(training)(x, **call), expected)
+        assert_rounded(ours.train(training)(x, **call), expected)
     # the same without the hint: a general mask
     if "causal" in masked:
         call["is_causal"] = False
         with grad_mode():
-            assert_close(ours(x, **call), expected)
+            assert_rounded(ours(x, **call), expected)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
@@ -465,7 +472,7 @@ def test_encoder_agrees_and_never_takes_the_fast_path(monkeypatch, before, maske
     packs = not before and not training and grad_mode is not torch.enable_grad
     assert bool(nested) is (packs and masked in ("left aligned", "one empty"))
     rows = ~ignore if nested else torch.ones(3, 7, dtype=torch.bool)
-    assert_close(actual[rows], expected[rows])
+    assert_rounded(actual[rows], expected[rows])
     assert (actual[~rows] == 0).all()
 
 
@@ -488,7 +495,7 @@ def test_decoder_layer_agrees(monkeypatch, norm_first, causal, training):
     if causal:
         call |= {"tgt_mask": torch.ones(5, 5, dtype=torch.bool).triu(1), "tgt_is_causal": True}
     with torch.no_grad():
-        assert_close(modules[1](tgt, memory, **call), modules[0](tgt, memory, **call))
+        assert_rounded(modules[1](tgt, memory, **call), modules[0](tgt, memory, **call))
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
@@ -497,7 +504,7 @@ def test_nested_inputs_other_than_torchs_own_are_one_clear_error():
     x = torch.nested.nested_tensor([torch.randn(n, DIM, dtype=torch.float64) for n in (2, 5)])
     out = ours(x, x, x, need_weights=False)[0]
     for one, other in zip(x.unbind(), out.unbind(), strict=True):
-        assert_close(other, ours(one, one, one, need_weights=False)[0])
+        assert_rounded(other, ours(one, one, one, need_weights=False)[0])
     y = torch.nested.nested_tensor(list(x.unbind()))
     for args, call in (((x, x, x), {}), ((x, y, y), {"need_weights": False})):
         with pytest.raises(ValueError, match="a nested query must be key and value too"):
@@ -519,10 +526,10 @@ def test_compiles_whole(need_weights, mask):
         call["key_padding_mask"] = padding(dtype=mask)
     expected = ours(x, x, x, **call)
     actual = torch.compile(ours, fullgraph=True, backend="aot_eager")(x, x, x, **call)
-    assert_close(actual, expected)
+    assert_same(actual, expected)
     gradients = [torch.autograd.grad(out[0].square().sum(), (x, *ours.parameters())) for out in (expected, actual)]
     for e, a in zip(*gradients, strict=True):
-        assert_close(a, e)
+        assert_rounded(a, e)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

@@ -146,7 +146,7 @@ def test_a_second_interrupt_asks_again() -> None:
 def test_an_error_while_one_starts_stops_the_others() -> None:
     world = World({"a": (90.0, 0)})
     schedule = Schedule([job("a"), job("b")], 2)
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="b"):
         world.run(schedule)
     assert world.asked == [(0.0, "a")]
     assert schedule.states["a"] == "stopped"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models.test_vision import SMALL, attentions, images
+from rounding import assert_rounded
 
 from flashsigmoid.backends.reference import attention_weights
 from flashsigmoid.diagnostics import softmax_weights
@@ -16,6 +17,8 @@ from flashsigmoid.nn.attention import sigmoid_attention, softmax_attention
 from flashsigmoid.record import RecordWriter, read_records
 from flashsigmoid.training.attention_maps import ARTIFACT, NAME, attention_rows, write_attention_maps
 from flashsigmoid.training.images import ImageConfig, load_images
+
+EPS = torch.finfo(torch.float32).eps
 
 
 def relu_attention(q, k, v, *, scale, **options):
@@ -50,7 +53,7 @@ def test_rows_are_those_of_the_formula(attention, query, bias) -> None:
     weights = torch.stack([formula[i] for i in (0, 2)], dim=1)[:, :, [1, 3]]
     rows = attention_rows(model, images().double(), blocks=[0, 2], heads=[1, 3], query=query)
     wanted = weights.mean(-2) if query is None else weights[..., query, :]
-    torch.testing.assert_close(rows, wanted.float(), rtol=1e-5, atol=0.0)
+    assert_rounded(rows, wanted.float())
     assert all(each.attention_fn is None for each in attentions(model))
     with torch.no_grad():
         assert torch.equal(model(images().double()), expected)
@@ -93,8 +96,8 @@ def test_the_file(tmp_path, attention, pool) -> None:
     assert str(found["query"]) == ("class token" if pool == "token" else "mean")
     on_patches = found["maps"].sum((-2, -1))
     if attention == "softmax":
-        assert found["sums"] == pytest.approx(1.0, rel=1e-5)
+        assert found["sums"] == pytest.approx(1.0, rel=17 * EPS)  # 17 terms at most
     if pool == "avg":  # there is no other token
-        assert on_patches == pytest.approx(found["sums"], rel=1e-5)
+        assert on_patches == pytest.approx(found["sums"], rel=16 * EPS)
     else:
         assert (on_patches < found["sums"]).all()

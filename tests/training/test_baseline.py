@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from rounding import assert_rounded
 
 from flashsigmoid.training.baseline import bigram_loss
 from flashsigmoid.training.data import DataConfig, load_text
@@ -50,7 +51,7 @@ def test_no_function_of_the_previous_token_is_below_the_floor():
         return value
 
     fit.step(loss)
-    assert loss().item() == pytest.approx(bigram.floor_nats_per_token, abs=1e-6)
+    assert_rounded(loss().item(), bigram.floor_nats_per_token, 256)  # of second order in what the fit leaves
     assert loss().item() >= bigram.floor_nats_per_token - 1e-12
     assert bigram.floor_nats_per_byte == pytest.approx(bigram.floor_nats_per_token / 2)
     assert bigram.floor_nats_per_token < bigram.nats_per_token

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from lightly.utils.scheduler import cosine_schedule
+from rounding import assert_rounded
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from training.digits import digits, few_images
@@ -201,7 +202,7 @@ def test_the_target_follows_the_model(tmp_path) -> None:
     assert momenta[0] == pytest.approx(0.9)
     assert momenta[1] == pytest.approx(0.95)
     expected = momenta[1] * targets[0] + (1 - momenta[1]) * models[1]
-    torch.testing.assert_close(targets[1], expected)
+    assert_rounded(targets[1], expected, 4)
     assert not torch.allclose(targets[1], targets[0], rtol=1e-6, atol=1e-6)
     assert torch.equal(targets[2], targets[1])  # m = 1 at the last step
     assert not torch.equal(models[2], targets[2])
@@ -226,7 +227,8 @@ def test_simclr_s_loss_is_the_equation() -> None:
     for i in range(10):
         similarity = (z @ z[i] / SIMCLR.temperature).exp()
         losses.append(-torch.log(similarity[(i + 5) % 10] / (similarity.sum() - similarity[i])))
-    torch.testing.assert_close(module.batch_loss(batch(5)).double(), torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
+    # similarities are float32 there, whatever the model
+    assert_rounded(module.batch_loss(batch(5)).double(), torch.stack(losses).mean(), dtype=torch.float32)
 
 
 def mae(run: MaskedRun = MAE) -> MaskedModule:
@@ -245,8 +247,8 @@ def test_only_masked_patches_are_targets_and_only_visible_ones_are_seen(pool) ->
     predicted, targets = module.predicted(x, visible, hidden), module.targets(x, hidden)
     assert predicted.shape == targets.shape == (2, 2, 49)
     corners = [x[:, 0, r : r + 7, c : c + 7].flatten(1) for r in (0, 7) for c in (0, 7)]
-    torch.testing.assert_close(targets[0], torch.stack([corners[2][0], corners[3][0]]))
-    torch.testing.assert_close(targets[1], torch.stack([corners[1][1], corners[3][1]]))
+    assert torch.equal(targets[0], torch.stack([corners[2][0], corners[3][0]]))
+    assert torch.equal(targets[1], torch.stack([corners[1][1], corners[3][1]]))
     other = x.clone()
     other[:, :, 7:, 7:] += 1.0  # hidden in both images
     assert torch.equal(module.predicted(other, visible, hidden), predicted)
@@ -258,8 +260,8 @@ def test_only_masked_patches_are_targets_and_only_visible_ones_are_seen(pool) ->
 
 def test_normalised_targets_have_mean_0_and_variance_1_in_each_patch() -> None:
     targets = mae().targets(torch.randn(3, 1, 14, 14) * 5 + 2, torch.tensor([[1, 4]] * 3))
-    torch.testing.assert_close(targets.mean(-1), torch.zeros(3, 2), atol=1e-5, rtol=0)
-    torch.testing.assert_close(targets.var(-1), torch.ones(3, 2), atol=1e-4, rtol=0)
+    assert_rounded(targets.mean(-1), torch.zeros(3, 2), 49, of=1.0)
+    assert_rounded(targets.var(-1), torch.ones(3, 2), 49)
 
 
 def test_the_bias_follows_the_tokens_that_are_seen() -> None:
@@ -274,7 +276,7 @@ def test_the_bias_follows_the_tokens_that_are_seen() -> None:
     x = torch.randn(2, 1, 14, 14)
     plain = build_vit(MODEL).eval()
     plain.load_state_dict(encoder.state_dict())
-    torch.testing.assert_close(encoder(x), plain(x))
+    assert_rounded(encoder(x), plain(x))
     three = build_vit(replace(MODEL, sigmoid_bias=-math.log(3))).eval()
     three.load_state_dict(encoder.state_dict())
     fixed = mae(replace(MAE, model=replace(MODEL, sigmoid_bias=-math.log(3))))
@@ -282,7 +284,7 @@ def test_the_bias_follows_the_tokens_that_are_seen() -> None:
     visible, hidden = torch.tensor([[0, 1, 2]] * 2), torch.tensor([[3, 4]] * 2)
     for decoder in (m for m in fixed.part("decoder").modules() if isinstance(m, VisionAttention)):
         decoder.sigmoid_bias = -math.log(5)
-    torch.testing.assert_close(module.predicted(x, visible, hidden), fixed.predicted(x, visible, hidden))
+    assert_rounded(module.predicted(x, visible, hidden), fixed.predicted(x, visible, hidden))
     assert not torch.allclose(three(x), plain(x))
     softmax = mae(MAE.with_attention("softmax"))
     assert {m.kind for m in softmax.modules() if isinstance(m, VisionAttention)} == {"softmax"}
@@ -384,7 +386,8 @@ def test_early_layers_learn_more_slowly(tmp_path) -> None:
         ("cls_token", 0.125),
     ):
         moved = (after[name] - before[name]).abs()
-        assert moved.median() == pytest.approx(scale * 1e-2, rel=0.05)
+        # g / (|g| + 1e-8) with gradients above 1e-5
+        assert moved.median().item() == pytest.approx(scale * 1e-2, rel=1e-3)
 
 
 def test_both_arms_and_all_seeds_begin_with_the_same_origin(tmp_path) -> None:
@@ -510,7 +513,7 @@ def test_compiled_it_is_the_same_loss_without_a_break_and_validated_as_it_is(run
     for (name, a), (_, b) in zip(plain.model.named_parameters(), fast.model.named_parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         if a.grad is not None and b.grad is not None:
-            torch.testing.assert_close(a.grad, b.grad)
+            assert_rounded(a.grad, b.grad)
     del calls[:]
     fast.eval()
     with torch.no_grad():
