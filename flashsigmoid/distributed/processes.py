@@ -149,14 +149,19 @@ class Processes:
             raise given[1]
         return given[0]
 
+    def gather(self, x: T) -> list[T]:
+        """What every rank has, in their order."""
+        given: list[Any] = [None] * self.size
+        dist.all_gather_object(given, x, group=self.agreeing)
+        return given
+
     def same(self, what: str, x: Any) -> None:
         """Whether all ranks have the same.
 
         Raises:
             ValueError: they have not.
         """
-        given: list[Any] = [None] * self.size
-        dist.all_gather_object(given, x, group=self.agreeing)
+        given = self.gather(x)
         if any(other != given[0] for other in given):
             odd = next(rank for rank, other in enumerate(given) if other != given[0])
             raise ValueError(f"{what} must be the same on every rank, got others on rank {odd}")

@@ -67,7 +67,8 @@ class MeshStrategy(ModelParallelStrategy):
         config = {**self.config, "files": sorted(self.files)}
         files = {TRAINER: others.getvalue(), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
         files |= {name: text.encode() for name, text in self.files.items()}
-        self.saves.save(Path(filepath), cast(Any, self.lightning_module).model, self.optimizers[0], files)
+        module = cast(Any, self.lightning_module)
+        self.saves.save(Path(filepath), module.model, self.optimizers[0], files, module.beside)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Weights and optimizer in place, from however many ranks; the rest is returned.
@@ -79,7 +80,8 @@ class MeshStrategy(ModelParallelStrategy):
         if (path / WEIGHTS).is_file():
             raise ValueError(f"a run on a mesh must go on from a sharded checkpoint, got {path}")
         state = load_trainer(path)
-        sharded.load(path, cast(Any, self.lightning_module).model, self.optimizers[0], self.world)
+        module = cast(Any, self.lightning_module)
+        sharded.load(path, module.model, self.optimizers[0], self.world, module.beside)
         return state
 
 
