@@ -28,7 +28,16 @@ from .data import shuffled_all
 from .images import ImageConfig, ImageData, collate, load_images
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .optim import adamw
-from .part import NO_LABEL, BatchNormOfParts, Part, check_data_parallel, here, part_of, val_numbers
+from .part import (
+    NO_LABEL,
+    BatchNormOfParts,
+    Part,
+    agree_on_skipped,
+    check_data_parallel,
+    here,
+    part_of,
+    val_numbers,
+)
 from .run import Run, check_cuda_graphs, check_snapshots
 from .snapshots import is_due
 from .transfer import Initial, load_encoder
@@ -217,21 +226,16 @@ class ImageModule(RunModule):
         if is_due(self.run, self.run.attention_snapshots, step):
             write_image_snapshot(writer, self.shown, self.data, step=step)
 
-    def agree_on_skipped(self) -> None:
-        """Take what other ranks left out as left out."""
-        for skipped in self.of_all(self.data.skipped):
-            self.data.skip(skipped)
-
     def finish(self, writer: RecordWriter) -> None:
         """How many files were left out, and where the model looks in a few validation images."""
-        self.agree_on_skipped()
+        agree_on_skipped(self)
         writer.write("data/skipped", sum(map(len, self.data.skipped)), unit="files", step=self.run.steps)
         write_attention_maps(writer, self.shown, self.data, step=self.run.steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add which files were left out."""
         super().on_save_checkpoint(checkpoint)
-        self.agree_on_skipped()
+        agree_on_skipped(self)
         checkpoint["flashsigmoid"]["skipped"] = self.data.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

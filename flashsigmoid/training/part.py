@@ -5,10 +5,12 @@ Laying a model over the ranks is distributed/plans.py's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -75,6 +77,20 @@ def val_numbers(count: int, batch: int, rank: int, ranks: int) -> tuple[range, i
     """
     mine, most = range(rank, count, ranks), -(-count // ranks)
     return mine, -(-most // batch) - -(-len(mine) // batch)
+
+
+def agree_on_skipped(module: Any) -> None:
+    """Have a module's data take what other ranks left out as left out."""
+    for skipped in module.of_all(module.data.skipped):
+        module.data.skip(skipped)
+
+
+@contextmanager
+def own_draws(device: torch.device, *key: int) -> Iterator[None]:
+    """Random draws that the key decides alone, and none of the training's."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        yield
 
 
 def here(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a rank does in the tests of data parallel: train on a few images, with something wrong if asked."""
+"""What a rank does in the tests of data parallel: train on few images, or utterances, with something wrong if asked."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import soundfile
 from distributed.runs import stopped_at
 from PIL import Image
 
+from flashsigmoid.models.speech import SpeechConfig
 from flashsigmoid.models.vision import ViTConfig
-from flashsigmoid.training import classification, module, part
+from flashsigmoid.training import classification, ctc, module, part
+from flashsigmoid.training.audio import AudioConfig, SpecAugmentConfig
 from flashsigmoid.training.augment import AugmentConfig
 from flashsigmoid.training.callbacks import Interrupted
 from flashsigmoid.training.classification import ImageRun
+from flashsigmoid.training.ctc import SpeechRun
 from flashsigmoid.training.images import ImageConfig
 from flashsigmoid.training.optim import OptimConfig
 from flashsigmoid.training.run import Run
@@ -76,6 +80,39 @@ def corrupt_folder(root: Path) -> Path:
     return root
 
 
+def speech(folder: Path) -> Path:
+    """20 utterances to train on, 13 to validate, of many lengths; the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, lines = np.random.default_rng(0), ["split\tpath\ttext"]
+    for number in range(33):
+        samples = 0.1 * draw.standard_normal(int(16_000 * draw.uniform(0.5, 1.2)))
+        soundfile.write(folder / f"{number:02}.wav", samples, 16_000, subtype="PCM_16")
+        text = "".join(draw.choice(list("ABC"), draw.integers(2, 6)))
+        lines.append(f"{'train' if number < 20 else 'val'}\t{number:02}.wav\t{text}")
+    (folder / "manifest.tsv").write_text("\n".join(lines) + "\n")
+    return folder / "manifest.tsv"
+
+
+def speech_run(manifest: Path, **changes: Any) -> SpeechRun:
+    """SpecAugment, CAPE and micro-batches; no dropout, whose masks are a rank's own."""
+    model = changes.pop("model", {})
+    data = AudioConfig(source="manifest", root=str(manifest), mels=20, characters="ABC", on_corrupt="skip")
+    fields: dict[str, Any] = {
+        "name": "few utterances",
+        "model": SpeechConfig(vocab_size=4, seqlen=30, nlayers=2, dim=16, nheads=2, mels=20, **model),
+        "data": data,
+        "augment": SpecAugmentConfig(),
+        "optim": OptimConfig(lr=3e-3, warmup=2),
+        "steps": 6,
+        "batch": 4,
+        "accumulate": 2,
+        "val_every": 3,
+        "save_every": 3,
+        "log_every": 1,
+    }
+    return SpeechRun(**(fields | changes))
+
+
 def train(port: int, run: Run, out_dir: Path, fault: str = "", **options: Any) -> dict[str, Any]:
     """Train as one rank of a crew: {"results" or "error", "err": what was printed to stderr}."""
     os.environ["MASTER_PORT"] = str(port)
@@ -102,6 +139,18 @@ def planted(fault: str) -> Iterator[None]:
             patch = mock.patch.object(classification, "_Order", first)
         elif fault == "others-draws":
             patch = mock.patch.object(part.Part, "of", lambda self, drawn, dim=0: drawn.narrow(dim, 0, self.count))
+        elif fault == "others-utterances":
+            utterances = ctc._Order
+            theirs = lambda seed, count, start, batch, *place: utterances(seed, count, start, batch, 0, 2)  # noqa: E731
+            patch = mock.patch.object(ctc, "_Order", theirs)
+    if fault == "own-characters":  # each rank divides by those of its utterances
+        share = ctc.SpeechModule._share
+
+        def own(self: Any, batch: Any) -> int:
+            share(self, batch)
+            return 2 * int(batch.characters.sum())
+
+        patch = mock.patch.object(ctc.SpeechModule, "_share", own)
     if fault == "summed":  # gradients of all ranks, where their mean is due
         clip = module.clip_grad_norm
 
