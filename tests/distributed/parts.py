@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import soundfile
 from distributed.runs import stopped_at
 from PIL import Image
@@ -126,6 +127,14 @@ def train(port: int, run: Run, out_dir: Path, fault: str = "", **options: Any) -
         except (Exception, SystemExit) as error:
             answer["error"] = f"{type(error).__name__}: {error}"
     return {**answer, "err": err.getvalue()}
+
+
+def as_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process be what a launcher started alone."""
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
 
 
 @contextmanager

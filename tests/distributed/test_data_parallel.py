@@ -92,7 +92,7 @@ def test_a_fault_is_seen(tmp_path, few, ranks, alone, allowed, fault) -> None:
     assert fault == "summed" or found["train/loss"] > 100.0, found
 
 
-def test_a_run_goes_on_on_two_ranks_and_on_one(tmp_path, few, ranks, alone, whole, allowed) -> None:
+def test_a_run_goes_on_on_two_ranks_and_on_one(tmp_path, monkeypatch, few, ranks, alone, whole, allowed) -> None:
     run = parts.image_run(few)
     answers = ranks.run(parts.train, free_port(), run, tmp_path / "run", "SIGTERM", mesh="dp=2")
     assert [answer["error"] for answer in answers] == ["Interrupted 143 3"] * 2
@@ -100,11 +100,9 @@ def test_a_run_goes_on_on_two_ranks_and_on_one(tmp_path, few, ranks, alone, whol
     trained(ranks, run, tmp_path / "run", resume=True)
     assert differences(remains(whole), remains(tmp_path / "run")) == []
     assert {"average.module.head.weight", "average.module.blocks.0.attn.sigmoid_bias"} <= set(remains(whole)["tensors"])
-    one = Crew(1, grouped=False)
-    try:
-        trained(one, run, tmp_path / "one", mesh="dp=1", resume=True)
-    finally:
-        one.close()
+    parts.as_one_rank(monkeypatch)
+    answer = parts.train(free_port(), run, tmp_path / "one", mesh="dp=1", resume=True)
+    assert "results" in answer, answer
     assert max(apart(tmp_path / "one", alone, allowed).values()) <= 1.0, apart(tmp_path / "one", alone, allowed)
 
 

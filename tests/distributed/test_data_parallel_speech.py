@@ -102,7 +102,7 @@ def test_a_fault_is_seen(tmp_path, manifest, ranks, alone, allowed, fault) -> No
 @pytest.mark.parametrize("packing", [False, True])
 def test_with_dropout_a_run_goes_on_with_the_same_bits(tmp_path, manifest, ranks, packing) -> None:
     """A rank's masks are a function of the position of the data; the draws of all stay together."""
-    run = parts.speech_run(manifest, model={"dropout_p": 0.2, "packing": packing}, save_every=1)
+    run = parts.speech_run(manifest, model={"dropout_p": 0.2, "packing": packing})
     trained(ranks, run, tmp_path / "whole")
     answers = ranks.run(parts.train, free_port(), run, tmp_path / "run", "SIGTERM", mesh="dp=2")
     assert [answer["error"] for answer in answers] == ["Interrupted 143 3"] * 2
@@ -110,15 +110,12 @@ def test_with_dropout_a_run_goes_on_with_the_same_bits(tmp_path, manifest, ranks
     assert differences(remains(tmp_path / "whole"), remains(tmp_path / "run")) == []
 
 
-def test_a_run_of_two_goes_on_on_one(tmp_path, manifest, ranks, alone, allowed) -> None:
+def test_a_run_of_two_goes_on_on_one(tmp_path, monkeypatch, manifest, ranks, alone, allowed) -> None:
     run = parts.speech_run(manifest)
     ranks.run(parts.train, free_port(), run, tmp_path / "run", "SIGTERM", mesh="dp=2")
     shutil.copytree(tmp_path / "run", tmp_path / "one")
-    one = Crew(1, grouped=False)
-    try:
-        (answer,) = one.run(parts.train, free_port(), run, tmp_path / "one", mesh="dp=1", resume=True)
-    finally:
-        one.close()
+    parts.as_one_rank(monkeypatch)
+    answer = parts.train(free_port(), run, tmp_path / "one", mesh="dp=1", resume=True)
     assert "results" in answer, answer
     assert max(apart(tmp_path / "one", alone, allowed).values()) <= 1.0, apart(tmp_path / "one", alone, allowed)
 
