@@ -20,7 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.futures import Future
@@ -28,6 +34,7 @@ from torch.futures import Future
 from .processes import Processes
 
 MANIFEST = "manifest.json"
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class _Writer(HuggingFaceStorageWriter):
@@ -71,13 +78,21 @@ class Saves:
         self.world, self.published = world, published
         self._writing: tuple[Path, Any] | None = None
 
-    def save(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, files: Mapping[str, bytes]) -> None:
+    def save(
+        self,
+        path: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        files: Mapping[str, bytes],
+        others: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         """Copy the state to memory and write it behind the training's back; every rank calls it.
 
         Args:
             path: of the checkpoint.
             model, optimizer: sharded.
             files: further files of rank 0, by name.
+            others: further models, such as an average of the weights, by name. Default: none.
 
         Raises:
             OSError, RuntimeError: as `wait`, of the one before.
@@ -87,9 +102,7 @@ class Saves:
             self.world.first(lambda: _begin(draft_of(path), files))
         except OSError as error:
             raise _unwritten(path, error) from error
-        # an optimizer's numbers are the run's description and the step; its tensors are what was learned
-        weights, state = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
-        tensors = {"model": weights, "optim": {name: x for name, x in state.items() if isinstance(x, Tensor)}}
+        tensors, _ = _tensors(model, optimizer, others or {})
         writing = async_save(tensors, storage_writer=_Writer(path, self.published), process_group=self.world.saving)
         self._writing = path, writing
 
@@ -112,15 +125,24 @@ class Saves:
             raise _unwritten(path, reason) from error
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: Processes) -> None:
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: Processes,
+    others: Mapping[str, nn.Module] | None = None,
+) -> None:
     """Take the state of a checkpoint, whatever number of ranks wrote it; in place.
+
+    Args:
+        path: of the checkpoint.
+        model, optimizer, others: as `Saves.save` takes them.
+        world: the ranks.
 
     Raises:
         ValueError: other tensors than those of the model.
     """
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    weights, state = get_state_dict(model, optimizer, options=options)
-    tensors = {"model": weights, "optim": {name: x for name, x in state.items() if isinstance(x, Tensor)}}
+    tensors, state = _tensors(model, optimizer, others or {})
     try:
         load_shards(tensors, storage_reader=HuggingFaceStorageReader(str(path)), process_group=world.agreeing)
     except CheckpointException as error:
@@ -131,12 +153,19 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: 
         optimizer,
         model_state_dict=tensors["model"],
         optim_state_dict={**state, **tensors["optim"]},
-        options=options,
+        options=_FLAT,
     )
+    for name, other in (others or {}).items():
+        set_model_state_dict(other, tensors[name])
 
 
 def load_whole(
-    model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor], state: dict[str, Any]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    weights: dict[str, Tensor],
+    state: dict[str, Any],
+    others: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Take the state of one process alone, in place: every rank has all of it and keeps its shards.
 
@@ -144,6 +173,8 @@ def load_whole(
         model, optimizer: sharded.
         weights: by name.
         state: of that process's optimizer, whose parameters were in the same order.
+        others: as `Saves.save` takes them.
+        tensors: of the others, each under its name.
 
     Raises:
         ValueError: other tensors than those of the model.
@@ -160,6 +191,11 @@ def load_whole(
             optim_state_dict={"state": moments, "param_groups": groups},
             options=options,
         )
+        for name, other in others.items():
+            own: dict[str, Any] = {
+                key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")
+            }
+            set_model_state_dict(other, own, options=options)
     except RuntimeError as error:
         raise ValueError(f"a checkpoint must fit the model, got another: {error}") from error
 
@@ -185,22 +221,27 @@ def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
     return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def load_tensors(path: Path, prefix: str = "model.") -> dict[str, Tensor]:
+def load_tensors(path: Path, prefix: str | None = "model.") -> dict[str, Tensor]:
     """Whole tensors of a checkpoint, on the CPU, in one process.
 
     Args:
         path: of the checkpoint.
-        prefix: of their names, which is left out: "model.", the default, of the weights, "optim." of AdamW's moments.
+        prefix: of their names, which is left out: "model.", the default, of the weights, "optim." of AdamW's moments;
+            None: those that are neither.
     """
     reader = HuggingFaceStorageReader(str(path))
     found: dict[str, Any] = reader.read_metadata().state_dict_metadata
     tensors = {
-        name: torch.empty(x.size, dtype=x.properties.dtype) for name, x in found.items() if name.startswith(prefix)
+        name: torch.empty(x.size, dtype=x.properties.dtype)
+        for name, x in found.items()
+        if (not name.startswith(("model.", "optim.")) if prefix is None else name.startswith(prefix))
     }
+    if not tensors:
+        return {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # no_dist says so, too
         load_shards(tensors, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(prefix): x for name, x in tensors.items()}
+    return {name.removeprefix(prefix or ""): x for name, x in tensors.items()}
 
 
 def draft_of(path: Path) -> Path:
@@ -248,6 +289,18 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, others: Mapping[str, nn.Module]
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What is saved, and the whole state of the optimizer.
+
+    Its numbers are the run's description and the step; its tensors are what was learned.
+    """
+    weights, state = get_state_dict(model, optimizer, options=_FLAT)
+    tensors = {"model": weights, "optim": {name: x for name, x in state.items() if isinstance(x, Tensor)}}
+    return tensors | {name: get_model_state_dict(other) for name, other in others.items()}, state
 
 
 def _begin(draft: Path, files: Mapping[str, bytes]) -> None:

@@ -1,5 +1,6 @@
 """Our language models on one DeviceMesh with the axes "dp", "cp" and "tp": heads and MLP split, sequence and weights
-sharded, layers recomputed. Attention over "cp" is context_parallel.py's business; there is no training here.
+sharded, layers recomputed; other models along "dp" alone. Attention over "cp" is context_parallel.py's business; there
+is no training here.
 """
 
 from __future__ import annotations
@@ -179,11 +180,37 @@ def parallelize(
         if compile:
             block.compile(dynamic=False)
     if is_sharded:
-        policy = MixedPrecisionPolicy() if mp_policy is None else mp_policy
-        for block in tree.blocks:
-            fully_shard(block, mesh=sharded, mp_policy=policy)
-        fully_shard(model, mesh=sharded, mp_policy=policy)
+        _shard_weights(model, sharded, mp_policy=MixedPrecisionPolicy() if mp_policy is None else mp_policy)
     return model
+
+
+def parallelize_data(model: nn.Module, mesh: DeviceMesh, *, trains: bool = True) -> nn.Module:
+    """Any model with .blocks over the axis "dp", in place: every weight, gradient and optimizer state, block by block.
+
+    Parameters without a dimension become tensors of one element, as FSDP2 takes no scalars. Each process calls it with
+    its part of the batch and takes the mean loss of that; gradients are means over dp.
+
+    Args:
+        model: a Vision Transformer of timm, a `models.speech.SpeechEncoder`.
+        mesh: with the axes "dp", "cp" and "tp", the last two of size 1.
+        trains: False: it has no backward, after which weights outside of blocks would be given up. Default: True.
+
+    Raises:
+        ValueError: other axes, or cp or tp above 1.
+
+    Source: arXiv:2304.11277 (FSDP).
+    """
+    if mesh.mesh_dim_names != AXES:
+        raise ValueError(f"mesh must have the axes {AXES}, got {mesh.mesh_dim_names}")
+    if mesh["dp"].size() != mesh.size():
+        raise ValueError(f"mesh must be along dp alone, got {tuple(mesh.shape)} of {AXES}")
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.dim():
+                setattr(module, name, nn.Parameter(parameter.detach().reshape(-1), parameter.requires_grad))
+    if mesh.size() == 1:
+        return model
+    return _shard_weights(model, mesh["dp"], reshard_after_forward=None if trains else True)
 
 
 def shard_batch(x: Tensor, mesh: DeviceMesh, *, order: Order = "zigzag") -> Tensor:
@@ -258,6 +285,14 @@ def check_compiled(tp: int, cp: int, recompute: Recompute) -> None:
         raise ValueError(f"compile must be False with tp above 1, whose tensors break its graphs, got tp={tp}")
     if cp > 1 and recompute != "none":
         raise ValueError(f"recompute must be 'none' with compile and cp={cp}, got {recompute!r}")
+
+
+def _shard_weights(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
+    """FSDP2 of every block, and of what is left."""
+    for block in cast(Any, model).blocks:
+        fully_shard(block, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
 
 
 def _check_block(block: Block, tp: int, cp: int) -> None:

@@ -156,13 +156,18 @@ class Processes:
         Raises:
             ValueError: others have another number.
         """
-        given: list[Any] = [None] * self.size
-        dist.all_gather_object(given, socket.gethostname(), group=self.agreeing)
+        given = self.gather(socket.gethostname())
         counts = {name: given.count(name) for name in given}
         if len({*counts.values()}) > 1:
             told = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ValueError(f"every machine must have the same number of ranks, got {told}")
         return counts[socket.gethostname()]
+
+    def gather(self, x: T) -> list[T]:
+        """What every rank has, in their order."""
+        given: list[Any] = [None] * self.size
+        dist.all_gather_object(given, x, group=self.agreeing)
+        return given
 
     def same(self, what: str, x: Any) -> None:
         """Whether all ranks have the same.
@@ -170,8 +175,7 @@ class Processes:
         Raises:
             ValueError: they have not.
         """
-        given: list[Any] = [None] * self.size
-        dist.all_gather_object(given, x, group=self.agreeing)
+        given = self.gather(x)
         if any(other != given[0] for other in given):
             odd = next(rank for rank, other in enumerate(given) if other != given[0])
             raise ValueError(f"{what} must be the same on every rank, got others on rank {odd}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import timm
 import torch
 from timm.layers.attention import Attention
+from timm.layers.drop import DropPath, drop_path
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
@@ -122,7 +123,10 @@ class VisionAttention(Attention):
         if self.log_temperature is not None:  # a factor of q is one of the scores, whatever computes them
             q = q * self.log_temperature.exp()[:, None]
         q, k = q.to(v.dtype), k.to(v.dtype)
-        options: dict[str, Any] = {"sigmoid_bias": self.sigmoid_bias, "scale": self.scale, "causal": is_causal}
+        b = self.sigmoid_bias
+        if isinstance(b, Tensor) and b.numel() == 1:  # FSDP2 takes no scalars
+            b = b.reshape(())
+        options: dict[str, Any] = {"sigmoid_bias": b, "scale": self.scale, "causal": is_causal}
         options["dropout_p"] = self.attn_drop.p if self.training else 0.0
         if attn_mask is not None:
             keep = _key_mask(attn_mask, x)
@@ -130,7 +134,7 @@ class VisionAttention(Attention):
                 options["key_mask"] = keep
             else:  # no denominator: zeroing a key's value masks it exactly
                 v = v * keep[:, :, None, None]
-                if self.sigmoid_bias is None:
+                if b is None:
                     options["sigmoid_bias"] = ours.attention.kept_keys_bias(keep, q.dtype).expand(-1, self.num_heads)
         attend = self.attention_fn
         if attend is None:
@@ -300,6 +304,35 @@ def initial_bias(config: ViTConfig) -> float:
         return config.sigmoid_bias
     with torch.device("meta"):
         return -math.log(tokens(build_vit(replace(config, pretrained=False))))
+
+
+class DropPathOfPart(DropPath):
+    """timm's stochastic depth in a process that has some images of a batch: it draws for all of them.
+
+    Args:
+        like: the module of one process.
+        place: number of its first image in the batch, and how many that has.
+    """
+
+    def __init__(self, like: DropPath, place: Callable[[], tuple[int, int]]) -> None:
+        super().__init__(like.drop_prob, like.scale_by_keep)
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(images, ...), of which some are zero and the others scaled up."""
+        if not self.training or not self.drop_prob:
+            return x
+        start, total = self.place()
+        ones = x.new_ones(total, *(1,) * (x.dim() - 1))
+        return x * drop_path(ones, self.drop_prob, True, self.scale_by_keep)[start : start + len(x)]
+
+
+def share_drop_path(model: nn.Module, place: Callable[[], tuple[int, int]]) -> None:
+    """Put `DropPathOfPart` in the place of every `DropPath` of a model."""
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, DropPath):
+                setattr(module, name, DropPathOfPart(child, place))
 
 
 def layer_groups(model: VisionTransformer, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:

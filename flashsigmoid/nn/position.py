@@ -272,6 +272,8 @@ class CAPE(nn.Module):
             raise ValueError(f"step must be positive and finite, got {step}")
         self.dim, self.step, self.base = dim, float(step), float(base)
         self.max_shift, self.max_jitter, self.max_scale = float(max_shift), float(max_jitter), float(max_scale)
+        # in a process that has some sequences of a batch: number of the first, how many and how long all are
+        self.place: Callable[[], tuple[int, int, int]] | None = None
 
     def positions(self, batch: int, seqlen: int, lengths: Tensor | None, device: torch.device) -> Tensor:
         """p of every token, (batch, seqlen), augmented in training mode."""
@@ -284,8 +286,10 @@ class CAPE(nn.Module):
         def uniform(most: float, *shape: int) -> Tensor:
             return most * (2.0 * torch.rand(shape, device=device) - 1.0)
 
-        shift, jitter = uniform(self.max_shift, batch, 1), uniform(self.max_jitter, batch, seqlen)
-        return uniform(math.log(self.max_scale), batch, 1).exp() * (p + shift + jitter)
+        start, total, longest = (0, batch, seqlen) if self.place is None else self.place()
+        mine = slice(start, start + batch)
+        shift, jitter = uniform(self.max_shift, total, 1)[mine], uniform(self.max_jitter, total, longest)[mine, :seqlen]
+        return uniform(math.log(self.max_scale), total, 1)[mine].exp() * (p + shift + jitter)
 
     def forward(
         self, x: Float[Tensor, "batch seqlen dim"], lengths: Int[Tensor, " batch"] | None = None

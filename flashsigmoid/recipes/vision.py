@@ -117,8 +117,8 @@ def paper_vit_b16() -> ImageRun:
 
     Paper: arXiv:2409.04431, figure of the supervised runs; what it does not state (augmentation, rates) is DeiT's,
     arXiv:2012.12877. Command: flashsigmoid train paper_vit_b16 --set data.root=FOLDER with train/CLASS/*, val/CLASS/*.
-    Hardware: 1 GPU of 80 GB, where it takes weeks: training does not shard over devices yet. Wall time: not yet
-    measured. Expected: not yet measured (paper: parity with softmax).
+    Hardware: GPUs of 80 GB, eight of them by --mesh dp=8; on one it takes weeks. Wall time: not yet measured. Expected:
+    not yet measured (paper: parity with softmax).
     """
     return ImageRun(
         name="paper_vit_b16",

@@ -15,6 +15,7 @@ from ..models.vision import VisionAttention
 from ..nn.attention import AttentionFn, sigmoid_attention, softmax_attention
 from ..record import RecordWriter
 from .augment import normalised
+from .callbacks import Muted
 from .images import ImageData
 from .snapshots import see, write_snapshot
 
@@ -104,6 +105,8 @@ def write_attention_maps(writer: RecordWriter, model: nn.Module, data: ImageData
     blocks, heads = sorted({0, depth // 2, depth - 1}), range(min(_HEADS, vit.blocks[0].attn.num_heads))
     x = normalised(images.to(next(model.parameters()).device), data.mean, data.std)
     rows = attention_rows(model, x, blocks=blocks, heads=heads, query=0 if has_token else None)
+    if isinstance(writer, Muted):  # of a rank that only helps to compute
+        return
     np.savez_compressed(
         writer.path.with_name(ARTIFACT),
         images=images.numpy(),

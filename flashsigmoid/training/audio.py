@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..samples import an4
+from .part import Part
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -287,7 +288,10 @@ class SpecAugmentConfig:
 
 
 def spec_augment(
-    features: Float[Tensor, "batch frames mels"], lengths: Int[Tensor, " batch"], config: SpecAugmentConfig
+    features: Float[Tensor, "batch frames mels"],
+    lengths: Int[Tensor, " batch"],
+    config: SpecAugmentConfig,
+    part: Part | None = None,
 ) -> Float[Tensor, "batch frames mels"]:
     """Features with stripes of zeros, which is their mean; drawn for each utterance, on its device. No time warping.
 
@@ -297,16 +301,20 @@ def spec_augment(
         features: normalised.
         lengths: frames of each utterance; stripes of time are within.
         config: how many and how wide.
+        part: of a micro-batch, for all of which is drawn. Default: all of it.
 
     Source: arXiv:1904.08779, section 2; the share of the utterance arXiv:1912.05533.
     """
     batch, frames, mels = features.shape
-    device = features.device
+    device, part = features.device, part or Part(0, batch, batch)
+
+    def uniform(masks: int) -> Tensor:
+        return part.of(torch.rand(part.total, masks, 1, device=device))
 
     def hidden(size: int, of: Tensor, most: Tensor, masks: int) -> Tensor:
         """(batch, size), True in a stripe."""
-        width = torch.rand(batch, masks, 1, device=device) * most[:, None, None]
-        start = torch.rand(batch, masks, 1, device=device) * (of[:, None, None] - width)
+        width = uniform(masks) * most[:, None, None]
+        start = uniform(masks) * (of[:, None, None] - width)
         place = torch.arange(size, device=device) + 0.5  # the middle of a frame, so that both ends are as the rest
         return ((place >= start) & (place < start + width)).any(1)
 

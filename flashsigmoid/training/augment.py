@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from .part import Part
 from .randaugment import RandAugment
 
 _RATIO = math.log(4 / 3)  # a crop's sides differ by at most this factor, as in Inception's
@@ -116,7 +117,8 @@ class Augment(nn.Module):
         x = mix(normalise(randaugment(flip(crop(image)))))
 
     All draws are torch's: on the CPU those of operations and mixtures, on the device those of crops and flips. Nothing
-    waits for the device.
+    waits for the device. Of a part of a batch the draws are those for the whole, and what is mixed with the first image
+    comes from the rank before.
 
     Args:
         config: what is drawn.
@@ -135,17 +137,28 @@ class Augment(nn.Module):
         ]
         self.mix = v2.RandomChoice(mixes) if mixes else None
 
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
         """(batch, channels, size, size) uint8 and (batch,) into float32 images and (batch,) labels, or, mixed, the
-        probabilities (batch, num_classes)."""
-        config = self.config
+        probabilities (batch, num_classes).
+
+        Args:
+            images, labels: of a batch, or of a rank's part of one.
+            part: which. Default: all of it.
+        """
+        config, part = self.config, part or Part(0, len(images), len(images))
         if config.crop != (1.0, 1.0) or config.flip:
-            images = cropped(images, config.crop, config.flip)
+            images = cropped(images, config.crop, config.flip, part)
         if self.policy is not None:
-            images = self.policy(images)
+            images = self.policy(images, part)
         x = self.normalise(images)
         # a batch of one has nothing to be mixed with
-        return self.mix(x, labels) if self.mix is not None and len(x) > 1 else (x, labels)
+        if self.mix is None or part.total == 1:
+            return x, labels
+        if part.mesh is None:
+            return self.mix(x, labels)
+        # torchvision mixes each image with the one before it
+        x, labels = self.mix(part.preceded(x), part.preceded(labels))
+        return x[1:], labels[1:]
 
 
 class Normalise(nn.Module):
@@ -178,12 +191,15 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return Normalise(mean, std).to(images.device)(images)
 
 
-def cropped(images: Tensor, area: tuple[float, float], flip: bool) -> Tensor:
+def cropped(images: Tensor, area: tuple[float, float], flip: bool, part: Part | None = None) -> Tensor:
     """A rectangle of every image, resized to all of it, bilinearly; half of them mirrored if `flip`.
+
+    Of a part of a batch the draws are those for the whole.
 
     The share of the area is uniform, the ratio of the sides log-uniform from 3/4 to 4/3, the place uniform.
     """
-    drawn = torch.rand(5, len(images), device=images.device)
+    part = part or Part(0, len(images), len(images))
+    drawn = part.of(torch.rand(5, part.total, device=images.device), dim=1)
     share, ratio = area[0] + (area[1] - area[0]) * drawn[0], (_RATIO * (drawn[1] - 0.5)).exp()
     if area == (1.0, 1.0):
         ratio = torch.ones_like(ratio)

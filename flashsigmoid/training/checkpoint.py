@@ -206,7 +206,7 @@ class DirectoryCheckpoint(CheckpointIO):
             raise _not_whole(path, error) from error
         if not (path / WEIGHTS).is_file():
             state[SHARDED] = path  # moments that want the optimizer's order: the module takes them
-        others = state.get("state_dict", {})  # an average of the weights
+        others = state.get("state_dict", {}) if SHARDED not in state else sharded.load_tensors(path, None)  # an average
         return {**state, "state_dict": {**{_PREFIX + key: value for key, value in weights.items()}, **others}}
 
     def remove_checkpoint(self, path: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, Unpack, cast
@@ -18,7 +18,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from ..models.vision import VisionAttention, ViTConfig, build_vit, initial_bias, layer_groups
+from ..distributed.plans import parallelize_data
+from ..distributed.processes import MeshSizes
+from ..models.vision import VisionAttention, ViTConfig, build_vit, initial_bias, layer_groups, share_drop_path
 from ..record import RecordWriter
 from .attention_maps import write_attention_maps, write_image_snapshot
 from .augment import Augment, AugmentConfig, normalised
@@ -26,6 +28,16 @@ from .data import shuffled_all
 from .images import ImageConfig, ImageData, collate, load_images
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .optim import adamw
+from .part import (
+    NO_LABEL,
+    BatchNormOfParts,
+    Part,
+    agree_on_skipped,
+    check_data_parallel,
+    here,
+    part_of,
+    val_numbers,
+)
 from .run import Run, check_cuda_graphs, check_snapshots
 from .snapshots import is_due
 from .transfer import Initial, load_encoder
@@ -147,20 +159,32 @@ class ImageModule(RunModule):
 
     def _train_batches(self) -> Iterator[ImageBatch]:
         start = 0 if self.position is None else self.position["sample"]
-        loader = self._loader(self.data.train, batches=_Order(self.run, self.data, start))
+        loader = self._loader(self.data.train, batches=_Order(self.run, self.data, start, *self.place))
         for number, (images, labels) in enumerate(loader, 1):
             yield ImageBatch(images, labels, {"sample": start + number * self.run.batch})
 
     def val_dataloader(self) -> Feed:
-        """The validation images."""
-        loader = self._loader(self.data.val)
-        return Feed(lambda: (ImageBatch(images, labels, {}) for images, labels in loader))
+        """The validation images, on a mesh this rank's."""
+        rank, ranks = self.place
+        count, data = len(self.data.val), self.data  # pyright: ignore[reportArgumentType]
+        mine, further = val_numbers(count, self.run.batch // ranks, rank, ranks)
+        loader = self._loader(data.val, None if ranks == 1 else mine)
+        nothing = torch.zeros(1, data.in_chans, data.img_size, data.img_size, dtype=torch.uint8)
+        rest = [(nothing, torch.tensor([NO_LABEL]))] * further
+        return Feed(lambda: (ImageBatch(images, labels, {}) for images, labels in itertools.chain(loader, rest)))
+
+    def share(self, count: int) -> Part:
+        """Of the micro-batch of which this rank has `count` images."""
+        mesh, ranks = self.mesh, self.place[1]
+        # where images are left out a rank does not know how many the others have
+        counts = self.of_all(count) if self.run.data.on_corrupt == "skip" else [count] * ranks
+        return part_of(count, counts, None if mesh is None else mesh["dp"])
 
     def _loader(self, dataset: Any, order: Any = None, batches: Any = None) -> DataLoader:
         """Batches of an order of the images, all of them by default, or batches that are given as numbers of images."""
         return DataLoader(
             dataset,
-            batch_size=1 if batches else self.run.batch,
+            batch_size=1 if batches else self.run.batch // self.place[1],
             sampler=order,
             batch_sampler=batches,
             num_workers=self.run.workers,
@@ -204,12 +228,14 @@ class ImageModule(RunModule):
 
     def finish(self, writer: RecordWriter) -> None:
         """How many files were left out, and where the model looks in a few validation images."""
+        agree_on_skipped(self)
         writer.write("data/skipped", sum(map(len, self.data.skipped)), unit="files", step=self.run.steps)
         write_attention_maps(writer, self.shown, self.data, step=self.run.steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add which files were left out."""
         super().on_save_checkpoint(checkpoint)
+        agree_on_skipped(self)
         checkpoint["flashsigmoid"]["skipped"] = self.data.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -222,6 +248,9 @@ class ClassificationModule(ImageModule):
     """A Vision Transformer with its loss: what Lightning drives.
 
         loss = mean over images of -sum over classes of target * log softmax(logits)       nats per image
+
+    On a mesh along dp each rank has its images of every micro-batch, and the mean over ranks is the loss of one
+    process: what augmentation and stochastic depth draw is drawn for all images, by all ranks alike.
 
     Args:
         run: the description.
@@ -251,6 +280,7 @@ class ClassificationModule(ImageModule):
         self.augment = Augment(run.augment, data.mean, data.std, len(data.classes))
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema else None
         self._logits = self.compiled(model.__call__)
+        self._part = Part(0, run.batch, run.batch)  # of the current micro-batch
         self._val = (0.0, 0, 0)  # nats, right answers, images
 
     def train(self, mode: bool = True) -> Self:
@@ -271,8 +301,36 @@ class ClassificationModule(ImageModule):
 
     def batch_loss(self, batch: ImageBatch) -> Tensor:
         """Mean loss of a batch after its augmentation."""
-        x, targets = self.augment(batch.images, batch.labels)
-        return F.cross_entropy(self._logits(x).float(), targets, label_smoothing=self.run.label_smoothing)
+        self._part = part = self.share(len(batch.labels))
+        x, targets = self.augment(batch.images, batch.labels, part)
+        loss = F.cross_entropy(self._logits(x).float(), targets, label_smoothing=self.run.label_smoothing)
+        return loss if part.weight == 1.0 else part.weight * loss
+
+    def check_mesh(self, sizes: MeshSizes) -> None:
+        """Whether it can be trained on a mesh.
+
+        Raises:
+            ValueError: as `check_data_parallel`.
+        """
+        check_data_parallel(self.run, sizes)
+
+    def configure_model(self) -> None:
+        """Lightning's hook: over the mesh, where there is one."""
+        if (mesh := self.device_mesh) is None:
+            return
+        model: Any = self.model
+        if self.mesh is not None:
+            share_drop_path(model, lambda: (self._part.start, self._part.total))
+            if self.run.head_norm:
+                model.head[0] = BatchNormOfParts(model.head[0], lambda: self._part)
+        parallelize_data(model, mesh)
+        if self.average is not None:
+            parallelize_data(self.average.module, mesh, trains=False)
+
+    @property
+    def beside(self) -> Mapping[str, nn.Module]:
+        """The average of the weights."""
+        return {} if self.average is None else {"average": self.average}
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Lightning's hook: the average of the weights follows each step."""
@@ -284,8 +342,7 @@ class ClassificationModule(ImageModule):
     @torch.no_grad()
     def follow(self, average: AveragedModel, is_first: bool) -> None:
         """What `average.update_parameters` does, which reads a count on the device and so waits for it twice a step."""
-        weights: list[Tensor] = [*self.model.parameters()]
-        averages: list[Tensor] = [*average.module.parameters()]
+        weights, averages = ([*map(here, model.parameters())] for model in (self.model, average.module))
         get_ema_multi_avg_fn(0.0 if is_first else self.run.ema)(averages, weights, 0)
         for buffer, ours in zip(average.module.buffers(), self.model.buffers(), strict=True):
             buffer.copy_(ours)
@@ -301,7 +358,7 @@ class ClassificationModule(ImageModule):
         nats, right, count = self._val
         nats += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
         right += int((logits.argmax(-1) == batch.labels).sum())
-        self._val = nats, right, count + len(batch.labels)
+        self._val = nats, right, count + int((batch.labels != NO_LABEL).sum())
 
     @property
     def judged(self) -> torch.nn.Module:
@@ -315,7 +372,7 @@ class ClassificationModule(ImageModule):
 
     def validated(self) -> Iterator[Metric]:
         """Share of right answers, with its standard error, and loss."""
-        nats, right, count = self._val
+        nats, right, count = (sum(of_rank) for of_rank in zip(*self.of_all(self._val), strict=True))
         accuracy = right / count
         yield "val/accuracy", accuracy, ""
         yield "val/accuracy_se", math.sqrt(accuracy * (1.0 - accuracy) / count), ""
@@ -327,21 +384,22 @@ class ClassificationModule(ImageModule):
 
 
 class _Order:
-    """Batches of numbers of training images without an end, shuffled anew in every epoch.
+    """Batches of numbers of training images without an end, shuffled anew in every epoch; of one rank its part of each.
 
     A function of (seed, position) only.
     """
 
-    def __init__(self, run: Run, data: ImageData, start: int) -> None:
-        self.seed, self.batch, self.start = run.seed, run.batch, start
+    def __init__(self, run: Run, data: ImageData, start: int, rank: int = 0, ranks: int = 1) -> None:
+        self.seed, self.batch, self.size = run.seed, run.batch, run.batch // ranks
+        self.start = start + rank * self.size
         self.count = len(data.train)  # pyright: ignore[reportArgumentType]
 
     def __iter__(self) -> Iterator[list[int]]:
         for s in itertools.count(self.start, self.batch):
             found: list[int] = []
-            while len(found) < self.batch:
+            while len(found) < self.size:
                 epoch, index = divmod(s + len(found), self.count)
-                indices = range(index, min(self.count, index + self.batch - len(found)))
+                indices = range(index, min(self.count, index + self.size - len(found)))
                 found += shuffled_all(indices, self.count, seed=self.seed, epoch=epoch)
             yield found
 

@@ -6,20 +6,24 @@ Steps, optimizer and resume are module.py's, audio is audio.py's.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.functional.text import char_error_rate, word_error_rate
 
+from ..distributed.plans import parallelize_data
+from ..distributed.processes import MeshSizes, is_first
 from ..models.ctc_decode import greedy, prefix_beam
 from ..models.speech import SpeechConfig, SpeechEncoder
 from ..record import RecordWriter
@@ -35,10 +39,11 @@ from .audio import (
     spec_augment,
 )
 from .baseline import best_constant
-from .checkpoint import WEIGHTS, find_checkpoint, load_config
+from .checkpoint import find_checkpoint, load_config, load_weights
 from .data import shuffled
 from .hearing import write_hearing
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
+from .part import Part, agree_on_skipped, check_data_parallel, own_draws, part_of, val_numbers
 from .run import Run, check_cuda_graphs
 
 FINAL = ("val/cer", "val/cer_se", "val/wer", "val/wer_se", "val/loss", "baseline/constant_cer")
@@ -107,6 +112,11 @@ class SpeechModule(RunModule):
 
         loss = -sum over utterances of log sum over paths of prod_t y_t(path_t) / characters        nats per character
 
+    On a mesh along dp each rank has its utterances of every micro-batch, and the mean over ranks is the loss of one
+    process, since each divides by the characters of all: SpecAugment and CAPE draw for all utterances, by all ranks
+    alike. Dropout does not: with dropout_p above 0 what a rank's model draws, CAPE included, is its own, a function of
+    the seed, the position of the data and the rank.
+
     Args:
         run: the description.
         data: what is read.
@@ -121,6 +131,24 @@ class SpeechModule(RunModule):
         mode, encode = "reduce-overhead" if run.cuda_graphs else None, self.model.__call__
         self._encode = torch.compile(encode, dynamic=False, mode=mode) if run.compile else encode
         self._nats, self._texts = 0.0, ([], [])  # of a validation: loss, what was heard and what was said
+        self._part, self._longest = Part(0, run.batch, run.batch), 0  # of a micro-batch: whose, and positions of all
+
+    def check_mesh(self, sizes: MeshSizes) -> None:
+        """Whether it can be trained on a mesh.
+
+        Raises:
+            ValueError: as `check_data_parallel`.
+        """
+        check_data_parallel(self.run, sizes)
+
+    def configure_model(self) -> None:
+        """Lightning's hook: over the mesh, where there is one."""
+        if self.device_mesh is None:
+            return
+        model: Any = self.model
+        if self.mesh is not None and model.cape is not None:
+            model.cape.place = lambda: (self._part.start, self._part.total, self._longest)
+        parallelize_data(model, self.device_mesh)
 
     def train_dataloader(self) -> Feed:
         """Training batches without an end; where they begin is read when they do, after a checkpoint is restored."""
@@ -128,21 +156,30 @@ class SpeechModule(RunModule):
 
     def _train_batches(self) -> Iterator[SpeechBatch]:
         start = 0 if self.position is None else self.position["sample"]
-        order = _Order(self.run.seed, len(self.data.train), start)
+        order = _Order(self.run.seed, len(self.data.train), start, self.run.batch, *self.place)
         loader = self._loader(self.data.train, order, self.run.pad_frames or 0)
         for number, audio in enumerate(loader, 1):
             position = {"sample": start + number * self.run.batch}
             yield SpeechBatch(audio, audio.lengths, audio.token_lengths, position)
 
     def val_dataloader(self) -> Feed:
-        """The validation utterances."""
-        loader = self._loader(self.data.val, None)
-        return Feed(lambda: (SpeechBatch(audio, audio.lengths, audio.token_lengths, {}) for audio in loader))
+        """The validation utterances, on a mesh this rank's."""
+        rank, ranks = self.place
+        mine, further = val_numbers(len(self.data.val), self.run.batch // ranks, rank, ranks)
+        loader = self._loader(self.data.val, None if ranks == 1 else mine)
+        silence = torch.zeros(1, 100, self.run.data.mels)
+        nothing = AudioBatch(silence, torch.tensor([100]), torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]))
+
+        def batches() -> Iterator[SpeechBatch]:
+            for audio in itertools.chain(loader, [nothing] * further):
+                yield SpeechBatch(audio, audio.lengths, audio.token_lengths, {})
+
+        return Feed(batches)
 
     def _loader(self, dataset: Any, order: Any, frames: int = 0) -> DataLoader:
         return DataLoader(
             dataset,
-            batch_size=self.run.batch,
+            batch_size=self.run.batch // self.place[1],
             sampler=order,
             num_workers=self.run.workers,
             collate_fn=functools.partial(collate, frames=frames),
@@ -168,8 +205,25 @@ class SpeechModule(RunModule):
 
     def batch_loss(self, batch: SpeechBatch) -> Tensor:
         """Mean loss of a batch after SpecAugment."""
-        features = spec_augment(batch.audio.features, batch.audio.lengths, self.run.augment)
-        return self._nats_of(batch, features)[0].sum() / batch.audio.token_lengths.sum()
+        characters = self._share(batch)
+        features = spec_augment(batch.audio.features, batch.audio.lengths, self.run.augment, self._part)
+        if self.mesh is None:
+            return self._nats_of(batch, features)[0].sum() / batch.audio.token_lengths.sum()
+        rank, ranks = self.place
+        key = self.run.seed, batch.position["sample"], rank
+        # masks are as large as a rank's utterances are long, after which its draws would no longer be the others'
+        alone = own_draws(self.device, *key) if self.run.model.dropout_p else nullcontext()
+        with alone:
+            nats, _, _ = self._nats_of(batch, features)
+        return nats.sum() * (ranks / characters)
+
+    def _share(self, batch: SpeechBatch) -> int:
+        """Note which part of a micro-batch a batch is, and how long all are: the characters of all."""
+        mine = len(batch.frames), int(batch.characters.sum()), batch.audio.features.shape[1]
+        counts, characters, frames = zip(*self.of_all(mine), strict=True)
+        self._part = part_of(mine[0], counts, None if self.mesh is None else self.mesh["dp"])
+        self._longest = self.run.model.positions(max(frames))
+        return sum(characters)
 
     def on_validation_epoch_start(self) -> None:
         """Start anew."""
@@ -178,6 +232,8 @@ class SpeechModule(RunModule):
     def validation_step(self, batch: SpeechBatch, batch_idx: int) -> None:
         """Add what was heard in a batch, by the best path."""
         nats, log_probs, lengths = self._nats_of(batch, batch.audio.features)
+        if not int(batch.characters.sum()):  # of no utterance: other ranks have one more batch
+            return
         self._nats += float(nats.sum())
         heard, said = self._texts
         heard += map(self.run.data.decode, greedy(log_probs, lengths))
@@ -186,6 +242,9 @@ class SpeechModule(RunModule):
 
     def validated(self) -> Iterator[Metric]:
         """Character and word error rate of the best path, each with its standard error, and the loss."""
+        nats, texts = zip(*self.of_all((self._nats, self._texts)), strict=True)
+        heard, said = (_in_turn(of_ranks) for of_ranks in zip(*texts, strict=True))
+        self._nats, self._texts = sum(nats), (heard, said)
         for name, value in error_rates(*self._texts).items():
             yield f"val/{name}", value, ""
         yield "val/loss", self._nats / sum(map(len, self._texts[1])), "nats_per_character"
@@ -221,13 +280,22 @@ class SpeechModule(RunModule):
 
     def finish(self, writer: RecordWriter) -> None:
         """How many utterances were left out, and pictures of a validation utterance."""
+        agree_on_skipped(self)
         writer.write("data/skipped", sum(map(len, self.data.skipped)), unit="utterances", step=self.run.steps)
         model: Any = self.model
+        if self.mesh is not None:
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(self.model, options=whole)
+            if not is_first():
+                return
+            model = self.run.build().to(self.device).eval()
+            model.load_state_dict(weights)
         write_hearing(writer, model, self.data.val, step=self.run.steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add which utterances were left out."""
         super().on_save_checkpoint(checkpoint)
+        agree_on_skipped(self)
         checkpoint["flashsigmoid"]["skipped"] = self.data.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -237,17 +305,25 @@ class SpeechModule(RunModule):
 
 
 class _Order:
-    """Numbers of training utterances without an end, shuffled anew in every epoch: a function of (seed, position)."""
+    """Numbers of training utterances without an end, shuffled anew in every epoch: a function of (seed, position).
 
-    def __init__(self, seed: int, count: int, start: int) -> None:
-        self.seed, self.count, self.start = seed, count, start
+    Of one rank its part of every micro-batch.
+    """
+
+    def __init__(self, seed: int, count: int, start: int, batch: int, rank: int = 0, ranks: int = 1) -> None:
+        self.seed, self.count, self.batch, self.size = seed, count, batch, batch // ranks
+        self.start = start + rank * self.size
 
     def __iter__(self) -> Iterator[int]:
-        s = self.start
-        while True:
-            epoch, index = divmod(s, self.count)
-            yield shuffled(index, self.count, seed=self.seed, epoch=epoch)
-            s += 1
+        for first in itertools.count(self.start, self.batch):
+            for s in range(first, first + self.size):
+                epoch, index = divmod(s, self.count)
+                yield shuffled(index, self.count, seed=self.seed, epoch=epoch)
+
+
+def _in_turn(of_ranks: Sequence[list[str]]) -> list[str]:
+    """Texts in their order, of which rank r has every N-th from the r-th on."""
+    return [text for row in itertools.zip_longest(*of_ranks) for text in row if text is not None]
 
 
 def error_rates(heard: Sequence[str], said: Sequence[str]) -> dict[str, float]:
@@ -311,7 +387,7 @@ def load_recogniser(path: str | Path, device: str | torch.device = "cpu") -> tup
     try:
         config = load_config(path)
         model = SpeechEncoder(SpeechConfig(**config["model"]))
-        model.load_state_dict(load_file(path / WEIGHTS))
+        model.load_state_dict(load_weights(path))
         audio = AudioConfig(**config["data"])
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]

@@ -68,7 +68,8 @@ class MeshStrategy(ModelParallelStrategy):
         config = {**self.config, "files": sorted(self.files)}
         files = {TRAINER: others.getvalue(), CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
         files |= {name: text.encode() for name, text in self.files.items()}
-        self.saves.save(Path(filepath), cast(Any, self.lightning_module).model, self.optimizers[0], files)
+        module = cast(Any, self.lightning_module)
+        self.saves.save(Path(filepath), module.model, self.optimizers[0], files, module.beside)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Weights and optimizer in place, from however many ranks; the rest is returned.
@@ -76,13 +77,14 @@ class MeshStrategy(ModelParallelStrategy):
         Raises:
             ValueError: a file is damaged, or is of another model.
         """
-        path, model = Path(checkpoint_path), cast(Any, self.lightning_module).model
+        path, module = Path(checkpoint_path), cast(Any, self.lightning_module)
         state = load_trainer(path)
         if (path / WEIGHTS).is_file():
             (own,) = state["optimizer_states"]
-            sharded.load_whole(model, self.optimizers[0], load_weights(path), own)
-            return {**state, "optimizer_states": [{}]}
-        sharded.load(path, model, self.optimizers[0], self.world)
+            beside = state.get("state_dict", {})
+            sharded.load_whole(module.model, self.optimizers[0], load_weights(path), own, module.beside, beside)
+            return {**state, "optimizer_states": [{}], "state_dict": {}}
+        sharded.load(path, module.model, self.optimizers[0], self.world, module.beside)
         return state
 
 

@@ -9,10 +9,10 @@ import importlib.util
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypedDict, Unpack
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, Unpack, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -45,6 +45,7 @@ from .run import Run, check_unchanged
 from .transfer import Initial
 from .watching import Watcher, check_watchable
 
+T = TypeVar("T")
 Metric = tuple[str, float, str]  # name, value, unit
 MOST_SKIPPED, TIMEOUT_S = 10, 600.0
 
@@ -100,8 +101,22 @@ class RunModule(pl.LightningModule):
         """The mesh, where it has several ranks: one alone trains as without a mesh."""
         return self.device_mesh if self.device_mesh is not None and self.device_mesh.size() > 1 else None
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Which of the ranks along dp this is, and how many they are."""
+        return (0, 1) if self.mesh is None else (self.mesh.get_local_rank("dp"), self.mesh["dp"].size())
+
+    def of_all(self, x: T) -> list[T]:
+        """What every rank has, in their order; all of them call it."""
+        return [x] if self.mesh is None else cast(MeshStrategy, self.trainer.strategy).world.gather(x)
+
+    @property
+    def beside(self) -> Mapping[str, nn.Module]:
+        """What a checkpoint on a mesh holds beside the model and its optimizer, by name."""
+        return {}
+
     def batch_loss(self, batch: Any) -> Tensor:
-        """Mean loss of a training batch: a scalar, float32."""
+        """Mean loss of a training batch, on a mesh this rank's part of it: a scalar, float32."""
         raise NotImplementedError
 
     def check_mesh(self, sizes: MeshSizes) -> None:
@@ -110,7 +125,12 @@ class RunModule(pl.LightningModule):
         Raises:
             ValueError: it cannot.
         """
-        raise ValueError(f"a mesh must be of a language model, got {type(self).__name__}")
+        raise ValueError(
+            f"a mesh must be of a language model, an image classifier or a speech recogniser, got {type(self).__name__}"
+        )
+
+    def configure_model(self) -> None:
+        """Lightning's hook: over the mesh, where there is one."""
 
     def validated(self) -> Iterable[Metric]:
         """Numbers of the last validation, the one to compare first."""

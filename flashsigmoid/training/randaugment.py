@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional
 
+from .part import Part
+
 # in the order in which a batch is sorted: unchanged, moved, blended with another image, and the rest
 OPERATIONS = (
     "Identity",
@@ -51,10 +53,11 @@ class RandAugment(nn.Module):
         self.num_ops, self.share = num_ops, magnitude / _LARGEST
         self._constants: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(batch, channels, height, width) uint8 into the same."""
+    def forward(self, images: Tensor, part: Part | None = None) -> Tensor:
+        """(batch, channels, height, width) uint8 into the same; of a part of a batch by the draws for the whole."""
+        part = part or Part(0, len(images), len(images))
         for _ in range(self.num_ops):
-            images = self.changed(images, torch.randint(2 * len(OPERATIONS), (len(images),)))
+            images = self.changed(images, part.of(torch.randint(2 * len(OPERATIONS), (part.total,))))
         return images
 
     def changed(self, images: Tensor, drawn: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .checkpoint import WEIGHTS, find_checkpoint, load_config
+from ..distributed.checkpoint import MANIFEST, sha256_of
+from .checkpoint import WEIGHTS, find_checkpoint, load_config, load_weights
 from .run import FREE
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Initial:
     weights: dict[str, Tensor]  # without those of a head
     path: Path  # of the checkpoint
     origin: str  # recipe, checkpoint and a digest of the description; the same for both arms and for all seeds
-    sha256: str  # of the file of the weights
+    sha256: str  # of the file of the weights, or of the manifest of their shards
 
     def load_into(self, model: nn.Module) -> None:
         """Replace all of the model's weights but those of its head.
@@ -70,7 +70,7 @@ def load_encoder(path: str | Path, config: ViTConfig) -> Initial:
         if name not in _OWN and model.get(name) != value:
             raise ValueError(f"model.{name} must be that of the encoder in {path}, {model.get(name)!r}, got {value!r}")
     try:
-        weights = load_file(path / WEIGHTS)
+        weights = load_weights(path)
     except SafetensorError as error:
         raise ValueError(f"init must be a whole checkpoint, got {path}: {error}") from error
     prefix = f"{ENCODER}."
@@ -78,8 +78,7 @@ def load_encoder(path: str | Path, config: ViTConfig) -> Initial:
         weights = {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
     else:
         weights = {name: x for name, x in weights.items() if not name.startswith(_HEAD)}
-    with (path / WEIGHTS).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(path / (WEIGHTS if (path / WEIGHTS).is_file() else MANIFEST))
     return Initial(weights, path, f"{sections['run']['name']} {path.name} {_description(sections)}", digest)
 
 

@@ -33,6 +33,7 @@ def _serve(rank: int, size: int, device: str, store: str | None, pipe: Any) -> N
     torch.set_num_threads(1)
     # what is received into is poisoned first, as every test has it
     importlib.import_module("torch._dynamo.trace_rules").get_torch_obj_rule_map()
+    importlib.import_module("torch.utils._device")._device_constructors()  # else torch.device("meta") passes them over
     for owner, name in conftest.ALLOCATORS:
         setattr(owner, name, conftest.poisoned(getattr(owner, name)))
     if device == "cuda":

@@ -1,0 +1,142 @@
+"""Data parallel beyond language: which items of a micro-batch a rank has, and what it takes of draws for all of them.
+
+Laying a model over the ranks is distributed/plans.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from ..distributed.context_parallel import unshard
+from ..distributed.processes import MeshSizes
+
+NO_LABEL = -100  # of an image that fills up a validation batch: torch's cross entropy leaves it out
+
+
+@dataclass(frozen=True)
+class Part:
+    """Items `start` to `start + count` of the `total` of a micro-batch; without a mesh that is all of them."""
+
+    start: int
+    count: int
+    total: int
+    mesh: DeviceMesh | None = None  # the axis "dp"
+
+    @property
+    def weight(self) -> float:
+        """Of a mean over this rank's items: the mean over ranks is then the mean over all items."""
+        return 1.0 if self.mesh is None else self.count * self.mesh.size() / self.total
+
+    def of(self, drawn: Tensor, dim: int = 0) -> Tensor:
+        """This rank's items of what every rank drew for all."""
+        return drawn.narrow(dim, self.start, self.count)
+
+    def preceded(self, x: Tensor) -> Tensor:
+        """x, (count, ...), behind the item before it, of the first rank the last of all. No gradient passes."""
+        if self.mesh is None:
+            return torch.cat([x[-1:], x])
+        before = self.mesh.get_local_rank() - 1
+        last = unshard(x[-1:], self.mesh, dim=0, order="contiguous")
+        return torch.cat([last[before:][:1], x])
+
+
+def part_of(count: int, counts: Sequence[int], mesh: DeviceMesh | None) -> Part:
+    """The part of a rank with `count` items, where the ranks along dp have `counts`."""
+    rank = 0 if mesh is None else mesh.get_local_rank()
+    return Part(sum(counts[:rank]), count, sum(counts), mesh)
+
+
+def check_data_parallel(run: Any, sizes: MeshSizes) -> None:
+    """Whether a run whose items are images or utterances can be trained on a mesh of these sizes.
+
+    Raises:
+        ValueError: cp or tp above 1, compile on several ranks, or a batch that dp does not divide.
+    """
+    if sizes.cp * sizes.tp > 1:
+        raise ValueError(f"cp and tp must be 1 where no language model is trained, got {sizes}")
+    if run.compile and sizes.dp > 1:
+        raise ValueError(f"compile must be False on several ranks where no language model is trained, got {sizes}")
+    if run.batch % sizes.dp:
+        raise ValueError(f"batch must be a multiple of dp={sizes.dp}, got {run.batch}")
+
+
+def val_numbers(count: int, batch: int, rank: int, ranks: int) -> tuple[range, int]:
+    """Of `count` validation items those of a rank, and how many batches of no items it has behind its own.
+
+    FSDP2 gathers weights at every forward, so all ranks need as many.
+    """
+    mine, most = range(rank, count, ranks), -(-count // ranks)
+    return mine, -(-most // batch) - -(-len(mine) // batch)
+
+
+def agree_on_skipped(module: Any) -> None:
+    """Have a module's data take what other ranks left out as left out."""
+    for skipped in module.of_all(module.data.skipped):
+        module.data.skip(skipped)
+
+
+@contextmanager
+def own_draws(device: torch.device, *key: int) -> Iterator[None]:
+    """Random draws that the key decides alone, and none of the training's."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        yield
+
+
+def here(x: Tensor) -> Tensor:
+    """What this rank has of a tensor, in place."""
+    return x.to_local().detach() if isinstance(x, DTensor) else x
+
+
+class BatchNormOfParts(nn.BatchNorm1d):
+    """torch's BatchNorm1d without parameters, whose mean and variance are those of all ranks' items, on any device.
+
+    Args:
+        like: the norm of the whole.
+        part: of the current micro-batch.
+    """
+
+    def __init__(self, like: nn.BatchNorm1d, part: Callable[[], Part]) -> None:
+        super().__init__(like.num_features, like.eps, like.momentum, affine=False)
+        self.part = part
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(count, channels)."""
+        if not self.training:
+            return super().forward(input)
+        part, x = self.part(), input.float()
+        running: Any = self
+        mean = _Summed.apply(x.sum(0), part.mesh) / part.total
+        variance = _Summed.apply((x - mean).square().sum(0), part.mesh) / part.total
+        with torch.no_grad():
+            running.num_batches_tracked += 1
+            running.running_mean.lerp_(mean, self.momentum)
+            running.running_var.lerp_(variance * (part.total / max(1, part.total - 1)), self.momentum)
+        return ((x - mean) * (variance + self.eps).rsqrt()).to(input.dtype)
+
+
+class _Summed(torch.autograd.Function):
+    """The sum over ranks, of which each rank's loss is a function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        total = x.clone()
+        dist.all_reduce(total, group=mesh.get_group())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        total = grad_outputs[0].clone()
+        dist.all_reduce(total, group=ctx.mesh.get_group())
+        return total, None

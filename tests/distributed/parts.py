@@ -1,0 +1,180 @@
+"""What a rank does in the tests of data parallel: train on few images, or utterances, with something wrong if asked."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import soundfile
+from distributed.runs import stopped_at
+from PIL import Image
+
+from flashsigmoid.models.speech import SpeechConfig
+from flashsigmoid.models.vision import ViTConfig
+from flashsigmoid.training import classification, ctc, module, part
+from flashsigmoid.training.audio import AudioConfig, SpecAugmentConfig
+from flashsigmoid.training.augment import AugmentConfig
+from flashsigmoid.training.callbacks import Interrupted
+from flashsigmoid.training.classification import ImageRun
+from flashsigmoid.training.ctc import SpeechRun
+from flashsigmoid.training.images import ImageConfig
+from flashsigmoid.training.optim import OptimConfig
+from flashsigmoid.training.run import Run
+
+
+def images(path: Path) -> Path:
+    """40 images of 14 x 14 to train on, an epoch of two steps and a half, and 21 to validate."""
+    draw = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for name, count in (("train", 40), ("val", 21)):
+        arrays[f"{name}_images"] = draw.integers(0, 256, (count, 14, 14, 3), np.uint8)
+        arrays[f"{name}_labels"] = draw.permutation(np.arange(count) % 5)
+    np.savez(path, **arrays)
+    return path
+
+
+def image_run(path: Path, **changes: Any) -> ImageRun:
+    """Everything that is drawn, an average, micro-batches, a b of all heads that is learned."""
+    sizes: dict[str, Any] = {"img_size": 14, "patch_size": 7, "dim": 16, "depth": 2, "nheads": 2}
+    vit = ViTConfig(
+        name="vit_tiny_patch16_224", num_classes=5, layer_scale=0.1, drop_path=0.3, bias_mode="learnable", **sizes
+    )
+    fields: dict[str, Any] = {
+        "name": "few images",
+        "model": vit,
+        "data": ImageConfig(source="npz", root=str(path)),
+        "augment": AugmentConfig(crop=(0.5, 1.0), flip=True, randaugment=2, mixup=0.8, cutmix=1.0),
+        "optim": OptimConfig(lr=3e-3, warmup=2),
+        "label_smoothing": 0.1,
+        "ema": 0.9,
+        "steps": 8,
+        "batch": 8,
+        "accumulate": 2,
+        "val_every": 4,
+        "save_every": 2,
+        "log_every": 1,
+        "attention_snapshots": 2,
+    }
+    return ImageRun(**(fields | changes))
+
+
+def corrupt_folder(root: Path) -> Path:
+    """The same as PNGs in a folder, of which four, in one class, are none."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 10)):
+        for number in range(count):
+            path = root / split / "ab"[number % 2] / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 256, (14, 14, 3), np.uint8)).save(path)
+    for number in (0, 4, 10, 16):
+        (root / "train/a" / f"{number:02}.png").write_bytes(b"no image")
+    (root / "val/b/03.png").write_bytes(b"none either")
+    return root
+
+
+def speech(folder: Path) -> Path:
+    """20 utterances to train on, 13 to validate, of many lengths; the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, lines = np.random.default_rng(0), ["split\tpath\ttext"]
+    for number in range(33):
+        samples = 0.1 * draw.standard_normal(int(16_000 * draw.uniform(0.5, 1.2)))
+        soundfile.write(folder / f"{number:02}.wav", samples, 16_000, subtype="PCM_16")
+        text = "".join(draw.choice(list("ABC"), draw.integers(2, 6)))
+        lines.append(f"{'train' if number < 20 else 'val'}\t{number:02}.wav\t{text}")
+    (folder / "manifest.tsv").write_text("\n".join(lines) + "\n")
+    return folder / "manifest.tsv"
+
+
+def speech_run(manifest: Path, **changes: Any) -> SpeechRun:
+    """SpecAugment, CAPE and micro-batches; no dropout, whose masks are a rank's own."""
+    model = changes.pop("model", {})
+    data = AudioConfig(source="manifest", root=str(manifest), mels=20, characters="ABC", on_corrupt="skip")
+    fields: dict[str, Any] = {
+        "name": "few utterances",
+        "model": SpeechConfig(vocab_size=4, seqlen=30, nlayers=2, dim=16, nheads=2, mels=20, **model),
+        "data": data,
+        "augment": SpecAugmentConfig(),
+        "optim": OptimConfig(lr=3e-3, warmup=2),
+        "steps": 6,
+        "batch": 4,
+        "accumulate": 2,
+        "val_every": 3,
+        "save_every": 3,
+        "log_every": 1,
+    }
+    return SpeechRun(**(fields | changes))
+
+
+def train(port: int, run: Run, out_dir: Path, fault: str = "", **options: Any) -> dict[str, Any]:
+    """Train as one rank of a crew: {"results" or "error", "err": what was printed to stderr}."""
+    os.environ["MASTER_PORT"] = str(port)
+    err, answer = io.StringIO(), {}
+    show = stopped_at(3) if fault == "SIGTERM" else lambda progress: None
+    with contextlib.redirect_stderr(err), planted(fault):
+        try:
+            answer["results"] = run.train(out_dir, device="cpu", show=show, command="test", **options)
+        except Interrupted as stop:
+            answer["error"] = f"Interrupted {stop.code} {stop.step}"
+        except (Exception, SystemExit) as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+    return {**answer, "err": err.getvalue()}
+
+
+def as_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have this process be what a launcher started alone."""
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+
+
+@contextmanager
+def planted(fault: str) -> Iterator[None]:
+    """Something that goes wrong, on rank 1 or on all."""
+    patch: Any = contextlib.nullcontext()
+    if os.environ.get("RANK") == "1":
+        if fault == "others-part":  # it reads what rank 0 reads
+            order = classification._Order
+            first = lambda run, data, start, *place: order(run, data, start, 0, 2)  # noqa: E731
+            patch = mock.patch.object(classification, "_Order", first)
+        elif fault == "others-draws":
+            patch = mock.patch.object(part.Part, "of", lambda self, drawn, dim=0: drawn.narrow(dim, 0, self.count))
+        elif fault == "others-utterances":
+            utterances = ctc._Order
+            theirs = lambda seed, count, start, batch, *place: utterances(seed, count, start, batch, 0, 2)  # noqa: E731
+            patch = mock.patch.object(ctc, "_Order", theirs)
+    if fault == "own-characters":  # each rank divides by those of its utterances
+        share = ctc.SpeechModule._share
+
+        def own(self: Any, batch: Any) -> int:
+            share(self, batch)
+            return 2 * int(batch.characters.sum())
+
+        patch = mock.patch.object(ctc.SpeechModule, "_share", own)
+    if fault == "summed":  # gradients of all ranks, where their mean is due
+        clip = module.clip_grad_norm
+
+        def summed(parameters: Any, largest: float) -> Any:
+            parameters = [parameter for parameter in parameters if parameter.grad is not None]
+            for parameter in parameters:
+                parameter.grad *= int(os.environ["WORLD_SIZE"])
+            return clip(parameters, largest)
+
+        patch = mock.patch.object(module, "clip_grad_norm", summed)
+    with patch:
+        yield
+
+
+def reads(ranks: int, run: ImageRun, data: Any, batches: int) -> list[list[int]]:
+    """Numbers of the images of the first micro-batches, from all ranks."""
+    orders = [classification._Order(run, data, 0, rank, ranks) for rank in range(ranks)]
+    return [[*itertools.chain(*each)] for each in itertools.islice(zip(*orders, strict=True), batches)]
