@@ -103,8 +103,8 @@ def paper_speech_255m() -> SpeechRun:
 
     Paper: arXiv:2409.04431, its runs on speech; what it does not state (rates, epochs, masks) is ours. Command:
     flashsigmoid train paper_speech_255m --set data.root=FOLDER that holds train-clean-100, train-clean-360,
-    train-other-500 and dev-clean. Hardware: GPUs of 80 GB, eight of them by --mesh dp=8; on one it takes weeks. Wall
-    time: not yet measured. Expected: not yet measured (paper: parity with softmax).
+    train-other-500 and dev-clean. Hardware: GPUs of 80 GB, eight of them by --mesh dp=8; on one it takes weeks.
+    Wall time: not yet measured. Expected: not yet measured (paper: parity with softmax).
     """
     return SpeechRun(
         name="paper_speech_255m",

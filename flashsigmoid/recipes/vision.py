@@ -394,7 +394,7 @@ def paper_simclr_vit_b16() -> ContrastiveRun:
     Paper: arXiv:2409.04431, figure of the self-supervised runs; what it does not state (rates, temperature, batch) is
     MoCo v3's, arXiv:2104.02057. Images are compared within a micro-batch of 512. Command: flashsigmoid train
     paper_simclr_vit_b16 --set data.root=FOLDER with train/CLASS/*, val/CLASS/*. Hardware: 1 GPU of 80 GB, where it
-    takes weeks: training does not shard over devices yet. Wall time: not yet measured. Expected: not yet measured
+    takes weeks: pretraining does not shard over devices yet. Wall time: not yet measured. Expected: not yet measured
     (paper: parity with softmax).
     """
     return ContrastiveRun(

@@ -268,9 +268,10 @@ def _ours(module: pl.LightningModule) -> RunModule:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Without Lightning's announcements, and without two warnings of its own making.
+    """Without Lightning's announcements, without two warnings of its own making, and without one of FSDP2.
 
-    One says that a GPU stays unused although the CPU was asked for, one that Lightning still uses torch's LeafSpec.
+    One says that a GPU stays unused although the CPU was asked for, one that Lightning still uses torch's LeafSpec, and
+    one that logits, which no loss of ours changes in place, must not be changed in place.
     """
     logger = logging.getLogger("pytorch_lightning")
     level = logger.level
@@ -278,6 +279,7 @@ def quiet_lightning() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="GPU available but not used")
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
             yield
     finally:
