@@ -179,23 +179,22 @@ def load_whole(
     Raises:
         ValueError: other tensors than those of the model.
     """
-    names = parameter_names(model, optimizer)
+    names, parameters = parameter_names(model, optimizer), dict(model.named_parameters())
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
-    moments = {names[i]: of_one for i, of_one in state["state"].items()}
-    options, whole = StateDictOptions(full_state_dict=True), cast(dict[str, Any], weights)
+    moments = {names[i]: _of(parameters[names[i]], of_one) for i, of_one in state["state"].items()}
+    options = StateDictOptions(full_state_dict=True)
     try:
         set_state_dict(
             model,
             optimizer,
-            model_state_dict=whole,
-            optim_state_dict={"state": moments, "param_groups": groups},
+            model_state_dict=cast(Any, shaped(weights, model)),
+            optim_state_dict=cast(Any, {"state": moments, "param_groups": groups}),
             options=options,
         )
         for name, other in others.items():
-            own: dict[str, Any] = {
-                key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")
-            }
-            set_model_state_dict(other, own, options=options)
+            prefix = f"{name}."
+            own = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+            set_model_state_dict(other, cast(Any, shaped(own, other)), options=options)
     except RuntimeError as error:
         raise ValueError(f"a checkpoint must fit the model, got another: {error}") from error
 
@@ -207,12 +206,24 @@ def one_process_state(model: nn.Module, optimizer: torch.optim.Optimizer, path: 
         model, optimizer: of one process, the optimizer fresh.
         path: of the checkpoint.
     """
-    moments = load_tensors(path, "optim.")
+    moments, parameters = load_tensors(path, "optim."), dict(model.named_parameters())
     state: dict[int, dict[str, Tensor]] = {}
     for i, name in enumerate(parameter_names(model, optimizer)):
         prefix = f"state.{name}."
-        state[i] = {key.removeprefix(prefix): x for key, x in moments.items() if key.startswith(prefix)}
+        own = {key.removeprefix(prefix): x for key, x in moments.items() if key.startswith(prefix)}
+        state[i] = _of(parameters[name], own)
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _of(parameter: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An optimizer's state of a parameter, its moments in the parameter's shape."""
+    return {key: x if key == "step" else x.reshape(parameter.shape) for key, x in state.items()}
+
+
+def shaped(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors, those of one element in the shape that they have in the model: a scalar is (1,) on a mesh."""
+    shapes = {name: x.shape for name, x in model.state_dict().items() if x.numel() == 1}
+    return {name: x.reshape(shapes[name]) if name in shapes and x.numel() == 1 else x for name, x in tensors.items()}
 
 
 def parameter_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

@@ -22,7 +22,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment  # pyrig
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..distributed.checkpoint import one_process_state
+from ..distributed.checkpoint import one_process_state, shaped
 from ..distributed.plans import clip_grad_norm
 from ..distributed.processes import MeshSizes, Processes, restarts
 from ..record import RECORDS_NAME, RecordWriter, read_records
@@ -224,6 +224,7 @@ class RunModule(pl.LightningModule):
         if (path := checkpoint.pop(SHARDED, None)) is not None:  # of a mesh
             state = one_process_state(self.model, self.configure_optimizers(), path)
             checkpoint["optimizer_states"] = [state]
+            checkpoint["state_dict"] = shaped(checkpoint["state_dict"], self)
         ours: dict[str, Any] = checkpoint["flashsigmoid"]
         self._resumed, self.position = ours, ours["position"]
         self._skips = torch.tensor([ours.get("skipped_steps", 0), 0, 0])
