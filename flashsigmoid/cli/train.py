@@ -57,8 +57,8 @@ def train(
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes.")] = False,
 ) -> None:
     """Train a model by a recipe. Ctrl-C saves a checkpoint, --resume goes on from it."""
-    from ..distributed.cluster import adopt_launcher
     from ..recipes.fields import override
+    from ..training.cluster import adopt_launcher
 
     if list_recipes:
         recipes, missing = find_recipes()

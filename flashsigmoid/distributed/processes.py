@@ -74,7 +74,7 @@ def parse_mesh(text: str) -> MeshSizes:
 
 
 def is_launched() -> bool:
-    """Whether a launcher (torchrun, `launch`, or one of `cluster`) started this process as one of several."""
+    """Whether a launcher (torchrun, `launch`, one of training.cluster) started this process as one of several."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
 
 

@@ -17,10 +17,10 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..distributed import checkpoint as sharded
-from ..distributed.cluster import adopt_launcher
 from ..distributed.plans import AXES
 from ..distributed.processes import MeshSizes, Processes, is_launched, parse_mesh, processes
 from .checkpoint import CONFIG, TRAINER, WEIGHTS, load_trainer, load_weights
+from .cluster import adopt_launcher
 
 
 class MeshStrategy(ModelParallelStrategy):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from distributed.runs import far, free_port, losses
 
-from flashsigmoid.distributed.cluster import adopt_launcher
+from flashsigmoid.training.cluster import adopt_launcher
 
 ROOT = Path(__file__).parents[2]
 STEP = {

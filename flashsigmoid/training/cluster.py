@@ -12,7 +12,7 @@ from pytorch_lightning.plugins.environments import (
     SLURMEnvironment,  # pyright: ignore[reportPrivateImportUsage]
 )
 
-from .processes import is_launched
+from ..distributed.processes import is_launched
 
 _SRUN = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
 _MASTER = ("MASTER_ADDR", "MASTER_PORT")
