@@ -26,8 +26,9 @@ from ..diagnostics.probes import probe_attention
 from ..models.gpt import GPTConfig
 from ..record import Record, RecordFile, RecordWriter, command_line, read_records
 from ..training.callbacks import Progress, Show, show_line
-from ..training.optim import OptimConfig, adamw, lr_at
+from ..training.optim import OptimConfig, lr_at
 from . import load
+from .steps import Steps
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Draw = Callable[[int], tuple[Tensor, Tensor]]  # step -> inputs and targets, best on the model's device
@@ -115,7 +116,7 @@ class Bench:
     ) -> None:
         """Train a model, recording train/loss ten times; stop at a loss that is not finite.
 
-        No other step waits for the device.
+        No other step waits for the device. On an NVIDIA GPU steps are CUDA graphs (`steps.Steps`).
 
         Args:
             model: on the device; in bfloat16 under autocast on a GPU, its parameters in float32.
@@ -125,7 +126,9 @@ class Bench:
             unit: of the loss. Default: nats.
             at: called before step 0, about ten times between, and after the last step, with the number of steps done.
         """
-        optimizer = adamw(model, budget.optim)
+        steps = Steps(
+            model, lambda inputs, targets: loss(self.logits(model, inputs), targets), budget.optim, self.device
+        )
         looks = {round(budget.steps * share / 10) for share in range(11)}
         for step in range(budget.steps + 1):
             if at is not None and step in looks:
@@ -135,18 +138,12 @@ class Bench:
             start = time.perf_counter()
             model.train()
             inputs, targets = (x.to(self.device, non_blocking=True) for x in draw(step))
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, budget.steps, budget.optim)
-            lost = loss(self.logits(model, inputs), targets)
-            optimizer.zero_grad(set_to_none=True)
-            lost.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), budget.clip)
-            optimizer.step()
+            lost = steps(inputs, targets, lr_at(step, budget.steps, budget.optim))
             done = step + 1
             if done not in looks:
                 self.spent_s += time.perf_counter() - start
                 continue
-            value = float(lost.detach())  # waits for the device, so that the clock is right
+            value = float(lost)  # waits for the device, so that the clock is right
             self.spent_s += time.perf_counter() - start
             self.writer.write("train/loss", value, unit=unit, step=done, **self._stage())
             self._tell(done, budget.steps, {"train/loss": value}, done == budget.steps)
