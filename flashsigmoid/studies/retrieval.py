@@ -32,7 +32,7 @@ class Difficulty:
 
 
 QUICK = Budget(steps=1200, batch=32, seqlen=32, lr=1e-3, weight_decay=0.0)
-FULL = Budget(steps=8000, batch=64, seqlen=128, lr=2e-3, weight_decay=0.0)
+FULL = Budget(steps=8000, batch=64, seqlen=128, lr=1e-3, weight_decay=0.0)
 QUICK_ASKED = Difficulty(each=16, trained_pairs=8, pairs=(4, 8, 16), samples=128)
 FULL_ASKED = Difficulty(each=64, trained_pairs=16, pairs=(4, 8, 16, 32, 64), samples=1024)
 
