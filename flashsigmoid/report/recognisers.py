@@ -70,12 +70,15 @@ def long_rows(arm: Arm, arms: Sequence[Arm]) -> dict[str, str]:
 def position_rows(path: str | Path) -> list[dict[str, str]]:
     """One row per folder in a folder, each with the runs of both arms by one position encoding: column name -> text.
 
+    An arm that differs in more than its attention is left out.
+
     Raises:
         ValueError: it has none, or records that cannot be read.
     """
     rows: list[dict[str, str]] = []
     for folder in sorted(each for each in Path(path).iterdir() if each.is_dir()):
-        arms = sorted(group_arms(load_runs([folder])), key=lambda arm: str(arm.settings["attention"]))
+        every = sorted(group_arms(load_runs([folder])), key=lambda arm: str(arm.settings["attention"]))
+        arms = [arm for arm in every if arm.label == arm.settings["attention"]]
         rows.append({"positions": folder.name, "seeds": str(len(arms[0].runs)), "character errors": _both(arms, CER)})
         rows[-1]["word errors"] = _both(arms, WER)
         by_arm = [long_rows(arm, arms) for arm in arms]

@@ -15,7 +15,7 @@ recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys()
 def test_a_pair_differs_in_one_field(recipe) -> None:
     run = recipe()
     assert run.model.attention == "sigmoid"
-    assert run.model.sigmoid_bias is None
+    assert (run.model.sigmoid_bias is None) == (not run.model.out_norm)  # -log n but with the norm
     a, b = run.settings(), run.with_attention("softmax").settings()
     assert {key for key in a if a[key] != b[key]} == {"attention"}
     assert a["recipe"] == run.name

@@ -138,6 +138,8 @@ def test_a_row_for_each_position_encoding(tmp_path) -> None:
             with RecordWriter(folder / "long-audio.jsonl", {}) as writer:
                 for factor in (1, 2):
                     writer.write("long/cer", cer * factor, factor=factor)
+    # an arm of something else beside the pair
+    make(tmp_path / "alibi" / "normed" / "seed-0", 0.05, attention="sigmoid", position="alibi", out_norm=True)
     assert [list(row.values()) for row in position_rows(tmp_path)] == [
         ["alibi", "1", "15.0% ± 3.0% / 10.0% ± 3.0%", "30.0% ± 6.0% / 20.0% ± 6.0%", "30.0% / 20.0%"],
         ["rope", "1", "20.0% ± 3.0% / 30.0% ± 3.0%", "40.0% ± 6.0% / 60.0% ± 6.0%", "40.0% / 60.0%"],
