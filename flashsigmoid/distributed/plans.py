@@ -185,13 +185,13 @@ def parallelize(
 
 
 def parallelize_data(model: nn.Module, mesh: DeviceMesh, *, trains: bool = True) -> nn.Module:
-    """Any model with .blocks over the axis "dp", in place: every weight, gradient and optimizer state, block by block.
+    """Any model that has .blocks, or whose modules have, over the axis "dp", in place: every weight, gradient and optimizer state, block by block.
 
     Parameters without a dimension become tensors of one element, as FSDP2 takes no scalars. Each process calls it with
     its part of the batch and takes the mean loss of that; gradients are means over dp.
 
     Args:
-        model: a Vision Transformer of timm, a `models.speech.SpeechEncoder`.
+        model: a Vision Transformer of timm, or what contains one, a `models.speech.SpeechEncoder`.
         mesh: with the axes "dp", "cp" and "tp", the last two of size 1.
         trains: False: it has no backward, after which weights outside of blocks would be given up. Default: True.
 
@@ -289,7 +289,7 @@ def check_compiled(tp: int, cp: int, recompute: Recompute) -> None:
 
 def _shard_weights(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
     """FSDP2 of every block, and of what is left."""
-    for block in cast(Any, model).blocks:
+    for block in [block for part in model.modules() for block in getattr(part, "blocks", ())]:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     return model

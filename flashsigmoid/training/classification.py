@@ -30,12 +30,12 @@ from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .optim import adamw
 from .part import (
     NO_LABEL,
-    BatchNormOfParts,
     Part,
     agree_on_skipped,
     check_data_parallel,
     here,
     part_of,
+    share_batch_norm,
     val_numbers,
 )
 from .run import Run, check_cuda_graphs, check_snapshots
@@ -320,9 +320,8 @@ class ClassificationModule(ImageModule):
             return
         model: Any = self.model
         if self.mesh is not None:
-            share_drop_path(model, lambda: (self._part.start, self._part.total))
-            if self.run.head_norm:
-                model.head[0] = BatchNormOfParts(model.head[0], lambda: self._part)
+            share_drop_path(model, lambda: (self._part.start, self._part.count, self._part.total))
+            share_batch_norm(model, lambda: self._part)
         parallelize_data(model, mesh)
         if self.average is not None:
             parallelize_data(self.average.module, mesh, trains=False)

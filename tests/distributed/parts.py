@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,19 +16,23 @@ from unittest import mock
 import numpy as np
 import pytest
 import soundfile
+import torch
 from distributed.runs import stopped_at
 from PIL import Image
 
 from flashsigmoid.models.speech import SpeechConfig
 from flashsigmoid.models.vision import ViTConfig
-from flashsigmoid.training import classification, ctc, module, part
+from flashsigmoid.training import classification, ctc, masked, module, part
 from flashsigmoid.training.audio import AudioConfig, SpecAugmentConfig
-from flashsigmoid.training.augment import AugmentConfig
+from flashsigmoid.training.augment import AugmentConfig, ViewsConfig
 from flashsigmoid.training.callbacks import Interrupted
 from flashsigmoid.training.classification import ImageRun
+from flashsigmoid.training.contrastive import ContrastiveRun
 from flashsigmoid.training.ctc import SpeechRun
 from flashsigmoid.training.images import ImageConfig
+from flashsigmoid.training.masked import MaskedRun
 from flashsigmoid.training.optim import OptimConfig
+from flashsigmoid.training.pretraining import PretrainingRun
 from flashsigmoid.training.run import Run
 
 
@@ -65,6 +70,20 @@ def image_run(path: Path, **changes: Any) -> ImageRun:
         "attention_snapshots": 2,
     }
     return ImageRun(**(fields | changes))
+
+
+def pretraining_run(path: Path, method: str, **changes: Any) -> PretrainingRun:
+    """As `image_run`, without labels: "simclr", "byol" or "mae"; 21 images to validate, so that a batch has one."""
+    like, patch = image_run(path), 7 if method != "mae" else 2
+    vit = replace(like.model, num_classes=0, patch_size=patch, bias_mode="fixed" if method == "mae" else "learnable")
+    names = ("name", "data", "optim", "accumulate", "batch", "val_every", "save_every", "log_every")
+    fields: dict[str, Any] = {name: getattr(like, name) for name in names}
+    fields |= {"model": vit, "steps": 8, "attention_snapshots": 2, "knn_images": 30, "knn_k": 5}
+    if method == "mae":
+        return MaskedRun(**(fields | {"decoder_dim": 16, "decoder_depth": 1, "decoder_nheads": 2} | changes))
+    views = ViewsConfig(blur=(0.5, 0.1), solarize=(0.0, 0.2))
+    fields |= {"method": method, "views": views, "projection_hidden": 24, "projection_dim": 8, "momentum": 0.9}
+    return ContrastiveRun(**(fields | changes))
 
 
 def corrupt_folder(root: Path) -> Path:
@@ -160,6 +179,24 @@ def planted(fault: str) -> Iterator[None]:
             return 2 * int(batch.characters.sum())
 
         patch = mock.patch.object(ctc.SpeechModule, "_share", own)
+    if fault == "own-features":  # each rank compares its images with its own only
+        patch = mock.patch.object(part.Part, "whole", lambda self, x: x)
+    elif fault == "own-statistics":
+
+        def share(model: Any, part: Any) -> None:
+            return None
+
+        patch = mock.patch.multiple("flashsigmoid.training.pretraining", share_batch_norm=share)
+    elif fault == "own-masks":  # each rank draws for as many images as it has
+        draw = masked._mask
+
+        def halves(batch: int, encoder: Any, ratio: float) -> Any:
+            drawn = draw(batch // 2, encoder, ratio)
+            return tuple(torch.cat([x, x]) for x in drawn) if batch > 1 else draw(batch, encoder, ratio)
+
+        patch = mock.patch.object(masked, "_mask", halves)
+    elif fault == "still-target":  # it stays as it began
+        patch = mock.patch("flashsigmoid.training.contrastive.here", lambda x: x.to_local().detach().clone())
     if fault == "summed":  # gradients of all ranks, where their mean is due
         clip = module.clip_grad_norm
 
