@@ -185,7 +185,9 @@ def parallelize(
 
 
 def parallelize_data(model: nn.Module, mesh: DeviceMesh, *, trains: bool = True) -> nn.Module:
-    """Any model that has .blocks, or whose modules have, over the axis "dp", in place: every weight, gradient and optimizer state, block by block.
+    """Any model over the axis "dp", in place: every weight, gradient and optimizer state, block by block.
+
+    Blocks are those of its attribute .blocks, or of its modules'.
 
     Parameters without a dimension become tensors of one element, as FSDP2 takes no scalars. Each process calls it with
     its part of the batch and takes the mean loss of that; gradients are means over dp.

@@ -200,7 +200,9 @@ def test_images_of_one_channel_are_jittered_too() -> None:
 def test_a_blur_is_torchvisions_away_from_the_rim_and_keeps_a_colour() -> None:
     x = images(size=40).float() / 255.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashsigmoid.training.augment._uniform", lambda x, low, high, part: torch.full((len(x), 1, 1, 1), 1.5))
+        patch.setattr(
+            "flashsigmoid.training.augment._uniform", lambda x, low, high, part: torch.full((len(x), 1, 1, 1), 1.5)
+        )
         out = blurred(x)
         assert_rounded(blurred(torch.full_like(x, 0.3)), torch.full_like(x, 0.3), 2 * 23)
     expected = functional.gaussian_blur(x, [23, 23], [1.5, 1.5])
