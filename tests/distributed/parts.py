@@ -93,11 +93,12 @@ def pretraining_run(path: Path, method: str, **changes: Any) -> PretrainingRun:
     )  # fmt: skip
     names = ("name", "data", "optim", "accumulate", "batch", "val_every", "save_every", "log_every")
     fields: dict[str, Any] = {name: getattr(like, name) for name in names}
-    fields |= {"model": vit, "steps": 8, "attention_snapshots": 2, "knn_images": 30, "knn_k": 5}
+    fields.update(model=vit, steps=8, attention_snapshots=2, knn_images=30, knn_k=5)
     if is_masked:
-        return MaskedRun(**(fields | {"decoder_dim": 16, "decoder_depth": 1, "decoder_nheads": 2} | changes))
+        fields.update(decoder_dim=16, decoder_depth=1, decoder_nheads=2)
+        return MaskedRun(**(fields | changes))
     views = ViewsConfig(blur=(0.5, 0.1), solarize=(0.0, 0.2))
-    fields |= {"method": method, "views": views, "projection_hidden": 24, "projection_dim": 8, "momentum": 0.9}
+    fields.update(method=method, views=views, projection_hidden=24, projection_dim=8, momentum=0.9)
     return ContrastiveRun(**(fields | changes))
 
 
@@ -231,7 +232,7 @@ def planted(fault: str) -> Iterator[None]:
     if fault == "own-features":  # each rank compares its images with its own only
         patch = mock.patch.object(part.Part, "whole", lambda self, x: x)
     elif fault == "own-statistics":
-        patch = mock.patch.object(pretraining, "share_batch_norm", lambda model, part: None)
+        patch = mock.patch.object(pretraining, "share_batch_norm")
     elif fault == "own-masks":  # each rank draws for as many images as it has
         draw = masked._mask
 
