@@ -144,14 +144,19 @@ class ImageModule(RunModule):
         return self.model
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A function of tensors, compiled for training if the run asks for it.
+        """A function of tensors, compiled for training if the run asks for it; on a mesh blocks are, and not this.
 
         Validations take it as it is: at their batches, and in their mode, it would be compiled again.
         """
         if not self.run.compile:
             return function
         fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if self.run.cuda_graphs else None)
-        return lambda *tensors: (fast if self.training else function)(*tensors)
+        return lambda *tensors: (fast if self.training and self.mesh is None else function)(*tensors)
+
+    @property
+    def compiled_blocks(self) -> Callable[[], bool] | None:
+        """Of `parallelize_data`: when blocks are compiled."""
+        return (lambda: self.training) if self.run.compile else None
 
     def train_dataloader(self) -> Feed:
         """Training batches without an end; where they begin is read when they do, after a checkpoint is restored."""
@@ -322,7 +327,7 @@ class ClassificationModule(ImageModule):
         if self.mesh is not None:
             share_drop_path(model, lambda: (self._part.start, self._part.count, self._part.total))
             share_batch_norm(model, lambda: self._part)
-        parallelize_data(model, mesh)
+        parallelize_data(model, mesh, compiled=self.compiled_blocks)
         if self.average is not None:
             parallelize_data(self.average.module, mesh, trains=False)
 

@@ -79,12 +79,12 @@ def check_data_parallel(run: Any, sizes: MeshSizes) -> None:
     """Whether a run whose items are images or utterances can be trained on a mesh of these sizes.
 
     Raises:
-        ValueError: cp or tp above 1, compile on several ranks, or a batch that dp does not divide.
+        ValueError: cp or tp above 1, cuda_graphs on several ranks, or a batch that dp does not divide.
     """
     if sizes.cp * sizes.tp > 1:
         raise ValueError(f"cp and tp must be 1 where no language model is trained, got {sizes}")
-    if run.compile and sizes.dp > 1:
-        raise ValueError(f"compile must be False on several ranks where no language model is trained, got {sizes}")
+    if run.cuda_graphs and sizes.dp > 1:
+        raise ValueError(f"cuda_graphs must be False on several ranks, whose exchanges no graph holds, got {sizes}")
     if run.batch % sizes.dp:
         raise ValueError(f"batch must be a multiple of dp={sizes.dp}, got {run.batch}")
 

@@ -133,7 +133,7 @@ class PretrainingModule(ImageModule):
             if self.mesh is not None:
                 share_drop_path(model, lambda: (self._part.start, self._part.count, self._part.total))
                 share_batch_norm(model, lambda: self._part)
-            parallelize_data(model, mesh, trains=model is self.model)
+            parallelize_data(model, mesh, trains=model is self.model, compiled=self.compiled_blocks)
 
     @contextmanager
     def _whole(self) -> Iterator[None]:

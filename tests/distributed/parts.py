@@ -6,11 +6,12 @@ import contextlib
 import io
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -19,6 +20,7 @@ import soundfile
 import torch
 from distributed.runs import stopped_at
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from flashsigmoid.models.speech import SpeechConfig
 from flashsigmoid.models.vision import ViTConfig
@@ -183,19 +185,23 @@ def speech_run(manifest: Path, **changes: Any) -> SpeechRun:
 
 
 def train(port: int, run: Run, out_dir: Path, fault: str = "", **options: Any) -> dict[str, Any]:
-    """Train as one rank of a crew: {"results" or "error", "err": what was printed to stderr}."""
+    """Train as one rank of a crew: {"results" or "error", "err": what was printed to stderr, "graphs": compiled}."""
     os.environ["MASTER_PORT"] = str(port)
     err, answer = io.StringIO(), {}
     show = stopped_at(3) if fault == "SIGTERM" else lambda progress: None
     quiet = calm() if isinstance(run, PretrainingRun) else contextlib.nullcontext()
-    with contextlib.redirect_stderr(err), planted(fault), quiet:
+    with contextlib.redirect_stderr(err), planted(fault), quiet, warnings.catch_warnings():
+        if cast(Any, run).compile:  # the compiler warns of its own doings
+            warnings.simplefilter("ignore")
+            torch._dynamo.reset()
+        counters.clear()
         try:
             answer["results"] = run.train(out_dir, device="cpu", show=show, command="test", **options)
         except Interrupted as stop:
             answer["error"] = f"Interrupted {stop.code} {stop.step}"
         except (Exception, SystemExit) as error:
             answer["error"] = f"{type(error).__name__}: {error}"
-    return {**answer, "err": err.getvalue()}
+    return {**answer, "err": err.getvalue(), "graphs": counters["stats"]["unique_graphs"]}
 
 
 def as_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,6 +146,16 @@ def test_a_mesh_goes_on_from_one_process(tmp_path, few, ranks, alone, allowed) -
     assert max(apart(out, alone["byol"], allowed["byol"]).values()) <= 1.0, apart(out, alone["byol"], allowed["byol"])
 
 
+def test_compiled_blocks_train_as_one_process(tmp_path, few, ranks) -> None:
+    run = parts.pretraining_run(few, "byol", steps=2, val_every=2, attention_snapshots=0)
+    run = replace(run, model=replace(run.model, drop_path=0.0))
+    allowed = rounding(run, tmp_path / "rounding")
+    answers = ranks.run(parts.train, free_port(), replace(run, compile=True), tmp_path / "two", mesh="dp=2")
+    assert all(answer["graphs"] >= 1 for answer in answers), answers
+    found = apart(tmp_path / "two", tmp_path / "rounding/one", allowed)
+    assert max(found.values()) <= 1.0, found
+
+
 def test_weights_without_a_gradient_go_on_too(tmp_path, few, ranks, allowed) -> None:
     """MAE of a model that pools has a norm before its head which it does not use."""
     run = parts.pretraining_run(few, "mae", attention_snapshots=0)

@@ -84,8 +84,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[lis
         ("demo", "cp=2", ("--set", "recompute=selective")),
         ("demo", "tp=2", ()),
         ("digits", "dp=2", ()),
+        ("digits", "dp=2", ("--set", "compile=True")),
         ("simclr_digits", "dp=2", ()),
         ("an4_sample", "dp=2", ()),
+        ("an4_sample", "dp=2", ("--set", "compile=True", "--set", "pad_frames=300")),
     ],
 )
 def test_two_gpus_train_as_one(
