@@ -87,7 +87,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[lis
         ("digits", "dp=2", ("--set", "compile=True")),
         ("simclr_digits", "dp=2", ()),
         ("an4_sample", "dp=2", ()),
-        ("an4_sample", "dp=2", ("--set", "compile=True", "--set", "pad_frames=300")),
+        ("an4_sample", "dp=2", ("--set", "compile=True", "--set", "pad_frames=360")),
     ],
 )
 def test_two_gpus_train_as_one(
