@@ -143,8 +143,12 @@ def load(
         ValueError: other tensors than those of the model.
     """
     tensors, state = _tensors(model, optimizer, others or {})
+    reader = HuggingFaceStorageReader(str(path))
+    # a parameter that never had a gradient has no moments there, and keeps those of none
+    begun = {name.rpartition(".")[0] for name in reader.read_metadata().state_dict_metadata}
+    tensors["optim"] = {name: x for name, x in tensors["optim"].items() if f"optim.{name}".rpartition(".")[0] in begun}
     try:
-        load_shards(tensors, storage_reader=HuggingFaceStorageReader(str(path)), process_group=world.agreeing)
+        load_shards(tensors, storage_reader=reader, process_group=world.agreeing)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise ValueError(f"a checkpoint must fit the model, got {path}: {cause}") from error
@@ -182,6 +186,9 @@ def load_whole(
     names, parameters = parameter_names(model, optimizer), dict(model.named_parameters())
     groups = [{**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]]
     moments = {names[i]: _of(parameters[names[i]], of_one) for i, of_one in state["state"].items()}
+    kinds = next(iter(state["state"].values()))
+    for name in set(names) - moments.keys():  # it never had a gradient
+        moments[name] = {key: torch.zeros(() if key == "step" else parameters[name].shape) for key in kinds}
     options = StateDictOptions(full_state_dict=True)
     try:
         set_state_dict(

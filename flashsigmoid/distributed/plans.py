@@ -5,7 +5,7 @@ is no training here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -184,16 +184,22 @@ def parallelize(
     return model
 
 
-def parallelize_data(model: nn.Module, mesh: DeviceMesh, *, trains: bool = True) -> nn.Module:
-    """Any model with .blocks over the axis "dp", in place: every weight, gradient and optimizer state, block by block.
+def parallelize_data(
+    model: nn.Module, mesh: DeviceMesh, *, trains: bool = True, compiled: Callable[[], bool] | None = None
+) -> nn.Module:
+    """Any model over the axis "dp", in place: every weight, gradient and optimizer state, block by block.
+
+    Blocks are those of its attribute .blocks, or of its modules'.
 
     Parameters without a dimension become tensors of one element, as FSDP2 takes no scalars. Each process calls it with
     its part of the batch and takes the mean loss of that; gradients are means over dp.
 
     Args:
-        model: a Vision Transformer of timm, a `models.speech.SpeechEncoder`.
+        model: a Vision Transformer of timm, or what contains one, a `models.speech.SpeechEncoder`.
         mesh: with the axes "dp", "cp" and "tp", the last two of size 1.
         trains: False: it has no backward, after which weights outside of blocks would be given up. Default: True.
+        compiled: whether, at a call, the blocks are those of torch.compile, which compiles anew for every shape.
+            Default: never.
 
     Raises:
         ValueError: other axes, or cp or tp above 1.
@@ -210,6 +216,9 @@ def parallelize_data(model: nn.Module, mesh: DeviceMesh, *, trains: bool = True)
                 setattr(module, name, nn.Parameter(parameter.detach().reshape(-1), parameter.requires_grad))
     if mesh.size() == 1:
         return model
+    if compiled is not None:
+        for block in _blocks(model):
+            _compile(block, compiled)
     return _shard_weights(model, mesh["dp"], reshard_after_forward=None if trains else True)
 
 
@@ -289,10 +298,22 @@ def check_compiled(tp: int, cp: int, recompute: Recompute) -> None:
 
 def _shard_weights(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
     """FSDP2 of every block, and of what is left."""
-    for block in cast(Any, model).blocks:
+    for block in _blocks(model):
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     return model
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Of a model, or of its modules."""
+    return [block for part in model.modules() for block in getattr(part, "blocks", ())]
+
+
+def _compile(block: nn.Module, when: Callable[[], bool]) -> None:
+    """Its forward, within the hooks of FSDP2, which are in no graph."""
+    plain = block.forward
+    fast = torch.compile(plain, dynamic=False)
+    block.forward = lambda *args, **options: (fast if when() else plain)(*args, **options)
 
 
 def _check_block(block: Block, tp: int, cp: int) -> None:

@@ -311,23 +311,24 @@ class DropPathOfPart(DropPath):
 
     Args:
         like: the module of one process.
-        place: number of its first image in the batch, and how many that has.
+        place: number of its first image in the batch, how many it has, and how many the batch.
     """
 
-    def __init__(self, like: DropPath, place: Callable[[], tuple[int, int]]) -> None:
+    def __init__(self, like: DropPath, place: Callable[[], tuple[int, int, int]]) -> None:
         super().__init__(like.drop_prob, like.scale_by_keep)
         self.place = place
 
     def forward(self, x: Tensor) -> Tensor:
-        """(images, ...), of which some are zero and the others scaled up."""
+        """(images, ...), or the images of one view after another, of which some are zero and the others scaled up."""
         if not self.training or not self.drop_prob:
             return x
-        start, total = self.place()
-        ones = x.new_ones(total, *(1,) * (x.dim() - 1))
-        return x * drop_path(ones, self.drop_prob, True, self.scale_by_keep)[start : start + len(x)]
+        start, count, total = self.place()
+        ones = x.new_ones(len(x) // count * total, *(1,) * (x.dim() - 1))
+        drawn = drop_path(ones, self.drop_prob, True, self.scale_by_keep)
+        return x * drawn.unflatten(0, (-1, total))[:, start : start + count].flatten(0, 1)
 
 
-def share_drop_path(model: nn.Module, place: Callable[[], tuple[int, int]]) -> None:
+def share_drop_path(model: nn.Module, place: Callable[[], tuple[int, int, int]]) -> None:
     """Put `DropPathOfPart` in the place of every `DropPath` of a model."""
     for module in model.modules():
         for name, child in list(module.named_children()):

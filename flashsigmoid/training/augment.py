@@ -85,7 +85,8 @@ class Views(nn.Module):
 
         view = normalise(solarize(blur(grayscale(jitter(flip(crop(image)))))))
 
-    All draws are torch's, on the device of the images, for each image alone.
+    All draws are torch's, on the device of the images, for each image alone; of a part of a batch they are those for
+    the whole.
 
     Args:
         config: what is drawn.
@@ -96,18 +97,18 @@ class Views(nn.Module):
         super().__init__()
         self.config, self.normalise = config, Normalise(mean, std)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, part: Part | None = None) -> tuple[Tensor, Tensor]:
         """(batch, channels, size, size) uint8 into two of that shape, float32."""
-        first, second = (self._view(images, which) for which in (0, 1))
+        first, second = (self._view(images, which, part) for which in (0, 1))
         return first, second
 
-    def _view(self, images: Tensor, which: int) -> Tensor:
+    def _view(self, images: Tensor, which: int, part: Part | None) -> Tensor:
         config = self.config
-        x = cropped(images, config.crop, config.flip).float() / 255.0
-        x = _some(x, config.jitter_p, lambda x: jittered(x, config.jitter))
-        x = _some(x, config.grayscale, lambda x: grey(x).expand_as(x))
-        x = _some(x, config.blur[which], blurred)
-        x = _some(x, config.solarize[which], lambda x: torch.where(x < 0.5, x, 1.0 - x))
+        x = cropped(images, config.crop, config.flip, part).float() / 255.0
+        x = _some(x, config.jitter_p, lambda x: jittered(x, config.jitter, part), part)
+        x = _some(x, config.grayscale, lambda x: grey(x).expand_as(x), part)
+        x = _some(x, config.blur[which], lambda x: blurred(x, part), part)
+        x = _some(x, config.solarize[which], lambda x: torch.where(x < 0.5, x, 1.0 - x), part)
         return self.normalise.of_floats(x)
 
 
@@ -225,14 +226,14 @@ def grey(x: Tensor) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def jittered(x: Tensor, strengths: tuple[float, float, float, float]) -> Tensor:
+def jittered(x: Tensor, strengths: tuple[float, float, float, float], part: Part | None = None) -> Tensor:
     """Images in [0, 1] with other brightness, contrast, saturation and hue, in this order.
 
     Images of one channel have the first two. Each factor is uniform in [1 - strength, 1 + strength], at least 0. The
     hue turns by up to `strength` of a circle about the grey axis, so that red, green and blue turn into one another
     and grey stays.
     """
-    brightness, contrast, saturation, hue = (_uniform(x, -strength, strength) for strength in strengths)
+    brightness, contrast, saturation, hue = (_uniform(x, -strength, strength, part) for strength in strengths)
     x = (x * (1.0 + brightness).clamp(min=0.0)).clamp(0.0, 1.0)
     mean = grey(x).mean((1, 2, 3), keepdim=True)
     x = (mean + (1.0 + contrast).clamp(min=0.0) * (x - mean)).clamp(0.0, 1.0)
@@ -248,12 +249,12 @@ def jittered(x: Tensor, strengths: tuple[float, float, float, float]) -> Tensor:
     )
 
 
-def blurred(x: Tensor) -> Tensor:
+def blurred(x: Tensor, part: Part | None = None) -> Tensor:
     """Images convolved with a Gaussian whose deviation is uniform in [0.1, 2] pixels; at the rim it has its inner part.
 
     Source: arXiv:2002.05709, appendix A.
     """
-    deviation = _uniform(x, 0.1, 2.0)
+    deviation = _uniform(x, 0.1, 2.0, part)
 
     def kernel(size: int) -> Tensor:
         """(batch, 1, size, size), of which each row sums to 1."""
@@ -265,14 +266,15 @@ def blurred(x: Tensor) -> Tensor:
     return kernel(height) @ x @ kernel(width).mT
 
 
-def _some(x: Tensor, p: float, change: Callable[[Tensor], Tensor]) -> Tensor:
+def _some(x: Tensor, p: float, change: Callable[[Tensor], Tensor], part: Part | None) -> Tensor:
     """Images of which each is changed with probability p."""
-    return torch.where(_uniform(x, 0.0, 1.0) < p, change(x), x) if p else x
+    return torch.where(_uniform(x, 0.0, 1.0, part) < p, change(x), x) if p else x
 
 
-def _uniform(x: Tensor, low: float, high: float) -> Tensor:
-    """A number for every image of x: (batch, 1, 1, 1)."""
-    return low + (high - low) * torch.rand(len(x), 1, 1, 1, device=x.device)
+def _uniform(x: Tensor, low: float, high: float, part: Part | None) -> Tensor:
+    """A number for every image of x, drawn for all of which x is a part: (batch, 1, 1, 1)."""
+    part = part or Part(0, len(x), len(x))
+    return low + (high - low) * part.of(torch.rand(part.total, 1, 1, 1, device=x.device))
 
 
 def _check_crop(crop: tuple[float, ...]) -> None:

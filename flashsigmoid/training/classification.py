@@ -30,12 +30,12 @@ from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .optim import adamw
 from .part import (
     NO_LABEL,
-    BatchNormOfParts,
     Part,
     agree_on_skipped,
     check_data_parallel,
     here,
     part_of,
+    share_batch_norm,
     val_numbers,
 )
 from .run import Run, check_cuda_graphs, check_snapshots
@@ -144,14 +144,19 @@ class ImageModule(RunModule):
         return self.model
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A function of tensors, compiled for training if the run asks for it.
+        """A function of tensors, compiled for training if the run asks for it; on a mesh blocks are, and not this.
 
         Validations take it as it is: at their batches, and in their mode, it would be compiled again.
         """
         if not self.run.compile:
             return function
         fast = torch.compile(function, dynamic=False, mode="reduce-overhead" if self.run.cuda_graphs else None)
-        return lambda *tensors: (fast if self.training else function)(*tensors)
+        return lambda *tensors: (fast if self.training and self.mesh is None else function)(*tensors)
+
+    @property
+    def compiled_blocks(self) -> Callable[[], bool] | None:
+        """Of `parallelize_data`: when blocks are compiled."""
+        return (lambda: self.training) if self.run.compile else None
 
     def train_dataloader(self) -> Feed:
         """Training batches without an end; where they begin is read when they do, after a checkpoint is restored."""
@@ -320,10 +325,9 @@ class ClassificationModule(ImageModule):
             return
         model: Any = self.model
         if self.mesh is not None:
-            share_drop_path(model, lambda: (self._part.start, self._part.total))
-            if self.run.head_norm:
-                model.head[0] = BatchNormOfParts(model.head[0], lambda: self._part)
-        parallelize_data(model, mesh)
+            share_drop_path(model, lambda: (self._part.start, self._part.count, self._part.total))
+            share_batch_norm(model, lambda: self._part)
+        parallelize_data(model, mesh, compiled=self.compiled_blocks)
         if self.average is not None:
             parallelize_data(self.average.module, mesh, trains=False)
 

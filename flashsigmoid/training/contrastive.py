@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from ..models.vision import build_vit
 from .augment import Views, ViewsConfig
 from .classification import ImageBatch
 from .images import ImageData
+from .part import Part, here
 from .pretraining import PretrainingModule, PretrainingRun
 
 
@@ -61,7 +63,8 @@ class SimCLRModule(PretrainingModule):
         z = projection(encoder(view)),  normalised
         loss = mean over views i of -log (exp(z_i . z_j / t) / sum over k != i of exp(z_i . z_k / t))    nats per view
 
-    with j the other view of i's image.
+    with j the other view of i's image. On a mesh every rank has the z of all and computes the loss of all: exactly that
+    of one process, and its similarities take as much memory as there.
 
     Args:
         run: the description.
@@ -80,11 +83,11 @@ class SimCLRModule(PretrainingModule):
         self.criterion = NTXentLoss(run.temperature)
         self._embedded = self.compiled(lambda x: self.part("projection")(self.encoder(x)))
 
-    def batch_loss(self, batch: ImageBatch) -> Tensor:
+    def loss_of(self, batch: ImageBatch, part: Part) -> Tensor:
         """Mean loss of two fresh views of a batch."""
-        z = self._embedded(torch.cat(self.views(batch.images)))
+        z = self.model(self._embedded, torch.cat(self.views(batch.images, part)))
         with torch.autocast(z.device.type, enabled=False):  # a similarity over t in bf16 has two digits
-            return self.criterion(*z.float().chunk(2))
+            return self.criterion(*map(part.whole, z.float().chunk(2)))
 
 
 class BYOLModule(PretrainingModule):
@@ -119,13 +122,18 @@ class BYOLModule(PretrainingModule):
         self._predicted = self.compiled(lambda x: self.part("prediction")(self.part("projection")(self.encoder(x))))
         self._targets = self.compiled(self.target.__call__)
 
-    def batch_loss(self, batch: ImageBatch) -> Tensor:
+    @property
+    def beside(self) -> Mapping[str, nn.Module]:
+        """The target."""
+        return {"target": self.target}
+
+    def loss_of(self, batch: ImageBatch, part: Part) -> Tensor:
         """Mean loss of two fresh views of a batch, each predicted from the other."""
-        x = torch.cat(self.views(batch.images))
-        p0, p1 = self._predicted(x).float().chunk(2)
+        x = torch.cat(self.views(batch.images, part))
+        p0, p1 = self.model(self._predicted, x).float().chunk(2)
         with torch.no_grad():
             t0, t1 = self._targets(x).float().chunk(2)
-        return (self.criterion(p0, t1) + self.criterion(p1, t0)) / 2.0
+        return part.weight * (self.criterion(p0, t1) + self.criterion(p1, t0)) / 2.0
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Lightning's hook: the target follows each step."""
@@ -133,6 +141,6 @@ class BYOLModule(PretrainingModule):
         super().optimizer_step(*args, **options)
         # all parameters at once; lightly's update_momentum is three operations for each
         models = (self.encoder, self.part("projection"))
-        weights: list[Tensor] = [weight for model in models for weight in model.parameters()]
-        averages: list[Tensor] = [*self.target.parameters()]
+        weights: list[Tensor] = [here(weight) for model in models for weight in model.parameters()]
+        averages: list[Tensor] = [*map(here, self.target.parameters())]
         get_ema_multi_avg_fn(m)(averages, weights, 0)

@@ -131,6 +131,7 @@ class SpeechModule(RunModule):
         mode, encode = "reduce-overhead" if run.cuda_graphs else None, self.model.__call__
         self._encode = torch.compile(encode, dynamic=False, mode=mode) if run.compile else encode
         self._nats, self._texts = 0.0, ([], [])  # of a validation: loss, what was heard and what was said
+        self._is_whole = False  # whether the model is called with a batch that it is compiled for
         self._part, self._longest = Part(0, run.batch, run.batch), 0  # of a micro-batch: whose, and positions of all
 
     def check_mesh(self, sizes: MeshSizes) -> None:
@@ -148,7 +149,8 @@ class SpeechModule(RunModule):
         model: Any = self.model
         if self.mesh is not None and model.cape is not None:
             model.cape.place = lambda: (self._part.start, self._part.total, self._longest)
-        parallelize_data(model, self.device_mesh)
+        compiled = (lambda: self._is_whole) if self.run.compile else None
+        parallelize_data(model, self.device_mesh, compiled=compiled)
 
     def train_dataloader(self) -> Feed:
         """Training batches without an end; where they begin is read when they do, after a checkpoint is restored."""
@@ -194,8 +196,10 @@ class SpeechModule(RunModule):
     def _nats_of(self, batch: SpeechBatch, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Loss of each utterance, log-probabilities, and their lengths on the CPU, where torch's loss reads them."""
         # a longer batch, or one that lacks an utterance left out, would be compiled anew
-        is_whole = self.training and features.shape[:2] == (self.run.batch, self.run.pad_frames)
-        logits, _ = (self._encode if is_whole else self.model)(features, batch.audio.lengths)
+        shape = self.run.batch // self.place[1], self.run.pad_frames
+        self._is_whole = self.training and features.shape[:2] == shape
+        encode = self._encode if self._is_whole and self.mesh is None else self.model  # on a mesh blocks are compiled
+        logits, _ = encode(features, batch.audio.lengths)
         log_probs = logits.float().log_softmax(-1)
         lengths = torch.tensor([self.run.model.positions(frames) for frames in batch.frames.tolist()])
         nats = F.ctc_loss(

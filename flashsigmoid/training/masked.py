@@ -23,6 +23,7 @@ from ..models.vision import VisionAttention, build_vit, tokens
 from .augment import Augment, AugmentConfig, normalised
 from .classification import ImageBatch
 from .images import ImageData
+from .part import Part
 from .pretraining import PretrainingModule, PretrainingRun
 
 
@@ -134,14 +135,14 @@ class MaskedModule(PretrainingModule):
         self._frame = (frame,)
         self._predicted = self.compiled(self.predicted)
 
-    def batch_loss(self, batch: ImageBatch) -> Tensor:
+    def loss_of(self, batch: ImageBatch, part: Part) -> Tensor:
         """Mean loss of a batch under a fresh mask of each image."""
         if self.training:
-            x, _ = self.augment(batch.images, batch.labels)
+            x, _ = self.augment(batch.images, batch.labels, part)
         else:
             x = normalised(batch.images, self.data.mean, self.data.std)
-        visible, hidden = _mask(len(x), self.encoder, self.run.mask_ratio)
-        return F.mse_loss(self._predicted(x, visible, hidden), self.targets(x, hidden))
+        visible, hidden = map(part.of, _mask(part.total, self.encoder, self.run.mask_ratio))
+        return part.weight * F.mse_loss(self.model(self._predicted, x, visible, hidden), self.targets(x, hidden))
 
     def predicted(self, x: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
         """Pixels (batch, hidden, channels * patch^2) of the hidden patches, seen from the visible tokens.

@@ -125,9 +125,7 @@ class RunModule(pl.LightningModule):
         Raises:
             ValueError: it cannot.
         """
-        raise ValueError(
-            f"a mesh must be of a language model, an image classifier or a speech recogniser, got {type(self).__name__}"
-        )
+        raise ValueError(f"a mesh must be of a training on language, images or speech, got {type(self).__name__}")
 
     def configure_model(self) -> None:
         """Lightning's hook: over the mesh, where there is one."""

@@ -25,21 +25,40 @@ NO_LABEL = -100  # of an image that fills up a validation batch: torch's cross e
 
 @dataclass(frozen=True)
 class Part:
-    """Items `start` to `start + count` of the `total` of a micro-batch; without a mesh that is all of them."""
+    """Items `start` to `start + count` of the `total` of a micro-batch; without a mesh that is all of them.
+
+    A spare item is another rank's, computed for the sake of what ranks do together, and counts nowhere.
+    """
 
     start: int
     count: int
     total: int
     mesh: DeviceMesh | None = None  # the axis "dp"
+    spare: bool = False
 
     @property
     def weight(self) -> float:
         """Of a mean over this rank's items: the mean over ranks is then the mean over all items."""
+        if self.spare:
+            return 0.0
         return 1.0 if self.mesh is None else self.count * self.mesh.size() / self.total
 
     def of(self, drawn: Tensor, dim: int = 0) -> Tensor:
         """This rank's items of what every rank drew for all."""
         return drawn.narrow(dim, self.start, self.count)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """x, (count, ...), with that of all other ranks: (total, ...).
+
+        The gradient of x is the sum of the ranks', so that of their mean is what one process has, if each rank's loss
+        is a function of all. Parts may differ in size, which torch's and lightly's gathers do not take.
+        """
+        if self.mesh is None:
+            return x
+        whole = x.new_zeros(self.total, *x.shape[1:])
+        if not self.spare:
+            whole[self.start : self.start + self.count] = x
+        return _Summed.apply(whole, self.mesh)  # pyright: ignore[reportReturnType]
 
     def preceded(self, x: Tensor) -> Tensor:
         """x, (count, ...), behind the item before it, of the first rank the last of all. No gradient passes."""
@@ -60,12 +79,12 @@ def check_data_parallel(run: Any, sizes: MeshSizes) -> None:
     """Whether a run whose items are images or utterances can be trained on a mesh of these sizes.
 
     Raises:
-        ValueError: cp or tp above 1, compile on several ranks, or a batch that dp does not divide.
+        ValueError: cp or tp above 1, cuda_graphs on several ranks, or a batch that dp does not divide.
     """
     if sizes.cp * sizes.tp > 1:
         raise ValueError(f"cp and tp must be 1 where no language model is trained, got {sizes}")
-    if run.compile and sizes.dp > 1:
-        raise ValueError(f"compile must be False on several ranks where no language model is trained, got {sizes}")
+    if run.cuda_graphs and sizes.dp > 1:
+        raise ValueError(f"cuda_graphs must be False on several ranks, whose exchanges no graph holds, got {sizes}")
     if run.batch % sizes.dp:
         raise ValueError(f"batch must be a multiple of dp={sizes.dp}, got {run.batch}")
 
@@ -77,6 +96,21 @@ def val_numbers(count: int, batch: int, rank: int, ranks: int) -> tuple[range, i
     """
     mine, most = range(rank, count, ranks), -(-count // ranks)
     return mine, -(-most // batch) - -(-len(mine) // batch)
+
+
+def val_shares(numbers: Sequence[int], batch: int, rank: int, ranks: int) -> tuple[list[list[int]], bool]:
+    """Of batches of validation items those of a rank in each, and whether in the last it has but a spare one.
+
+    For losses that compare the items of a batch, which are then those of one process.
+    """
+    shares, is_spare = [], False
+    for first in range(0, len(numbers), batch):
+        whole = numbers[first : first + batch]
+        size = -(-len(whole) // ranks)
+        mine = whole[rank * size : (rank + 1) * size]
+        is_spare = not mine
+        shares.append([*mine] or [whole[-1]])
+    return shares, is_spare
 
 
 def agree_on_skipped(module: Any) -> None:
@@ -99,30 +133,44 @@ def here(x: Tensor) -> Tensor:
 
 
 class BatchNormOfParts(nn.BatchNorm1d):
-    """torch's BatchNorm1d without parameters, whose mean and variance are those of all ranks' items, on any device.
+    """torch's BatchNorm1d, whose mean and variance are those of all ranks' items, on any device.
+
+    torch's SyncBatchNorm needs a GPU.
 
     Args:
-        like: the norm of the whole.
+        like: the norm of the whole, whose parameters it takes.
         part: of the current micro-batch.
     """
 
     def __init__(self, like: nn.BatchNorm1d, part: Callable[[], Part]) -> None:
-        super().__init__(like.num_features, like.eps, like.momentum, affine=False)
-        self.part = part
+        super().__init__(like.num_features, like.eps, like.momentum, affine=like.affine)
+        self.weight, self.bias, self.part = like.weight, like.bias, part
 
     def forward(self, input: Tensor) -> Tensor:
-        """(count, channels)."""
+        """(count, channels), or as many of every view of the images."""
         if not self.training:
             return super().forward(input)
         part, x = self.part(), input.float()
         running: Any = self
-        mean = _Summed.apply(x.sum(0), part.mesh) / part.total
-        variance = _Summed.apply((x - mean).square().sum(0), part.mesh) / part.total
+        total = part.total * (len(x) // part.count)
+        mean = _Summed.apply(x.sum(0), part.mesh) / total
+        variance = _Summed.apply((x - mean).square().sum(0), part.mesh) / total
         with torch.no_grad():
             running.num_batches_tracked += 1
             running.running_mean.lerp_(mean, self.momentum)
-            running.running_var.lerp_(variance * (part.total / max(1, part.total - 1)), self.momentum)
-        return ((x - mean) * (variance + self.eps).rsqrt()).to(input.dtype)
+            running.running_var.lerp_(variance * (total / max(1, total - 1)), self.momentum)
+        out = (x - mean) * (variance + self.eps).rsqrt()
+        if self.affine:
+            out = out * self.weight + self.bias
+        return out.to(input.dtype)
+
+
+def share_batch_norm(model: nn.Module, part: Callable[[], Part]) -> None:
+    """Put `BatchNormOfParts` in the place of every `BatchNorm1d` of a model."""
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm1d):
+                setattr(module, name, BatchNormOfParts(child, part))
 
 
 class _Summed(torch.autograd.Function):

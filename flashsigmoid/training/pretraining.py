@@ -6,9 +6,9 @@ The losses are contrastive.py's and masked.py's. Labels serve to judge the featu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -17,10 +17,15 @@ from lightly.utils.benchmarking.knn import knn_predict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..distributed.plans import parallelize_data
+from ..distributed.processes import MeshSizes
+from ..models.vision import share_drop_path
+from ..record import RecordWriter
 from .augment import normalised
 from .classification import ImageBatch, ImageModule, VisionRun
 from .images import ImageData, load_images
 from .module import Feed, Metric, Options, Prepared, train_run
+from .part import NO_LABEL, Part, check_data_parallel, part_of, share_batch_norm, val_shares
 from .transfer import ENCODER
 
 _CHUNK = 256  # features whose neighbours are sought at once
@@ -55,8 +60,27 @@ class PretrainingRun(VisionRun):
         return pretrain(self, out_dir, **options)
 
 
+class Parts(nn.Module):
+    """What is trained together, by name. Whatever uses any of it is called through it, `parts(function, *inputs)`:
+
+    on a mesh weights outside of blocks are whole within that call alone.
+    """
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """function(*inputs)."""
+        return function(*inputs)
+
+
 class PretrainingModule(ImageModule):
     """An encoder and what is trained with it; a subclass has the loss.
+
+    On a mesh along dp each rank has its images of every batch, in a validation too, and the mean over ranks is the loss
+    of one process: draws are for all images, by all ranks alike, and a BatchNorm has the mean and variance of all.
 
     A validation has the loss on the validation images, with the same draws each time, and what the features of the
     encoder are worth: the accuracy of their nearest neighbours among training images, by cosine, and their spread.
@@ -69,26 +93,91 @@ class PretrainingModule(ImageModule):
     """
 
     def __init__(self, run: PretrainingRun, data: ImageData, encoder: nn.Module, **parts: nn.Module) -> None:
-        super().__init__(run, data, nn.ModuleDict({ENCODER: encoder, **parts}))
+        super().__init__(run, data, Parts(**{ENCODER: encoder, **parts}))
+        self._part = Part(0, run.batch, run.batch)  # of the current batch
         self._loss = (0.0, 0)  # sum over the validation images, and their number
         self._features: tuple[list[Tensor], list[Tensor]] = ([], [])  # of training and validation images
         self._labels: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def part(self, name: str) -> nn.Module:
         """One of what is trained."""
-        assert isinstance(self.model, nn.ModuleDict)
-        return self.model[name]
+        return self.model.get_submodule(name)
 
     @property
     def encoder(self) -> nn.Module:
         """The Vision Transformer: images (batch, channels, size, size) into features (batch, dim)."""
         return self.part(ENCODER)
 
+    def batch_loss(self, batch: ImageBatch) -> Tensor:
+        """Mean loss of a training batch."""
+        self._part = self.share(len(batch.labels))
+        return self.loss_of(batch, self._part)
+
+    def loss_of(self, batch: ImageBatch, part: Part) -> Tensor:
+        """Mean loss of a batch, of training or validation, of which this rank has a part: a scalar, float32."""
+        raise NotImplementedError
+
+    def check_mesh(self, sizes: MeshSizes) -> None:
+        """Whether it can be trained on a mesh.
+
+        Raises:
+            ValueError: as `check_data_parallel`.
+        """
+        check_data_parallel(self.run, sizes)
+
+    def configure_model(self) -> None:
+        """Lightning's hook: over the mesh, where there is one."""
+        if (mesh := self.device_mesh) is None:
+            return
+        for model in (self.model, *self.beside.values()):
+            if self.mesh is not None:
+                share_drop_path(model, lambda: (self._part.start, self._part.count, self._part.total))
+                share_batch_norm(model, lambda: self._part)
+            parallelize_data(model, mesh, trains=model is self.model, compiled=self.compiled_blocks)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """On a mesh: for calls of the encoder alone."""
+        model: Any = self.model
+        if self.mesh is not None:
+            model.unshard()
+        yield
+        if self.mesh is not None:
+            model.reshard()
+
+    def probed(self) -> Iterator[tuple[str, float]]:
+        """As of every training on images."""
+        with self._whole():
+            yield from super().probed()
+
+    def snapshot(self, writer: RecordWriter, step: int) -> None:
+        """As of every training on images."""
+        with self._whole():
+            super().snapshot(writer, step)
+
+    def finish(self, writer: RecordWriter) -> None:
+        """As of every training on images."""
+        with self._whole():
+            super().finish(writer)
+
     def val_dataloader(self) -> list[Feed]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Training images without augmentation, evenly spaced, then the validation images."""
-        count, bank = len(self.data.train), min(self.run.knn_images, len(self.data.train))  # pyright: ignore
-        loader = self._loader(self.data.train, [i * count // bank for i in range(bank)])
-        return [Feed(lambda: (ImageBatch(images, labels, {}) for images, labels in loader)), super().val_dataloader()]
+        data: Any = self.data
+        count, bank = len(data.train), min(self.run.knn_images, len(data.train))
+        numbers = [i * count // bank for i in range(bank)]
+        return [self._judged(data.train, numbers), self._judged(data.val, range(len(data.val)))]
+
+    def _judged(self, dataset: Any, numbers: Sequence[int]) -> Feed:
+        """Batches of these images, on a mesh of each this rank's part, or a spare image without a label."""
+        shares, is_spare = val_shares(numbers, self.run.batch, *self.place)
+        loader = self._loader(dataset, batches=shares)
+
+        def batches() -> Iterator[ImageBatch]:
+            for number, (images, labels) in enumerate(loader, 1):
+                is_last = is_spare and number == len(shares)
+                yield ImageBatch(images, torch.full_like(labels, NO_LABEL) if is_last else labels, {})
+
+        return Feed(batches)
 
     def on_validation_epoch_start(self) -> None:
         """Start anew."""
@@ -97,14 +186,23 @@ class PretrainingModule(ImageModule):
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int) -> None:
         """Keep the features of a batch; add its loss if it is of the validation images."""
-        features = self.encoder(normalised(batch.images, self.data.mean, self.data.std))
-        self._features[dataloader_idx].append(F.normalize(features.float()))
-        self._labels[dataloader_idx].append(batch.labels)
+        self._part = part = self._judged_part(batch.labels)
+        features = self.model(self.encoder, normalised(batch.images, self.data.mean, self.data.std))
+        self._features[dataloader_idx].append(part.whole(F.normalize(features.float())))
+        self._labels[dataloader_idx].append(part.whole(batch.labels))
         if dataloader_idx == 1:
             total, count = self._loss
             with _draws_of(batch_idx, self.device):
-                total += float(self.batch_loss(batch)) * len(batch.labels)
-            self._loss = total, count + len(batch.labels)
+                total += float(self.loss_of(batch, part)) * part.total / self.place[1]
+            self._loss = total, count + part.total
+
+    def _judged_part(self, labels: Tensor) -> Part:
+        """The part of a validation batch that has these labels."""
+        if self.mesh is None:
+            return Part(0, len(labels), len(labels))
+        is_spare = bool(labels[0] == NO_LABEL)
+        part = part_of(len(labels), self.of_all(0 if is_spare else len(labels)), self.mesh["dp"])
+        return replace(part, start=part.total - 1, spare=True) if is_spare else part
 
     def validated(self) -> Iterator[Metric]:
         """Accuracy of the nearest neighbours with its standard error, loss, and spread of the features.
@@ -118,7 +216,7 @@ class PretrainingModule(ImageModule):
             int((knn_predict(x, bank.T, known, classes, k, _KNN_TEMPERATURE)[:, 0] == y).sum())
             for x, y in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True)
         )
-        accuracy, (total, count) = right / len(labels), self._loss
+        accuracy, total, count = right / len(labels), sum(self.of_all(self._loss[0])), self._loss[1]
         yield "val/knn_accuracy", accuracy, ""
         yield "val/knn_accuracy_se", math.sqrt(accuracy * (1.0 - accuracy) / len(labels)), ""
         yield "val/loss", total / count, self.loss_unit

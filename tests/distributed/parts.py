@@ -6,28 +6,35 @@ import contextlib
 import io
 import itertools
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from distributed.runs import stopped_at
 from PIL import Image
+from torch._dynamo.utils import counters
 
 from flashsigmoid.models.speech import SpeechConfig
 from flashsigmoid.models.vision import ViTConfig
-from flashsigmoid.training import classification, ctc, module, part
+from flashsigmoid.training import classification, contrastive, ctc, masked, module, part, pretraining
 from flashsigmoid.training.audio import AudioConfig, SpecAugmentConfig
-from flashsigmoid.training.augment import AugmentConfig
+from flashsigmoid.training.augment import Augment, AugmentConfig, Views, ViewsConfig
 from flashsigmoid.training.callbacks import Interrupted
 from flashsigmoid.training.classification import ImageRun
+from flashsigmoid.training.contrastive import ContrastiveRun
 from flashsigmoid.training.ctc import SpeechRun
 from flashsigmoid.training.images import ImageConfig
+from flashsigmoid.training.masked import MaskedRun
 from flashsigmoid.training.optim import OptimConfig
+from flashsigmoid.training.pretraining import PretrainingRun
 from flashsigmoid.training.run import Run
 
 
@@ -65,6 +72,69 @@ def image_run(path: Path, **changes: Any) -> ImageRun:
         "attention_snapshots": 2,
     }
     return ImageRun(**(fields | changes))
+
+
+def pictures(path: Path) -> Path:
+    """40 images that differ in their colours, and 17 to validate, of which the last is alone in its batch."""
+    draw = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for name, count in (("train", 40), ("val", 17)):
+        colours = draw.integers(20, 236, (count, 2, 2, 3)).repeat(7, 1).repeat(7, 2)
+        arrays[f"{name}_images"] = (colours + draw.integers(-20, 20, (count, 14, 14, 3))).astype(np.uint8)
+        arrays[f"{name}_labels"] = draw.permutation(np.arange(count) % 5)
+    np.savez(path, **arrays)
+    return path
+
+
+def pretraining_run(path: Path, method: str, **changes: Any) -> PretrainingRun:
+    """As `image_run`, without labels: "simclr", "byol" or "mae"."""
+    like, is_masked = image_run(path), method == "mae"
+    vit = replace(
+        like.model, num_classes=0, patch_size=2 if is_masked else 7, pool="token" if is_masked else "avg",
+        bias_mode="fixed" if is_masked else "learnable", layer_scale=1.0,
+    )  # fmt: skip
+    names = ("name", "data", "optim", "accumulate", "batch", "val_every", "save_every", "log_every")
+    fields: dict[str, Any] = {name: getattr(like, name) for name in names}
+    fields.update(model=vit, steps=8, attention_snapshots=2, knn_images=30, knn_k=5)
+    if is_masked:
+        fields.update(decoder_dim=16, decoder_depth=1, decoder_nheads=2)
+        return MaskedRun(**(fields | changes))
+    views = ViewsConfig(blur=(0.5, 0.1), solarize=(0.0, 0.2))
+    fields.update(method=method, views=views, projection_hidden=24, projection_dim=8, momentum=0.9)
+    return ContrastiveRun(**(fields | changes))
+
+
+def calm() -> Any:
+    """AdamW with an eps above all rounding.
+
+    A bias before a BatchNorm has no gradient but rounding, of which AdamW makes whole steps, anywhere.
+    """
+    adamw = module.adamw
+
+    def quiet(*args: Any) -> Any:
+        optimizer = adamw(*args)
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-3
+        return optimizer
+
+    return mock.patch.object(module, "adamw", quiet)
+
+
+@contextmanager
+def reordered(order: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Images of a batch, with all that is drawn for them, in another order: the same but for rounding."""
+    views, augment, draw, judged = Views.forward, Augment.forward, masked._mask, masked.normalised
+
+    def after(function: Any) -> Any:
+        return lambda *args: tuple(order(x) for x in function(*args))
+
+    with (
+        mock.patch.object(Views, "forward", after(views)),
+        mock.patch.object(Augment, "forward", after(augment)),
+        mock.patch.object(masked, "_mask", after(draw)),
+        mock.patch.object(masked, "normalised", lambda *args: order(judged(*args))),
+    ):
+        yield
 
 
 def corrupt_folder(root: Path) -> Path:
@@ -115,18 +185,23 @@ def speech_run(manifest: Path, **changes: Any) -> SpeechRun:
 
 
 def train(port: int, run: Run, out_dir: Path, fault: str = "", **options: Any) -> dict[str, Any]:
-    """Train as one rank of a crew: {"results" or "error", "err": what was printed to stderr}."""
+    """Train as one rank of a crew: {"results" or "error", "err": what was printed to stderr, "graphs": compiled}."""
     os.environ["MASTER_PORT"] = str(port)
     err, answer = io.StringIO(), {}
     show = stopped_at(3) if fault == "SIGTERM" else lambda progress: None
-    with contextlib.redirect_stderr(err), planted(fault):
+    quiet = calm() if isinstance(run, PretrainingRun) else contextlib.nullcontext()
+    with contextlib.redirect_stderr(err), planted(fault), quiet, warnings.catch_warnings():
+        if cast(Any, run).compile:  # the compiler warns of its own doings
+            warnings.simplefilter("ignore")
+            torch._dynamo.reset()
+        counters.clear()
         try:
             answer["results"] = run.train(out_dir, device="cpu", show=show, command="test", **options)
         except Interrupted as stop:
             answer["error"] = f"Interrupted {stop.code} {stop.step}"
         except (Exception, SystemExit) as error:
             answer["error"] = f"{type(error).__name__}: {error}"
-    return {**answer, "err": err.getvalue()}
+    return {**answer, "err": err.getvalue(), "graphs": counters["stats"]["unique_graphs"]}
 
 
 def as_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +235,20 @@ def planted(fault: str) -> Iterator[None]:
             return 2 * int(batch.characters.sum())
 
         patch = mock.patch.object(ctc.SpeechModule, "_share", own)
+    if fault == "own-features":  # each rank compares its images with its own only
+        patch = mock.patch.object(part.Part, "whole", lambda self, x: x)
+    elif fault == "own-statistics":
+        patch = mock.patch.object(pretraining, "share_batch_norm")
+    elif fault == "own-masks":  # each rank draws for as many images as it has
+        draw = masked._mask
+
+        def halves(batch: int, encoder: Any, ratio: float) -> Any:
+            drawn = draw(batch // 2, encoder, ratio)
+            return tuple(torch.cat([x, x]) for x in drawn) if batch > 1 else draw(batch, encoder, ratio)
+
+        patch = mock.patch.object(masked, "_mask", halves)
+    elif fault == "still-target":  # it stays as it began
+        patch = mock.patch.object(contrastive, "here", lambda x: x.to_local().detach().clone())
     if fault == "summed":  # gradients of all ranks, where their mean is due
         clip = module.clip_grad_norm
 

@@ -93,6 +93,17 @@ def test_a_fault_is_seen(tmp_path, few, ranks, alone, allowed, fault) -> None:
     assert fault == "summed" or found["train/loss"] > 100.0, found
 
 
+def test_compiled_blocks_train_as_one_process(tmp_path, few, ranks, allowed) -> None:
+    """Alike, they are one graph; validations take none."""
+    run = parts.image_run(few, steps=2, val_every=2, attention_snapshots=0)
+    run = replace(run, model=replace(run.model, drop_path=0.0))
+    by_one(run, tmp_path / "one")
+    answers = trained(ranks, replace(run, compile=True), tmp_path / "two")
+    assert [answer["graphs"] for answer in answers] == [1, 1]
+    found = apart(tmp_path / "two", tmp_path / "one", allowed)
+    assert max(found.values()) <= 1.0, found
+
+
 def test_a_run_goes_on_on_two_ranks_and_on_one(tmp_path, monkeypatch, few, ranks, alone, whole, allowed) -> None:
     run = parts.image_run(few)
     answers = ranks.run(parts.train, free_port(), run, tmp_path / "run", "SIGTERM", mesh="dp=2")
@@ -158,8 +169,8 @@ def test_each_rank_reads_its_own_images_only(few) -> None:
         ("cp=2", {}, "cp and tp must be 1 where no language model is trained, got dp=1,cp=2,tp=1"),
         (
             "dp=2",
-            {"compile": True},
-            "compile must be False on several ranks where no language model is trained, got dp=2,cp=1,tp=1",
+            {"compile": True, "cuda_graphs": True, "accumulate": 1},
+            "cuda_graphs must be False on several ranks, whose exchanges no graph holds, got dp=2,cp=1,tp=1",
         ),
     ],
 )

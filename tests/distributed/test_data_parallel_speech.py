@@ -55,11 +55,12 @@ def by_one(run: Any, out_dir: Path) -> Path:
     return out_dir
 
 
-def trained(ranks: Crew, run: Any, out_dir: Path, fault: str = "", **options: Any) -> None:
+def trained(ranks: Crew, run: Any, out_dir: Path, fault: str = "", **options: Any) -> list[dict]:
     """On a mesh to the end, with the same results on every rank."""
     answers = ranks.run(parts.train, free_port(), run, out_dir, fault, mesh="dp=2", **options)
     assert all("results" in answer for answer in answers), answers
     assert all(answer["results"] == answers[0]["results"] for answer in answers)
+    return answers
 
 
 def apart(some: Path, other: Path, allowed: dict[str, float]) -> dict[str, float]:
@@ -97,6 +98,15 @@ def test_a_fault_is_seen(tmp_path, manifest, ranks, alone, allowed, fault) -> No
     found = apart(tmp_path / "run", alone, allowed | {"val/loss": torch.inf})
     assert found["grad_norm"] > 100.0, found
     assert fault == "summed" or found["train/loss"] > 100.0, found
+
+
+def test_compiled_blocks_train_as_one_process(tmp_path, manifest, ranks, allowed) -> None:
+    run = parts.speech_run(manifest, steps=2, val_every=2, pad_frames=120)
+    by_one(run, tmp_path / "one")
+    answers = trained(ranks, replace(run, compile=True), tmp_path / "two")
+    assert all(answer["graphs"] >= 1 for answer in answers)
+    found = apart(tmp_path / "two", tmp_path / "one", allowed)
+    assert max(found.values()) <= 1.0, found
 
 
 @pytest.mark.parametrize("packing", [False, True])

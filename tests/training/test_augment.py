@@ -165,7 +165,7 @@ def test_a_third_of_a_circle_turns_red_into_green_and_leaves_grey() -> None:
     draws = iter([torch.zeros(2, 1, 1, 1)] * 3 + [torch.full((2, 1, 1, 1), 1 / 3)])
     x = torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.4, 0.4]]).view(2, 3, 1, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashsigmoid.training.augment._uniform", lambda x, low, high: next(draws))
+        patch.setattr("flashsigmoid.training.augment._uniform", lambda x, low, high, part: next(draws))
         out = jittered(x, (0.0, 0.0, 0.0, 0.5)).flatten(1)
     assert_rounded(out, torch.tensor([[0.0, 1.0, 0.0], [0.4, 0.4, 0.4]]), 16)
 
@@ -181,7 +181,7 @@ def test_jitter_is_torchvisions_with_a_factor_for_every_image(which) -> None:
     adjust = (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation)[which]
     expected = torch.stack([adjust(image, float(f)) for image, f in zip(x, factors, strict=True)])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashsigmoid.training.augment._uniform", lambda x, low, high: next(draws))
+        patch.setattr("flashsigmoid.training.augment._uniform", lambda x, low, high, part: next(draws))
         error = (jittered(x, (*strengths,)) - expected).abs().amax((1, 2, 3))
     # red has a weight of 0.299 in our luma, 0.2989 in torchvision's; brightness has none
     luma = 0.0 if which == 0 else (0.299 - 0.2989) * (1.0 - factors).abs()
@@ -200,7 +200,9 @@ def test_images_of_one_channel_are_jittered_too() -> None:
 def test_a_blur_is_torchvisions_away_from_the_rim_and_keeps_a_colour() -> None:
     x = images(size=40).float() / 255.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashsigmoid.training.augment._uniform", lambda x, low, high: torch.full((len(x), 1, 1, 1), 1.5))
+        patch.setattr(
+            "flashsigmoid.training.augment._uniform", lambda x, low, high, part: torch.full((len(x), 1, 1, 1), 1.5)
+        )
         out = blurred(x)
         assert_rounded(blurred(torch.full_like(x, 0.3)), torch.full_like(x, 0.3), 2 * 23)
     expected = functional.gaussian_blur(x, [23, 23], [1.5, 1.5])

@@ -221,7 +221,7 @@ def test_simclr_s_loss_is_the_equation() -> None:
     torch.manual_seed(0)
     module = SIMCLR.module(digits(SIMCLR.data)).double()
     x = torch.randn(2, 5, 1, 14, 14, dtype=torch.float64)
-    module.views.forward = lambda images: tuple(x)  # pyright: ignore
+    module.views.forward = lambda images, part: tuple(x)  # pyright: ignore
     z = F.normalize(module.part("projection")(module.encoder(x.flatten(0, 1))))
     losses = []
     for i in range(10):
