@@ -22,6 +22,7 @@ from flashsigmoid.training.part import val_shares
 from flashsigmoid.training.pretraining import PretrainingRun
 
 METHODS = ("simclr", "byol", "mae")
+FEWER = [pytest.param(method, marks=[] if method == "byol" else pytest.mark.long) for method in METHODS]
 EPS = torch.finfo(torch.float32).eps
 NAMES = ("train/loss", "grad_norm", "val/loss", "val/feature_spread")
 KNN = ("val/knn_accuracy", "val/knn_accuracy_se")
@@ -98,14 +99,14 @@ def test_two_processes_have_the_numbers_of_one(alone, whole, allowed, method) ->
     ("method", "fault"),
     [
         ("simclr", "own-features"),
-        ("simclr", "own-statistics"),
-        ("simclr", "others-draws"),
-        ("simclr", "summed"),
         ("byol", "own-statistics"),
-        ("byol", "others-part"),
-        ("byol", "still-target"),
         ("mae", "own-masks"),
-        ("mae", "others-draws"),
+        pytest.param("simclr", "own-statistics", marks=pytest.mark.long),
+        pytest.param("simclr", "others-draws", marks=pytest.mark.long),
+        pytest.param("simclr", "summed", marks=pytest.mark.long),
+        pytest.param("byol", "others-part", marks=pytest.mark.long),
+        pytest.param("byol", "still-target", marks=pytest.mark.long),
+        pytest.param("mae", "others-draws", marks=pytest.mark.long),
     ],
 )
 def test_a_fault_is_seen(tmp_path, few, ranks, alone, allowed, method, fault) -> None:
@@ -115,7 +116,7 @@ def test_a_fault_is_seen(tmp_path, few, ranks, alone, allowed, method, fault) ->
     assert fault == "summed" or found["train/loss"] > 100.0, found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEWER)
 def test_a_run_goes_on_on_two_ranks_and_on_one(
     tmp_path, monkeypatch, few, ranks, alone, whole, allowed, method
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_mesh_goes_on_from_one_process(tmp_path, few, ranks, alone, allowed) -
     assert max(apart(out, alone["byol"], allowed["byol"]).values()) <= 1.0, apart(out, alone["byol"], allowed["byol"])
 
 
+@pytest.mark.long
 def test_compiled_blocks_train_as_one_process(tmp_path, few, ranks) -> None:
     run = parts.pretraining_run(few, "byol", steps=2, val_every=2, attention_snapshots=0)
     run = replace(run, model=replace(run.model, drop_path=0.0))
@@ -172,7 +174,7 @@ def test_weights_without_a_gradient_go_on_too(tmp_path, few, ranks, allowed) -> 
         assert max(apart(tmp_path / name, one, allowed["mae"]).values()) <= 1.0, name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEWER)
 def test_files_that_are_no_images(tmp_path, ranks, method) -> None:
     """A rank that lost an image has the smaller part: features and losses stay those of all."""
     root = parts.corrupt_folder(tmp_path / "data")
@@ -185,7 +187,9 @@ def test_files_that_are_no_images(tmp_path, ranks, method) -> None:
     assert losses(two, "data/skipped") == losses(one, "data/skipped") == [5.0]
 
 
-@pytest.mark.parametrize("changes", [{"train_only": "head", "head_norm": True}, {"layer_decay": 0.7}])
+@pytest.mark.parametrize(
+    "changes", [{"train_only": "head", "head_norm": True}, pytest.param({"layer_decay": 0.7}, marks=pytest.mark.long)]
+)
 def test_an_encoder_of_a_mesh_is_probed_and_tuned(tmp_path, few, ranks, whole, changes) -> None:
     own = replace(parts.pretraining_run(few, "mae").model, num_classes=5, drop_path=0.0)
     run = parts.image_run(few, model=own, init=str(whole["mae"]), ema=0.0, steps=4, attention_snapshots=0, **changes)
