@@ -152,6 +152,7 @@ CACHES: dict[str, dict[str, Any]] = {
         "window_left": 100, "causal": True, "seqlen_q": 3, "reduction": "atomic", "dtype": "float16",
     },
     "float32": {"head_dim": 64, "dtype": "float32"},
+    "wide": {"nheads": 8, "nheads_k": 2, "head_dim": 256, "causal": True, "dtype": "float16", "page_size": 16},
     "queue": {"nheads": 32, "nheads_k": 8, "head_dim": 128, "causal": True, "batch": 64},
 }  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,7 +12,7 @@ import textwrap
 
 import pytest
 import torch
-from rounding import assert_rounded
+from rounding import LAYER, assert_rounded
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -139,6 +141,23 @@ def test_a_loss_in_parts_is_that_of_the_batch():
     count = (labels[:, 1:] != -100).sum()
     parts = [model(x[None], labels=y[None], num_items_in_batch=count).loss for x, y in zip(tokens, labels, strict=True)]
     assert_rounded(torch.stack(parts).sum(), model(tokens, labels=labels).loss)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="transformers' Trainer needs accelerate")
+def test_a_trainer_that_accumulates_takes_the_steps_of_whole_batches(tmp_path):
+    texts = [{"input_ids": tokens, "labels": tokens.clone()} for tokens in torch.randint(257, (8, 12))]
+    found, fresh = [], SigmoidGPTForCausalLM.from_gpt(gpt().double())
+    for batch in (4, 1):
+        model = copy.deepcopy(fresh)
+        options = transformers.TrainingArguments(
+            output_dir=str(tmp_path / str(batch)), per_device_train_batch_size=batch, max_steps=2, use_cpu=True,
+            gradient_accumulation_steps=4 // batch, optim="sgd", learning_rate=0.1, report_to=[], save_strategy="no",
+            disable_tqdm=True, dataloader_pin_memory=False, logging_strategy="no",
+        )  # fmt: skip
+        transformers.Trainer(model, options, train_dataset=texts).train()
+        found.append(model.state_dict())
+    for name, parameter in found[0].items():
+        assert_rounded(found[1][name], parameter, 4 * LAYER, name=name)
 
 
 def test_positions_may_start_anywhere_but_not_anew():
