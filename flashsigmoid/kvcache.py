@@ -84,8 +84,8 @@ def sigmoid_attention_with_kvcache(
     Source: arXiv:2409.04431, section 2; the interface of flash-attn's flash_attn_with_kvcache; pages arXiv:2309.06180.
     """
     cache, rotary, options = _checked_cache(
-        q, k_cache, v_cache, k, v, cache_seqlens, page_table, rotary_cos, rotary_sin, sigmoid_bias, scale, causal,
-        window_size, alibi_slopes, num_splits, backend,
+        q, k_cache, v_cache, k, v, cache_seqlens, page_table, rotary_cos, rotary_sin, rotary_interleaved, sigmoid_bias,
+        scale, causal, window_size, alibi_slopes, num_splits, backend,
     )  # fmt: skip
     sides = (*split_bias(sigmoid_bias), alibi_slopes, scale, causal, *window_size)
     if _has_decode_kernel(q, cache, sides, backend):
@@ -142,8 +142,8 @@ def sigmoid_attention_with_prefix(
     Source: arXiv:2409.04431, section 2: no weight depends on another key's.
     """
     cache, rotary, options = _checked_cache(
-        q, k_cache, v_cache, k, v, cache_seqlens, page_table, rotary_cos, rotary_sin, sigmoid_bias, scale, causal,
-        window_size, alibi_slopes, num_splits, backend, prefix=(k_prefix, v_prefix),
+        q, k_cache, v_cache, k, v, cache_seqlens, page_table, rotary_cos, rotary_sin, rotary_interleaved, sigmoid_bias,
+        scale, causal, window_size, alibi_slopes, num_splits, backend, prefix=(k_prefix, v_prefix),
     )  # fmt: skip
     n = k_prefix.shape[0]
     sides = (*split_bias(sigmoid_bias), alibi_slopes, scale, causal, *window_size)
@@ -180,7 +180,7 @@ def explain_with_kvcache(
     """
     cache, _, _ = _checked_cache(
         q, k_cache, v_cache, None, None, torch.zeros(q.shape[:1], dtype=torch.int32, device=q.device), page_table,
-        None, None, sigmoid_bias, scale, causal, window_size, alibi_slopes, 0, backend,
+        None, None, False, sigmoid_bias, scale, causal, window_size, alibi_slopes, 0, backend,
     )  # fmt: skip
     sides = (*split_bias(sigmoid_bias), alibi_slopes, scale, causal, *window_size)
     problem = _cache_problem(q, cache, sides)
@@ -198,8 +198,9 @@ _Sides = tuple[Tensor | None, float | None, Tensor | None, float | None, bool, i
 
 def _checked_cache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None, v: Tensor | None, cache_seqlens: Tensor | int,
-    page_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None, sigmoid_bias: float | Tensor,
-    scale: float | None, causal: bool, window_size: Window, alibi_slopes: Tensor | None, num_splits: int, backend: str,
+    page_table: Tensor | None, rotary_cos: Tensor | None, rotary_sin: Tensor | None, rotary_interleaved: bool,
+    sigmoid_bias: float | Tensor, scale: float | None, causal: bool, window_size: Window, alibi_slopes: Tensor | None,
+    num_splits: int, backend: str,
     prefix: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[cached.Cache, tuple[Tensor, Tensor] | None, tuple[Any, ...]]:  # fmt: skip
     """The cache before anything is appended, the tables of RoPE, and the options of a dense call on its keys."""
@@ -222,7 +223,7 @@ def _checked_cache(
     if reason is not None:
         raise BackendUnsupported(f"{backend}: {reason}")
     positions = cache.capacity + (0 if prefix is None else prefix[0].shape[0])
-    return cache, cached.check_rotary(rotary_cos, rotary_sin, q, k, positions), options
+    return cache, cached.check_rotary(rotary_cos, rotary_sin, rotary_interleaved, q, k, positions), options
 
 
 def _cache_problem(q: Tensor, cache: cached.Cache, sides: _Sides) -> Problem:

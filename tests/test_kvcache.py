@@ -305,6 +305,8 @@ TABLE = torch.tensor([[0], [1]])
             {"rotary_cos": torch.zeros(32, 9), "rotary_sin": torch.zeros(32, 9), "k": NEW, "v": NEW},
             "rotary_dim / 2 <= 8",
         ),
+        ({"rotary_interleaved": "no"}, "rotary_interleaved must be True or False, got 'no'"),
+        ({"cache_seqlens": 2**70}, "cache_seqlens must be from 0 to capacity"),
         ({"causal": 1}, "causal must be True or False"),
         ({"window_size": (-1, 0)}, "window_size must be non-negative"),
         ({"alibi_slopes": torch.zeros(3)}, "alibi_slopes must have shape"),
@@ -319,6 +321,23 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(changed, rule):
     with pytest.raises(ValueError, match=rule):
         call(**changed)
     assert all(torch.equal(x, old) for x, old in zip(tensors, before, strict=True))
+
+
+@pytest.mark.parametrize("length", [-1, 32])
+def test_a_length_that_is_a_number_is_looked_at_on_a_gpu_too(length, monkeypatch):
+    monkeypatch.setattr(cached, "on_host", lambda x: False)
+    with pytest.raises(ValueError, match=f"cache_seqlens must be from 0 to capacity - new keys = 32 - 1, got {length}"):
+        call(cache_seqlens=length, k=NEW, v=NEW)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_page_table_chooses_rows_of_a_cache(backend):
+    """What flash-attn calls cache_batch_idx: a page as long as the cache is one of its rows."""
+    q, k_cache, v_cache, _ = make_qkv(3, 1, 32, 2, 1, 16)
+    rows = torch.tensor([2, 0, 2])
+    options = {"cache_seqlens": torch.tensor([5, 32, 9]), "sigmoid_bias": BIAS, "backend": backend}
+    out = sigmoid_attention_with_kvcache(q, k_cache, v_cache, page_table=rows[:, None], **options)
+    assert torch.equal(out, sigmoid_attention_with_kvcache(q, k_cache[rows], v_cache[rows], **options))
 
 
 def test_a_named_backend_without_a_decode_kernel_says_so():

@@ -150,6 +150,12 @@ def checked(
             raise ValueError(f"page_size must be a power of two from 16, got {page_size}")
         _check_indices("page_table", page_table, q, (batch, None))
     if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
+        capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+        # the host has it, on a GPU too; a compiler would make a guard of it
+        if not torch.compiler.is_compiling() and not 0 <= cache_seqlens <= capacity - new:
+            raise ValueError(
+                f"cache_seqlens must be from 0 to capacity - new keys = {capacity} - {new}, got {cache_seqlens}"
+            )
         cache_seqlens = torch.full((batch,), cache_seqlens, device=q.device)
     _check_indices("cache_seqlens", cache_seqlens, q, (batch,))
     assert isinstance(cache_seqlens, Tensor)
@@ -160,13 +166,15 @@ def checked(
 
 
 def check_rotary(
-    cos: Tensor | None, sin: Tensor | None, q: Tensor, k: Tensor | None, capacity: int
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, q: Tensor, k: Tensor | None, capacity: int
 ) -> tuple[Tensor, Tensor] | None:
     """The tables of RoPE, or None.
 
     Raises:
-        ValueError: one without the other, without new keys, or of a shape that does not fit.
+        ValueError: one without the other, without new keys, or of a shape that does not fit; what is no boolean.
     """
+    if not isinstance(interleaved, bool):
+        raise ValueError(f"rotary_interleaved must be True or False, got {interleaved!r}")
     if cos is None and sin is None:
         return None
     if cos is None or sin is None:

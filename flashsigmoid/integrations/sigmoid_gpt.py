@@ -51,7 +51,10 @@ out = sigmoid(q k^T / sqrt(d) + b) v with b = {bias:.4f}, a constant{by_slope} (
     from transformers import pipeline
 
     register()
-    print(pipeline("text-generation", "this directory")("Once")[0]["generated_text"])
+    pipe = pipeline("text-generation", "this directory")
+    print(pipe("Once", max_new_tokens={new_tokens})[0]["generated_text"])
+
+Prompt and answer together are at most {seqlen} tokens.
 """
 
 
@@ -85,7 +88,8 @@ class SigmoidGPTConfig(PreTrainedConfig):
             setattr(self, name, getattr(gpt, name))
         self.sigmoid_bias = gpt.bias
         self.num_key_value_heads, self.head_dim = gpt.kv_heads, gpt.dim // gpt.nheads
-        options.setdefault("tie_word_embeddings", False)
+        if options.setdefault("tie_word_embeddings", False):
+            raise ValueError("tie_word_embeddings must be False, a SigmoidGPT has a head of its own, got True")
         super().__init__(**options)
 
     def gpt(self) -> GPTConfig:
@@ -205,7 +209,7 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         labels: Int[Tensor, "batch seqlen"] | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss if there are labels.
@@ -216,13 +220,15 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
             cache, past_key_values: a cache of transformers, by its newer or its older name.
             labels: (batch, seqlen), -100 where there is none; shifted here.
             use_cache: make a cache where none is given, in eval mode. Default: True.
-            logits_to_keep: of the last tokens only; 0 is all. Default: 0.
-            options: what other models take, position_ids say: positions are those in the cache.
+            logits_to_keep: of so many last tokens only, 0 is all; or a tensor of their places. Default: 0.
+            options: of the loss, num_items_in_batch say. position_ids may start anywhere, since distances are all that
+                counts, but must rise by one: there are no packed sequences.
 
         Raises:
-            ValueError: an input longer than the context, a mask of another shape, or an option without meaning here.
+            ValueError: an input longer than the context, a mask of another shape, packed sequences, or an option
+                without meaning here.
         """
-        for name in ("output_attentions", "output_hidden_states", "inputs_embeds"):
+        for name in ("output_attentions", "output_hidden_states", "inputs_embeds", "cu_seq_lens_q", "seq_idx"):
             if options.get(name) is not None and options[name] is not False:
                 raise ValueError(f"{name} must not be given to a SigmoidGPT, got {type(options[name]).__name__}")
         batch, seqlen = input_ids.shape
@@ -237,11 +243,12 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
                     f"got {tuple(attention_mask.shape)}"
                 )
             key_mask = attention_mask[:, -seqlen:].bool()
+        _check_positions(options.pop("position_ids", None), key_mask, seqlen)
         hidden = self.model(input_ids, self._past(cache, batch, seqlen), key_mask)
-        logits = hidden[:, -logits_to_keep:]
+        logits = hidden[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
 
     def _past(self, cache: Any, batch: int, seqlen: int) -> Any:
@@ -273,6 +280,17 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
         (Path(save_directory) / "modeling_sigmoid_gpt.py").write_text(_MODELING, "utf-8")
 
 
+def _check_positions(position_ids: Tensor | None, key_mask: Tensor | None, seqlen: int) -> None:
+    """Packed sequences, whose positions begin anew, would see each other. A compiler has no values to look at."""
+    if position_ids is None or seqlen < 2 or torch.compiler.is_compiling():
+        return
+    rises = position_ids.diff(dim=-1) == 1
+    if key_mask is not None:
+        rises = rises | ~(key_mask[:, 1:] & key_mask[:, :-1])  # of padding they are anything
+    if not rises.all():
+        raise ValueError(f"position_ids must rise by one, a SigmoidGPT packs no sequences, got {position_ids.tolist()}")
+
+
 def export(model: GPT, tokenizer_json: str, out_dir: str | Path) -> Path:
     """A directory that transformers loads: config, safetensors, tokenizer, modelling file, model card.
 
@@ -302,7 +320,8 @@ def export(model: GPT, tokenizer_json: str, out_dir: str | Path) -> Path:
     shape = new.config.gpt()
     by_slope = ", for each head made larger by its slope (`nn.alibi_bias`)" if shape.alibi_bias else ""
     card = _CARD.format(
-        **dataclasses.asdict(shape), bias=shape.bias, by_slope=by_slope, parameters=parameter_count(shape)
-    )
+        **dataclasses.asdict(shape), bias=shape.bias, by_slope=by_slope, parameters=parameter_count(shape),
+        new_tokens=min(100, shape.seqlen // 2),
+    )  # fmt: skip
     (out_dir / "README.md").write_text(card, "utf-8")
     return out_dir

@@ -80,6 +80,11 @@ def sigmoid_attention_forward(
     for name in ("softcap", "s_aux", "position_bias", "output_attentions"):
         if options.get(name) is not None and options[name] is not False:
             raise ValueError(f"{name} must not be given with attn_implementation={NAME!r}, got {options[name]!r}")
+    if attention_mask is None and options.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "cu_seq_lens_q must come with position_ids that begin anew, by which transformers makes the mask of packed "
+            f"sequences, got none for {tuple(query.shape)}"
+        )
     b = _bias(module, key.shape[2])
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))

@@ -26,17 +26,23 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     use_cache: bool | None = None,
-) -> Int[Tensor, "batch seqlen+max_new_tokens"]:
-    """The prompts, each followed by its continuation and then by its padding; arguments and errors as `stream`."""
-    new = stream(
-        model, tokens, max_new_tokens,
-        lengths=lengths, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, use_cache=use_cache,
+    stop_token: int | None = None,
+) -> Int[Tensor, "batch seqlen+new"]:
+    """The prompts, each followed by its continuation and then by its padding; arguments and errors as `stream`.
+
+    Continuations are max_new_tokens long, or as long as the longest text until its stop_token; behind the stop_token of
+    a shorter one it is repeated.
+    """
+    drawn = stream(
+        model, tokens, max_new_tokens, lengths=lengths, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
+        use_cache=use_cache, stop_token=stop_token,
     )  # fmt: skip
-    both = torch.cat([tokens, *(token[:, None] for token in new)], dim=1)
+    both = torch.cat([tokens, *(token[:, None] for token in drawn)], dim=1)
     if lengths is None:
         return both
+    new = both.shape[1] - tokens.shape[1]
     place, end = torch.arange(both.shape[1], device=tokens.device), lengths.to(tokens.device)[:, None]
-    behind = torch.where(place < end + max_new_tokens, place - end + tokens.shape[1], place - max_new_tokens)
+    behind = torch.where(place < end + new, place - end + tokens.shape[1], place - new)
     return both.gather(1, torch.where(place < end, place, behind))
 
 
@@ -51,6 +57,7 @@ def stream(
     top_p: float | None = None,
     seed: int | None = None,
     use_cache: bool | None = None,
+    stop_token: int | None = None,
 ) -> Iterator[Int[Tensor, " batch"]]:
     """Draw the next token from softmax(logits / temperature), append it, again: yields (batch,) tokens as they come.
 
@@ -71,6 +78,8 @@ def stream(
         top_p: draw among the fewest tokens that have this much probability together. Default: all.
         seed: of the draws; None takes a fresh one. Default: None.
         use_cache: False computes every window anew. Default: True, unless the model has another attention_fn injected.
+        stop_token: ends a text, which goes on with it alone; where every text has drawn it nothing more is yielded.
+            Looking for it waits for the device at every token. Default: none.
 
     Raises:
         ValueError: an empty prompt, an argument outside its range, or use_cache=True where the model takes none; at the
@@ -95,6 +104,9 @@ def stream(
         raise ValueError(f"top_k must be a positive integer, got {top_k}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    vocab_size = model.config.vocab_size
+    if stop_token is not None and (not isinstance(stop_token, int) or not 0 <= stop_token < vocab_size):
+        raise ValueError(f"stop_token must be an integer from 0 to vocab_size - 1 = {vocab_size - 1}, got {stop_token}")
     if use_cache and not model.takes_cache:
         raise ValueError("use_cache must be False for a model with another attention_fn injected, got True")
     generator = torch.Generator(tokens.device)
@@ -103,9 +115,8 @@ def stream(
     else:
         generator.manual_seed(seed)
     draw = _Draw(temperature, top_k, top_p, generator)
-    return _continue(
-        model, tokens, max_new_tokens, lengths, draw, model.takes_cache if use_cache is None else use_cache
-    )
+    use_cache = model.takes_cache if use_cache is None else use_cache
+    return _continue(model, tokens, max_new_tokens, lengths, draw, use_cache, stop_token)
 
 
 @dataclass(frozen=True)
@@ -120,20 +131,23 @@ class _Draw:
     def __call__(self, logits: Tensor) -> Tensor:
         if self.temperature == 0.0:
             return logits.argmax(-1)
-        probabilities = kept(logits / self.temperature, self.top_k, self.top_p).softmax(-1)
+        # the largest is 0, so that no temperature makes an infinity of it
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        probabilities = kept(logits, self.top_k, self.top_p).softmax(-1)
         return torch.multinomial(probabilities, 1, generator=self.generator)[:, 0]
 
 
 def _continue(
-    model: GPT, tokens: Tensor, max_new_tokens: int, lengths: Tensor, draw: _Draw, use_cache: bool
-) -> Iterator[Tensor]:
+    model: GPT, tokens: Tensor, max_new_tokens: int, lengths: Tensor, draw: _Draw, use_cache: bool,
+    stop_token: int | None,
+) -> Iterator[Tensor]:  # fmt: skip
     context, (batch, seqlen) = model.config.seqlen, tokens.shape
     longest = int(lengths.max()) if batch else seqlen
     lengths = lengths.to(tokens.device, torch.long)
     place = torch.arange(seqlen + max_new_tokens, device=tokens.device)
     # padding may be anything, but a token is looked up in the embedding
     text = torch.nn.functional.pad(tokens, (0, max_new_tokens)).masked_fill(place >= lengths[:, None], 0)
-    cache = None
+    cache, is_done = None, torch.zeros(batch, dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         training = model.training
         model.eval()
@@ -153,7 +167,12 @@ def _continue(
         # (batch, vocab_size)
         logits = logits.take_along_dim(last[:, None, None], dim=1)[:, 0].float()
         token = draw(logits)
+        if stop_token is not None:
+            token = token.masked_fill(is_done, stop_token)
+            is_done = token == stop_token
         yield token
+        if stop_token is not None and is_done.all():
+            return
         text = text.scatter(1, lengths[:, None], token[:, None])
         lengths, longest = lengths + 1, longest + 1
 

@@ -152,6 +152,7 @@ CACHES: dict[str, dict[str, Any]] = {
         "window_left": 100, "causal": True, "seqlen_q": 3, "reduction": "atomic", "dtype": "float16",
     },
     "float32": {"head_dim": 64, "dtype": "float32"},
+    "wide": {"nheads": 8, "nheads_k": 2, "head_dim": 256, "causal": True, "dtype": "float16", "page_size": 16},
     "queue": {"nheads": 32, "nheads_k": 8, "head_dim": 128, "causal": True, "batch": 64},
 }  # fmt: skip
 
@@ -169,6 +170,17 @@ def test_the_kernels_of_a_cache(compiled, arch) -> None:
         assert kernels[1]["registers"] <= 128
         for one in kernels[1], kernels[3]:
             assert 64 * 1024 < one["shared_bytes"] <= SHARED[arch] // 2 * 1024
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_values_of_one_channel(compiled, arch) -> None:
+    """What sums of weights are computed with (diagnostics.mass), also over a cache."""
+    dense = {"head_dim": 64, "head_dim_v": 1, "causal": True, "kernel": "fwd"}
+    cache = {"head_dim": 64, "head_dim_v": 1, "causal": True, "nheads": 8, "nheads_k": 2, "backend": "decode"}
+    kernels = compiled(arch, json.dumps(dense), json.dumps({**cache, "seqlen": 65536, "page_size": 16}))
+    assert [one["kernel"] for one in kernels] == ["fwd", "decode", "sum"]
+    for one in kernels[:2]:
+        check(arch, one)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])

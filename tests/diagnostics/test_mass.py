@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends.here import FUSED, interpret_in_tiles
 from rounding import assert_rounded
 
+from flashsigmoid import sigmoid_attention_with_kvcache
 from flashsigmoid.backends.reference import attention_weights
 from flashsigmoid.diagnostics import mass
 from flashsigmoid.diagnostics.mass import mass_of_keys, mass_of_rows, top_weights
@@ -32,6 +34,36 @@ def test_masses_are_the_sums_of_the_weights(options, seqlen_q, seqlen_k):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("backend", FUSED)
+def test_masses_come_out_of_the_fused_kernels(options, backend, monkeypatch):
+    """Without a weight in memory: of the explicit A there is none."""
+    interpret_in_tiles(monkeypatch, 16, 16)
+    dtype = torch.float32
+    options = {name: x.to(dtype) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    q, k, _, _ = make_qkv(2, 9, 40, 4, 2, 16, dtype=dtype)
+    for bias in ({}, {"sigmoid_bias": torch.linspace(-5.0, -1.0, 72).reshape(2, 4, 9)}):
+        given = {**options, **bias}
+        a = attention_weights(q.double(), k.double(), **given)
+        assert_rounded(mass_of_rows(q, k, backend=backend, **given), a.sum(-1).to(dtype))
+        assert_rounded(mass_of_keys(q, k, backend=backend, **given), a.sum(-2).to(dtype))
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_row_masses_of_a_cache(backend):
+    """Values of one for every key, without memory of their own; pages, and a sequence without keys."""
+    lengths, pages, table = torch.tensor([0, 5, 61]), torch.randn(12, 16, 2, 16), torch.randperm(12).reshape(3, 4)
+    q, ones = torch.randn(3, 2, 4, 16), torch.ones(()).expand(*pages.shape[:3], 1)
+    options = {"sigmoid_bias": -3.0, "window_size": (40, None), "alibi_slopes": torch.tensor([0.3, 0.2, 0.1, 0.0])}
+    mass = sigmoid_attention_with_kvcache(
+        q, pages, ones, cache_seqlens=lengths, page_table=table, backend=backend, **options
+    )
+    for s, length in enumerate(lengths.tolist()):
+        k = pages[table[s]].flatten(0, 1)[None, :length]
+        a = attention_weights(q[s : s + 1].double(), k.double(), causal=True, **options)
+        assert_rounded(mass[s, ..., 0].mT, a[0].sum(-1).float())
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("count", [1, 4, 9])
 def test_the_largest_weights_are_those_of_the_whole(options, count, monkeypatch):
     monkeypatch.setattr(mass, "_BLOCK", 7)
@@ -42,14 +74,26 @@ def test_the_largest_weights_are_those_of_the_whole(options, count, monkeypatch)
     assert_rounded(a.gather(-1, keys), values)
 
 
-def test_a_row_bias_has_row_masses_and_largest_weights_only():
+def test_a_bias_of_rows(monkeypatch):
+    monkeypatch.setattr(mass, "_BLOCK", 7)
     q, k, _, _ = make_qkv(2, 9, 40, 4, 2, 16, dtype=torch.float64)
-    bias = torch.randn(2, 4, 9, dtype=torch.float64)
-    a = attention_weights(q, k, sigmoid_bias=bias)
-    assert_rounded(mass_of_rows(q, k, sigmoid_bias=bias), a.sum(-1))
-    assert_rounded(top_weights(q, k, 3, sigmoid_bias=bias)[0], a.topk(3).values)
-    with pytest.raises(ValueError, match="sigmoid_bias must have one value for all rows"):
-        mass_of_keys(q, k, sigmoid_bias=bias)
+    options = {"sigmoid_bias": torch.randn(2, 4, 9, dtype=torch.float64), **OPTIONS["alibi"], "causal": True}
+    a = attention_weights(q, k, **options)
+    assert_rounded(mass_of_rows(q, k, **options), a.sum(-1))
+    with torch.no_grad():
+        assert_rounded(mass_of_keys(q, k, **options), a.sum(-2))
+    assert_rounded(top_weights(q, k, 3, **options)[0], a.topk(3).values)
+
+
+def test_the_largest_weights_are_found_block_by_block(monkeypatch):
+    """Also of many queries: A as a whole is what does not fit."""
+    seen, weights = [], mass.attention_weights
+    monkeypatch.setattr(mass, "_BLOCK", 16)
+    monkeypatch.setattr(mass, "attention_weights", lambda *x, **y: seen.append(weights(*x, **y)) or seen[-1])
+    q, k, _, _ = make_qkv(1, 70, 70, 2, 1, 16, dtype=torch.float64)
+    values, _ = top_weights(q, k, 5, causal=True)
+    assert max(a.shape[2] * a.shape[3] for a in seen) <= 16 * 16
+    assert_rounded(values, weights(q, k, causal=True).topk(5).values)
 
 
 @pytest.mark.parametrize("count", [0, 41, True, 2.0])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
-from rounding import assert_rounded
+from rounding import LAYER, assert_rounded
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
@@ -48,7 +51,45 @@ def test_logits_and_tokens_are_those_of_our_own(shape):
     own = generate(ours, tokens, 9, temperature=0.0)
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         assert torch.equal(model.generate(tokens, **GREEDY, **options), own), options
-    assert model.generate(tokens, **GREEDY, num_beams=3).shape == (3, 16)
+
+
+MODES = {
+    "beams": {"num_beams": 3},
+    "several of each": {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5, "early_stopping": True},
+    "drawn": {"do_sample": True, "top_k": 9, "top_p": 0.9, "temperature": 0.7},
+    "drawn beams": {"do_sample": True, "num_beams": 2, "min_p": 0.001},
+    "repetition": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "an end": {"eos_token_id": list(range(1, 60))},
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_every_mode_of_generate_is_that_without_a_cache(mode, cache):
+    model = SigmoidGPTForCausalLM.from_gpt(gpt(position="rope", nheads_k=1, window_size=(6, None)).double())
+    tokens = torch.randint(1, 257, (3, 8))
+    mask = torch.stack([torch.arange(8) >= 8 - length for length in (8, 3, 1)]).long()
+    found = []
+    for options in ({"cache_implementation": cache}, {"use_cache": False}):
+        torch.manual_seed(0)
+        found.append(model.generate(tokens * mask, attention_mask=mask, **{**GREEDY, **mode}, **options))
+    assert torch.equal(*found)
+
+
+@shapes
+def test_drafts_and_chunks_change_no_token(shape):
+    """A cache that is cut back, and one that takes several tokens at a time."""
+    model = SigmoidGPTForCausalLM.from_gpt(gpt(**shape).double())
+    tokens = torch.randint(1, 257, (1, 8))
+    own = model.generate(tokens, **GREEDY, use_cache=False)
+    other = SigmoidGPTForCausalLM.from_gpt(gpt(**shape).double())
+    for options in (
+        {"assistant_model": other},
+        {"assistant_model": model},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 3},
+    ):
+        assert torch.equal(model.generate(tokens, **GREEDY, **options), own), options
 
 
 @shapes
@@ -92,16 +133,73 @@ def test_training_with_checkpointing():
         assert_rounded(parameter.grad, grad)
 
 
+def test_a_loss_in_parts_is_that_of_the_batch():
+    """A trainer that accumulates says by how many labels to divide, and divides by nothing else."""
+    tokens = torch.randint(257, (4, 12))
+    labels = tokens.masked_fill(torch.rand(4, 12) < torch.linspace(0.1, 0.8, 4)[:, None], -100)
+    model = SigmoidGPTForCausalLM.from_gpt(gpt().double()).train()
+    count = (labels[:, 1:] != -100).sum()
+    parts = [model(x[None], labels=y[None], num_items_in_batch=count).loss for x, y in zip(tokens, labels, strict=True)]
+    assert_rounded(torch.stack(parts).sum(), model(tokens, labels=labels).loss)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="transformers' Trainer needs accelerate")
+def test_a_trainer_that_accumulates_takes_the_steps_of_whole_batches(tmp_path):
+    texts = [{"input_ids": tokens, "labels": tokens.clone()} for tokens in torch.randint(257, (8, 12))]
+    found, fresh = [], SigmoidGPTForCausalLM.from_gpt(gpt().double())
+    for batch in (4, 1):
+        model = copy.deepcopy(fresh)
+        options = transformers.TrainingArguments(
+            output_dir=str(tmp_path / str(batch)), per_device_train_batch_size=batch, max_steps=2, use_cpu=True,
+            gradient_accumulation_steps=4 // batch, optim="sgd", learning_rate=0.1, report_to=[], save_strategy="no",
+            disable_tqdm=True, dataloader_pin_memory=False, logging_strategy="no",
+        )  # fmt: skip
+        transformers.Trainer(model, options, train_dataset=texts).train()
+        found.append(model.state_dict())
+    for name, parameter in found[0].items():
+        assert_rounded(found[1][name], parameter, 4 * LAYER, name=name)
+
+
+def test_positions_may_start_anywhere_but_not_anew():
+    model = SigmoidGPTForCausalLM.from_gpt(gpt(position="rope").double())
+    tokens = torch.randint(257, (2, 6))
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    position = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    logits = model(tokens, attention_mask=mask).logits
+    assert torch.equal(model(tokens, attention_mask=mask, position_ids=position).logits, logits)
+    assert torch.equal(model(tokens, attention_mask=mask, position_ids=torch.arange(7, 13)[None]).logits, logits)
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with pytest.raises(ValueError, match=r"position_ids must rise by one, .* got \[\[0, 1, 2, 0, 1, 2\]\]"):
+        model(tokens, position_ids=packed)
+    with pytest.raises(ValueError, match="cu_seq_lens_q must not be given to a SigmoidGPT"):
+        model(tokens[:1], cu_seq_lens_q=torch.tensor([0, 3, 6]))
+
+
+def test_logits_of_chosen_places():
+    model = SigmoidGPTForCausalLM.from_gpt(gpt())
+    tokens = torch.randint(257, (2, 6))
+    logits = model(tokens).logits
+    assert torch.equal(model(tokens, logits_to_keep=2).logits, logits[:, 4:])
+    assert torch.equal(model(tokens, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]])
+
+
 def tokenizers():
     return [ByteTokenizer(), train_bpe([b"to be or not to be, that is the question"] * 3, 280)]
 
 
 @pytest.mark.parametrize("tokenizer", tokenizers(), ids=lambda x: type(x).__name__)
-def test_an_exported_directory_is_the_model(tmp_path, tokenizer):
+def test_an_exported_directory_is_the_model(tmp_path, tokenizer, capsys):
     ours = gpt(vocab_size=tokenizer.vocab_size, position="rope")
     folder = export(ours, tokenizer.to_library_json(), tmp_path / "out")
     assert (folder / "model.safetensors").is_file()
-    assert "context 24, rope" in (folder / "README.md").read_text("utf-8")
+    card = (folder / "README.md").read_text("utf-8")
+    assert "context 24, rope" in card
+    exec(
+        textwrap.dedent(card[card.index("    from flash") : card.index("Prompt and")]).replace(
+            "this directory", str(folder)
+        )
+    )
+    assert capsys.readouterr().out.startswith("Once")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     for text in ("to be, or not", "Grüße \N{SNOWMAN}\n\t ", " two  spaces "):
         assert theirs(text)["input_ids"] == tokenizer.encode(text.encode()).tolist()
@@ -182,6 +280,8 @@ def test_errors(tmp_path):
         SigmoidGPTForCausalLM.from_gpt(gpt(attention="softmax"))
     with pytest.raises(ValueError, match="dim must be a multiple of nheads=4, got 30"):
         SigmoidGPTConfig(dim=30)
+    with pytest.raises(ValueError, match="tie_word_embeddings must be False"):
+        SigmoidGPTConfig(tie_word_embeddings=True)
     model = SigmoidGPTForCausalLM.from_gpt(gpt())
     tokens = torch.zeros(1, 20, dtype=torch.long)
     with pytest.raises(ValueError, match="input and cache must have at most seqlen=24 tokens, got 25"):

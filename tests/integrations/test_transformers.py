@@ -146,6 +146,17 @@ def test_packed_sequences():
     assert_rounded(out[:, 4:7], hidden(ours, input_ids=inputs["input_ids"][:, 4:7]))
 
 
+def test_packed_sequences_that_only_their_lengths_tell_are_refused():
+    """transformers makes a mask from positions, and none from lengths, which would then be ignored."""
+    ours, _ = pair(llama)
+    tokens, lengths = torch.randint(1, 40, (1, 9)), {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32)}
+    position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with pytest.raises(ValueError, match="cu_seq_lens_q must come with position_ids that begin anew"):
+        ours(tokens, use_cache=False, **lengths)
+    out = ours(tokens, position_ids=position, use_cache=False, **lengths).logits
+    assert_rounded(out[:, 4:], ours(tokens[:, 4:]).logits)
+
+
 def test_looking_both_ways_with_a_causal_model():
     ours, reference = pair(lambda: llama(is_causal=False))
     inputs = texts("none")
@@ -165,6 +176,24 @@ def test_generate(build, cache):
     plain = reference.generate(**inputs, **options, use_cache=False)
     assert torch.equal(cached.sequences, plain.sequences)
     assert_rounded(torch.stack(cached.logits), torch.stack(plain.logits))
+
+
+def test_a_draft_of_another_model_changes_no_token():
+    """Several tokens at a time on a cache that is cut back again."""
+    ours, reference = pair(llama)
+    tokens, options = torch.randint(1, 40, (1, 9)), {"max_new_tokens": 12, "do_sample": False}
+    expected = reference.generate(tokens, use_cache=False, **options)
+    for draft in ({"assistant_model": pair(llama)[0]}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}):
+        assert torch.equal(ours.generate(tokens, **options, **draft), expected), draft
+
+
+def test_beams():
+    ours, reference = pair(qwen)
+    options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "num_return_sequences": 2}
+    inputs = texts("left")
+    expected = reference.generate(**inputs, **options, use_cache=False)
+    assert torch.equal(ours.generate(**inputs, **options), expected)
+    assert torch.equal(ours.generate(**inputs, **options, cache_implementation="static"), expected)
 
 
 def test_prefill_in_chunks_with_a_dynamic_cache():

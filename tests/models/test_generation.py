@@ -166,9 +166,31 @@ def test_streaming_draws_what_generate_draws_and_leaves_the_mode(model):
     assert torch.equal(torch.stack(streamed, dim=1), generate(model, prompt, 5, seed=1)[:, 2:])
 
 
-def test_temperature_zero_top_k_one_and_a_tiny_top_p_are_greedy(model):
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_text_ends_with_its_stop_token_and_the_stream_with_the_last_text(model, use_cache):
+    prompts, lengths = torch.randint(50, (3, 4)), torch.tensor([4, 1, 2])
+    options = {"lengths": lengths, "seed": 5, "use_cache": use_cache}
+    plain = torch.stack(list(stream(model, prompts, 12, **options)), dim=1)
+    stop = int(plain[0, 2])
+    ends = [row.index(stop) if stop in row else 11 for row in plain.tolist()]
+    assert min(ends) < max(ends)
+    drawn = torch.stack(list(stream(model, prompts, 12, stop_token=stop, **options)), dim=1)
+    assert drawn.shape == (3, max(ends) + 1)
+    for row, free, end in zip(drawn.tolist(), plain.tolist(), ends, strict=True):
+        assert row == (free[: end + 1] + [stop] * 12)[: max(ends) + 1]
+    both = generate(model, prompts, 12, stop_token=stop, **options)
+    assert both.shape == (3, 4 + drawn.shape[1])
+    for row, prompt, length, new in zip(both, prompts, lengths.tolist(), drawn, strict=True):
+        assert torch.equal(row, torch.cat([prompt[:length], new, prompt[length:]]))
+    # of a text alone the stop token is the last of all
+    alone = [int(token) for token in stream(model, prompts[:1], 12, stop_token=stop, seed=5, use_cache=use_cache)]
+    assert alone.index(stop) == len(alone) - 1 if stop in alone else len(alone) == 12
+
+
+def test_temperatures_near_zero_top_k_one_and_a_tiny_top_p_are_greedy(model):
     prompt = torch.randint(50, (2, 4))
     greedy = generate(model, prompt, 6, temperature=0.0)
+    assert torch.equal(greedy, generate(model, prompt, 6, temperature=1e-40))  # the logits over it are infinite
     assert torch.equal(greedy, generate(model, prompt, 6, top_k=1))
     assert torch.equal(greedy, generate(model, prompt, 6, top_p=1e-6))
 
@@ -203,6 +225,8 @@ def test_kept():
         (None, {"temperature": float("nan")}, "temperature must not be negative, got nan"),
         (None, {"top_k": 0}, "top_k must be a positive integer, got 0"),
         (None, {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        (None, {"stop_token": 50}, "stop_token must be an integer from 0 to vocab_size - 1 = 49, got 50"),
+        (None, {"stop_token": "x"}, "stop_token must be an integer"),
         (None, {"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
     ],
 )
