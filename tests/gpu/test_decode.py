@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.machine import captured, nothing_waits
 from torch import Tensor
 
 from flashsigmoid import sigmoid_attention_with_kvcache, sigmoid_attention_with_prefix
@@ -205,13 +206,7 @@ def exact_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 def test_a_step_in_a_cuda_graph_follows_its_tensors(new) -> None:
     call, tensors = step_of(new=new)
     q, _, _, _, _, lengths = tensors
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        out = call()
+    graph, out = captured(call)
     for step in range(3):
         lengths += new
         q.copy_(normal(*q.shape, dtype=q.dtype, seed=10 + step))
@@ -220,7 +215,6 @@ def test_a_step_in_a_cuda_graph_follows_its_tensors(new) -> None:
         assert_within_budget(f"out of step {step}", out, exact, near)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_gpu() -> None:
     call, tensors = step_of()
     q, k_cache, v_cache, *_ = tensors
@@ -229,12 +223,8 @@ def test_nothing_waits_for_the_gpu() -> None:
     together = lambda: sigmoid_attention_with_prefix(q, *prefix, k_cache, v_cache, **options)  # noqa: E731
     call(), together()
     torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         call(), together()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("new", [1, 3])

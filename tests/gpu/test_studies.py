@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import importlib
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from gpu.machine import nothing_waits
 from torch import Tensor, nn
 
 from flashsigmoid.diagnostics.watch import Watch
@@ -27,18 +26,6 @@ from flashsigmoid.training.optim import adamw
 
 DEVICE = "cuda"
 TEXT = replace(retrieval.QUICK, batch=4)
-
-
-@contextmanager
-def nothing_waits() -> Iterator[None]:
-    """Each wait for the GPU is an error, as far as torch sees it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode is a prototype; as an error it would leave the mode on for all
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def gpt(arm: str) -> nn.Module:
