@@ -60,6 +60,7 @@ def test_dropout_is_that_of_the_cpu() -> None:
     torch.testing.assert_close(there.cpu(), here)
 
 
+@pytest.mark.large(2)
 def test_memory_is_linear_in_seqlen() -> None:
     """At 65,536 tokens one head's weights would be 16 GiB; forward and backward stay below 1.5."""
     q, k, v, dout = make_qkv(1, 65_536, 65_536, 1, 1, 64, dtype=torch.bfloat16, device="cuda")

@@ -125,7 +125,15 @@ def draw(index: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(60))
+def drawn_param(index: int) -> Any:
+    """Its index, marked where the caches, their copies and one sequence's witness in float32 and 64 take gigabytes."""
+    case = draw(index)
+    elements = case["capacity"] * case["heads"][1] * case["head_dim"]
+    gib = elements * (case["batch"] * (6 if case["page_size"] else 4) * case["dtype"].itemsize + 34) / 2**30
+    return pytest.param(index, marks=[pytest.mark.large(math.ceil(gib))] if gib > 1.5 else [])
+
+
+@pytest.mark.parametrize("index", [drawn_param(index) for index in range(60)])
 def test_drawn_calls(index) -> None:
     case = draw(index)
     nheads, nheads_k = case["heads"]
@@ -149,7 +157,12 @@ def test_drawn_calls(index) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "capacity"), [(1, 4096), (1, 65536), (1, 524288), (8, 65536), (64, 4096)])
+@pytest.mark.parametrize(("batch", "capacity"), [
+    (1, 4096), (1, 65536),
+    # both caches, their copies, and as much as eight of a sequence's for its witness
+    pytest.param(1, 524288, marks=pytest.mark.large(24)), pytest.param(8, 65536, marks=pytest.mark.large(7)),
+    pytest.param(64, 4096, marks=pytest.mark.large(3)),
+])  # fmt: skip
 def test_sizes_that_are_benchmarked(dtype, batch, capacity) -> None:
     k, v, _, whole = cached([capacity] * batch, capacity, 8, 128, dtype)
     q = normal(batch, 1, 32, 128, dtype=dtype)
@@ -252,6 +265,7 @@ def test_the_kernels_of_a_step_are_few() -> None:
     assert len(ours) == len(names) == 3, names
 
 
+@pytest.mark.large(4)
 @pytest.mark.parametrize("reduction", ["parts", "atomic"])
 def test_both_reductions_and_which_of_them_repeats(reduction, monkeypatch) -> None:
     from flashsigmoid.backends.triton import decode_launch

@@ -160,6 +160,7 @@ def test_every_planted_fault_is_caught_in_every_tensor(head_dim, dtype, monkeypa
     )
 
 
+@pytest.mark.large(3)
 @pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
 def test_the_sanitizer_finds_nothing(tool) -> None:
     printed = sanitized(tool, "hopper", timeout_s=300)

@@ -143,6 +143,7 @@ FAR = {
 }
 
 
+@pytest.mark.large(6)
 @pytest.mark.parametrize("start", [0, 1])
 @pytest.mark.parametrize("name", FAR)
 def test_elements_beyond_2_to_the_31(name, start) -> None:

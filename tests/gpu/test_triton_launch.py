@@ -16,7 +16,7 @@ from flashsigmoid import explain, sigmoid_attention
 from flashsigmoid.testing import assert_within_budget, compute, make_qkv, oracle, witness
 
 
-@pytest.mark.parametrize("seqlen", [2**14, 2**16, 2**18, 2**20])
+@pytest.mark.parametrize("seqlen", [2**14, 2**16, 2**18, pytest.param(2**20, marks=pytest.mark.large(2))])
 def test_memory_is_that_of_inputs_and_results(seqlen, record_property) -> None:
     """Forward and backward of one head of 64 channels; a matrix of 2^20 x 2^20 weights would be 2 TiB."""
     q, k, v, dout = (torch.randn(1, seqlen, 1, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(4))
@@ -121,6 +121,7 @@ def test_explain_says_why_not_triton() -> None:
     assert explain(q, k, v).reasons["triton"].startswith("head_dim must be at most 256, got 320")
 
 
+@pytest.mark.large(3)
 def test_the_sanitizer_finds_nothing() -> None:
     """compute-sanitizer's memcheck on every kernel: no byte beyond an allocation is read or written."""
     printed = sanitized("memcheck", timeout_s=550)
