@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if torch.cuda.is_available() and not hasattr(config, "workerinput"):
-        path = RESULTS / config.getoption("--gpu-record", "gpu-tests.jsonl")
+        path = RESULTS / str(config.getoption("--gpu-record", "gpu-tests.jsonl"))
         command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
         config.pluginmanager.register(Outcomes(path, command))
 

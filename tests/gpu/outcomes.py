@@ -25,7 +25,7 @@ class Outcomes:
         self.path, self.command = path, command
         self.writer: RecordWriter | None = None
         self.ends: dict[str, tuple[str, str]] = {}  # test -> (outcome so far, what a failure says)
-        self.totals = dict.fromkeys(("passed", "failed", "skipped"), 0)
+        self.totals: dict[str, int] = {"passed": 0, "failed": 0, "skipped": 0}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Of the phases of a test the first that did not pass decides, and is told at once."""
@@ -39,12 +39,14 @@ class Outcomes:
             print(f"\n{report.nodeid} failed: {_told(report)}", file=sys.__stderr__, flush=True)
         if report.when == "call":
             for name, tags in report.user_properties:
-                if name in MEASURED:
-                    self._measure(name, **tags)
+                if name in MEASURED and isinstance(tags, dict):
+                    value, others = tags["value"], {key: x for key, x in tags.items() if key != "value"}
+                    self.writer.write(name, value, unit=MEASURED[name], **others)
         if report.when not in ("setup", "call"):  # teardown, or a worker that crashed
             outcome, told = self.ends.pop(report.nodeid, ("passed", ""))
             self.totals[outcome] += 1
-            self.writer.write("test", test=report.nodeid, outcome=outcome, **({"told": told} if told else {}))
+            tags: dict[str, Any] = {"told": told} if told else {}
+            self.writer.write("test", test=report.nodeid, outcome=outcome, **tags)
 
     def pytest_sessionfinish(self) -> None:
         """Totals, and an order that does not depend on the workers."""
@@ -57,10 +59,6 @@ class Outcomes:
         draft = self.path.with_name(self.path.name + ".tmp")
         draft.write_text(header + "".join(sorted(lines, key=_rank)))
         draft.replace(self.path)  # a clock that cuts here too leaves the one or the other
-
-    def _measure(self, name: str, value: float, **tags: Any) -> None:
-        assert self.writer is not None
-        self.writer.write(name, value, unit=MEASURED[name], **tags)
 
 
 def _told(report: pytest.TestReport) -> str:
