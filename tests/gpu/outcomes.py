@@ -38,10 +38,10 @@ class Outcomes:
         if report.failed:
             print(f"\n{report.nodeid} failed: {_told(report)}", file=sys.__stderr__, flush=True)
         if report.when == "call":
-            for name, tags in report.user_properties:
-                if name in MEASURED and isinstance(tags, dict):
-                    value, others = tags["value"], {key: x for key, x in tags.items() if key != "value"}
-                    self.writer.write(name, value, unit=MEASURED[name], **others)
+            measured: list[tuple[str, Any]] = [each for each in report.user_properties if each[0] in MEASURED]
+            for name, tags in measured:
+                others = {key: x for key, x in tags.items() if key != "value"}
+                self.writer.write(name, tags["value"], unit=MEASURED[name], **others)
         if report.when not in ("setup", "call"):  # teardown, or a worker that crashed
             outcome, told = self.ends.pop(report.nodeid, ("passed", ""))
             self.totals[outcome] += 1

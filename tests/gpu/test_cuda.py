@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from flashsigmoid.functional import sigmoid_attention_shard
 from flashsigmoid.testing import Options, assert_within_budget, compute, make_qkv, oracle, witness
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,19 +122,27 @@ def test_inside_torchs_encoder_with_padding() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_that_is_stopped_goes_on(precision, tmp_path) -> None:
-    """Mixed precision on the device, a checkpoint, and a resumed run close to the one that was not stopped."""
+    """Mixed precision on the device, a checkpoint, and a resumed run: the one that was not stopped, up to rounding."""
     pytest.importorskip("pytorch_lightning")
+    from distributed.runs import far, losses
     from training.tiny import tiny_run, write_text
 
     from flashsigmoid.training.checkpoint import checkpoints, load_model
     from flashsigmoid.training.language import train
 
+    def trained(run: Any, folder: str, **options: Any) -> list[float | None]:
+        train(run, tmp_path / folder, device="cuda", show=lambda progress: None, **options)
+        return losses(tmp_path / folder) + losses(tmp_path / folder, "val/loss")
+
     run = replace(tiny_run(write_text(tmp_path / "text.txt")), precision=precision)
-    whole = train(run, tmp_path / "whole", device="cuda", show=lambda progress: None)
+    whole = trained(run, "whole")
     for path in checkpoints(tmp_path / "whole")[1:]:
         path.rename(path.with_name("moved-" + path.name))
-    resumed = train(run, tmp_path / "whole", device="cuda", resume=True, show=lambda progress: None)
-    assert resumed["val/loss"] == pytest.approx(whole["val/loss"], rel=1e-3)
+    resumed = trained(run, "whole", resume=True)
+    # a resumed step rounds as the first one did: what the order of the device's own sums does, in the same run again
+    rounding = max(far(trained(run, f"again-{index}"), whole) for index in range(2))
+    assert len(resumed) == len(whole) == 12 + 3
+    assert far(resumed, whole) <= 4.0 * max(rounding, EPS)
     assert load_model(tmp_path / "whole", "cuda")[0].embedding.weight.device.type == "cuda"
 
 
@@ -140,17 +150,22 @@ def test_a_training_that_is_stopped_goes_on(precision, tmp_path) -> None:
 @pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
 def test_a_training_by_cuda_graphs_is_the_same_training(kind, attention, tmp_path) -> None:
     """Twelve steps: losses and norms of gradients as in eager mode, up to rounding; validation is there too."""
+    from distributed.runs import far, losses
+
     from flashsigmoid.recipes import language, speech
-    from flashsigmoid.record import read_records
 
     run = (language.demo if kind == "language" else speech.an4_sample)().with_attention(attention)
     model = replace(run.model, nlayers=2, dropout_p=0.0)
     run = replace(run, model=model, steps=12, val_every=6, save_every=12, log_every=1)
     graphs = {"compile": True, "cuda_graphs": True} | ({"pad_frames": 360} if kind == "speech" else {})
-    found = []
-    for name, changes in (("eager", {}), ("graphs", graphs)):
-        replace(run, **changes).train(tmp_path / name, device="cuda", show=lambda _: None)
-        records = read_records(tmp_path / name / "records.jsonl").records
-        found.append([r.value for r in records if r.name in ("train/loss", "grad_norm", "val/loss")])
-    assert len(found[0]) == len(found[1]) == 2 * 12 + 3
-    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    # sums in another order; speech draws for a whole micro-batch, so there it is another padding
+    other = {"batch": run.batch // 2, "accumulate": 2} if kind == "language" else {"pad_frames": 480}
+    folders = {"eager": {}, "other": other, "graphs": graphs}
+    for folder, changes in folders.items():
+        replace(run, **changes).train(tmp_path / folder, device="cuda", show=lambda _: None)
+    for name, length in (("train/loss", 12), ("grad_norm", 12), ("val/loss", 3)):
+        eager, near, found = (losses(tmp_path / folder, name) for folder in folders)
+        assert len(eager) == len(found) == length
+        # compiled code rounds otherwise in all of a layer: at least what the roundings of two layers leave
+        allowed = max(4.0 * far(near, eager), 2.0 * math.sqrt(2 * LAYER) * EPS)
+        assert far(found, eager) <= allowed, f"{name}: {found} by graphs, {eager} in eager mode"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from distributed.runs import far
 
+from flashsigmoid.recipes.language import demo
 from flashsigmoid.record import read_records
 
 ROOT = Path(__file__).parents[2]
@@ -35,13 +36,19 @@ def losses(folder: Path, *options: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], float]:
-    """The losses of one GPU, and four times what rounding does to them: the same run, its batches in two parts."""
+    """The losses of one GPU, and four times what rounding does to them: the same run, its batches in two parts.
+
+    That is a limit which a rate off by a thousandth would not pass.
+    """
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs two CUDA devices, and torch finds {torch.cuda.device_count()}")
     folder = tmp_path_factory.mktemp("alone")
     whole = losses(folder / "whole")
     halves = losses(folder / "halves", "--set", "batch=8", "--set", "accumulate=2")
-    return whole, 4.0 * max(far(halves, whole), torch.finfo(torch.float32).eps)
+    allowed = 4.0 * max(far(halves, whole), torch.finfo(torch.float32).eps)
+    other = losses(folder / "other", "--set", f"optim.lr={1.001 * demo().optim.lr}")
+    assert far(other, whole) > allowed
+    return whole, allowed
 
 
 @pytest.mark.parametrize(
@@ -60,5 +67,5 @@ def test_two_gpus_train_as_one(
     both = losses(tmp_path / "run", "--mesh", mesh, *options)
     one, allowed = alone
     assert len(both) == len(one) == 6
-    assert far(both, one) <= allowed <= 1e-4
+    assert far(both, one) <= allowed
     assert not list((tmp_path / "run").rglob("*.tmp"))
