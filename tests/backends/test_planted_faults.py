@@ -51,7 +51,10 @@ def mask_off_by_one(problem: Problem, call: Callable, *tensors: Tensor | None):
 
 
 def scaled_bias(problem: Problem, call: Callable, *tensors: Tensor | None):
+    """A tensor, or else the number."""
     *front, bias, slopes, seed = tensors
+    if bias is None:
+        return call(replace(problem, sigmoid_bias=1.02 * (problem.sigmoid_bias or 0.0)), *tensors)
     return call(problem, *front, bias * 1.02, slopes, seed)
 
 
@@ -65,26 +68,27 @@ FAULTS: dict[str, Callable] = {
 
 
 @functools.cache
-def problem(dtype: torch.dtype, seqlen_q: int, causal: bool) -> tuple[tuple[Tensor, ...], Options, dict, dict]:
+def problem(
+    dtype: torch.dtype, seqlen_q: int, causal: bool, device: str, head_dim: int, has_sides: bool
+) -> tuple[tuple[Tensor, ...], Options, dict, dict]:
     """(q, k, v, dout), options, and what the oracle and the witness say of them: the same for every backend."""
-    tensors = make_qkv(1, seqlen_q, SEQLEN, 1, 1, 64, dtype=dtype)
-    options = Options(
-        causal=causal,
-        window_size=(WINDOW if causal else None, None),
-        sigmoid_bias=torch.full((1,), -math.log(SEQLEN)),
-        alibi_slopes=torch.tensor([2e-3]),
-    )
+    tensors = make_qkv(1, seqlen_q, SEQLEN, 1, 1, head_dim, dtype=dtype, device=device)
+    options = Options(causal=causal, window_size=(WINDOW if causal else None, None), sigmoid_bias=-math.log(SEQLEN))
+    if has_sides:
+        options["sigmoid_bias"] = torch.full((1,), -math.log(SEQLEN), device=device)
+        options["alibi_slopes"] = torch.tensor([2e-3], device=device)
     return tensors, options, oracle(*tensors, **options), witness(*tensors, draws=2, **options)
 
 
 def table(
-    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seqlen_q: int = SEQLEN
-) -> dict[str, dict[str, float]]:
-    """{fault: {tensor: times over budget}}, the row "none" first."""
+    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, seqlen_q: int = SEQLEN, *,
+    device: str = "cpu", head_dim: int = 64, has_sides: bool = True,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """{fault: {tensor: times over budget}}, the row "none" first; without sides b is a number and slopes are none."""
     module = backends.load(backend)
     rows: dict[str, dict[str, float]] = {}
     for causal in (False, True):
-        tensors, options, expected, seen = problem(dtype, seqlen_q, causal)
+        tensors, options, expected, seen = problem(dtype, seqlen_q, causal, device, head_dim, has_sides)
 
         def over_budget(tensors=tensors, options=options, expected=expected, seen=seen) -> dict[str, float]:
             actual = compute(*tensors, backend=backend, **options)

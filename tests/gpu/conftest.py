@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-
-from flashsigmoid.record import RecordWriter
+from gpu.memory import budget_gib, release, reserved
+from gpu.outcomes import Outcomes
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 # these take half a minute and more: workers begin with them (--maxschedchunk 1 gives each worker few)
@@ -20,13 +19,19 @@ LONGEST = (
     "until_the_time_is_up", "the_sanitizer_finds_nothing", "memory_is_that", "of_long_sequences", "planted_fault",
     "inductor", "opcheck", "told_apart",
 )  # fmt: skip
-outcomes: dict[str, str] = {}
-MEASURED = ("error_over_budget", "peak_bytes")
-measured: list[tuple[str, dict[str, Any]]] = []
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: inductor would start 32 compilers in each
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-record", default="gpu-tests.jsonl", help="file of benchmarks/results for the outcomes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.cuda.is_available() and not hasattr(config, "workerinput"):
+        path = RESULTS / str(config.getoption("--gpu-record", "gpu-tests.jsonl"))
+        command = shlex.join(["python", "-m", "pytest", *config.invocation_params.args])
+        config.pluginmanager.register(Outcomes(path, command))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,43 +45,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def freed() -> Iterator[None]:
-    """Workers share the GPU's memory: none keeps gigabytes of its last test, nor goes on when CUDA is lost to it."""
-    yield
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:  # every later test of this process would fail, whatever it tests
-        os._exit(1)
-    if torch.cuda.memory_reserved() > 2**30:
-        torch.cuda.empty_cache()
+def freed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workers share the GPU's memory: a large test waits for its part, none keeps what its last test had.
 
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Remember how each test ended, and what it measured: `record_property("error_over_budget", {"value": ...})`.
-
-    A failure is told at once: a run that is cut short has no summary.
+    Nor does a worker go on when CUDA is lost to it.
     """
-    if report.failed and "gpu" in Path(report.fspath).parts and "PYTEST_XDIST_WORKER" not in os.environ:
-        crash = getattr(report.longrepr, "reprcrash", None)
-        told = report.longreprtext if crash is None else crash.message
-        print(f"\n{report.nodeid} failed: {told.strip()[:300]}", file=sys.__stderr__)
-    if report.when == "call" or report.outcome != "passed":
-        outcomes[report.nodeid] = report.outcome
-    if report.when == "call":
-        measured.extend((name, tags) for name, tags in report.user_properties if name in MEASURED)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write them down, once, if the tests ran."""
-    if not torch.cuda.is_available() or not outcomes or hasattr(session.config, "workerinput"):
-        return
-    path = RESULTS / session.config.getoption("--gpu-record", "gpu-tests.jsonl")
-    command = shlex.join(["python", "-m", "pytest", *session.config.invocation_params.args])
-    with RecordWriter(path, settings={"folder": "tests/gpu"}, command=command) as writer:
-        for test, outcome in sorted(outcomes.items()):
-            writer.write("test", test=test, outcome=outcome)
-        for outcome in ("passed", "failed", "skipped"):
-            writer.write(f"tests/{outcome}", sum(each == outcome for each in outcomes.values()))
-        for name, tags in sorted(measured, key=lambda one: [str(x) for key, x in one[1].items() if key != "value"]):
-            value, unit = tags["value"], "times" if name == "error_over_budget" else "bytes"
-            writer.write(name, value, unit=unit, **{key: x for key, x in tags.items() if key != "value"})
+    large = request.node.get_closest_marker("large")
+    with reserved(large.args[0], budget_gib()) if large else nullcontext():
+        yield
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:  # every later test of this process would fail, whatever it tests
+            os._exit(1)
+        release()

@@ -52,7 +52,9 @@ def in_blocks(
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("scores", SCORES)
-@pytest.mark.parametrize("seqlen_k", [2**7, 2**9, 2**10, 2**12, 2**14, 2**16, 2**18, 2**20])
+@pytest.mark.parametrize("seqlen_k", [
+    2**7, 2**9, 2**10, 2**12, 2**14, 2**16, 2**18, pytest.param(2**20, marks=pytest.mark.large(2)),
+])  # fmt: skip
 def test_accuracy_of_the_default_formula(dtype, scores, seqlen_k, record_property) -> None:
     """64 rows of one head, b = 0, -log n and a tensor of it; dq up to 65,536 keys. Every error becomes a record."""
     q, k, v, dout = tensors = long_qkv(scores, 64, seqlen_k, dtype)
@@ -111,7 +113,8 @@ def in_rows(
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("seqlen", [2**10, 2**14, 2**17])
+# float64 blocks of 2^26 scores, 53 bytes for each
+@pytest.mark.parametrize("seqlen", [2**10, *(pytest.param(n, marks=pytest.mark.large(4)) for n in (2**14, 2**17))])
 def test_every_tensor_of_long_sequences(seqlen, causal, dtype, record_property) -> None:
     """Scores N(0, 1), b = -log n as a tensor, slopes of 0, which have a gradient too. Errors become records."""
     tensors = make_qkv(1, seqlen, seqlen, 1, 1, 64, dtype=dtype, device=DEVICE)

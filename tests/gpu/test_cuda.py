@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from rounding import LAYER, assert_rounded
 
 from flashsigmoid import nn, sigmoid_attention
 from flashsigmoid.backends import NAMES, blocked
@@ -14,6 +16,7 @@ from flashsigmoid.functional import sigmoid_attention_shard
 from flashsigmoid.testing import Options, assert_within_budget, compute, make_qkv, oracle, witness
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,11 +47,11 @@ def test_inside_the_budget(dtype, causal, dropout_p, seqlen_q, seqlen_k, head_di
 def test_a_slab_that_is_not_everything(monkeypatch) -> None:
     tensors = make_qkv(3, 300, 300, 4, 4, 32, device="cuda")
     options = Options(sigmoid_bias=-math.log(300), causal=True)
-    expected = compute(*tensors, backend="blocked", **options)
+    expected, seen = oracle(*tensors, **options), witness(*tensors, **options)
     for heads in (1, 3, 4, 8):
         monkeypatch.setattr(blocked, "_scores", lambda problem, heads=heads: heads * 300 * 300)
         for name, result in compute(*tensors, backend="blocked", **options).items():
-            torch.testing.assert_close(result, expected[name], msg=lambda text, name=name: f"{name}: {text}")
+            assert_within_budget(f"{name} of {heads} heads at a time", result, expected[name], seen[name])
 
 
 def test_dropout_is_that_of_the_cpu() -> None:
@@ -57,9 +60,10 @@ def test_dropout_is_that_of_the_cpu() -> None:
     seed = torch.tensor([-(2**50)])
     here = sigmoid_attention_shard(q, k, v, seed=seed, **call)
     there = sigmoid_attention_shard(q.cuda(), k.cuda(), v.cuda(), seed=seed.cuda(), **call)
-    torch.testing.assert_close(there.cpu(), here)
+    assert_rounded(there.cpu(), here)
 
 
+@pytest.mark.large(2)
 def test_memory_is_linear_in_seqlen() -> None:
     """At 65,536 tokens one head's weights would be 16 GiB; forward and backward stay below 1.5."""
     q, k, v, dout = make_qkv(1, 65_536, 65_536, 1, 1, 64, dtype=torch.bfloat16, device="cuda")
@@ -85,7 +89,7 @@ def test_compiles_with_inductor(options) -> None:
         results.append((out, *torch.autograd.grad(out, leaves, dout)))
     if "dropout_p" not in options:  # inductor draws the seed by its own generator
         for eager, traced in zip(*results, strict=True):
-            torch.testing.assert_close(traced, eager)
+            assert_rounded(traced, eager)
     assert all(x.isfinite().all() for x in results[1])
 
 
@@ -99,7 +103,7 @@ def test_replays_in_a_cuda_graph() -> None:
     for x in (q, k, v):
         x.copy_(torch.randn_like(x))
     graph.replay()
-    torch.testing.assert_close(out, sigmoid_attention(q, k, v, **call))
+    assert torch.equal(out, sigmoid_attention(q, k, v, **call))
 
 
 def test_inside_torchs_encoder_with_padding() -> None:
@@ -112,25 +116,33 @@ def test_inside_torchs_encoder_with_padding() -> None:
         trained = encoder.train()(x, src_key_padding_mask=ignore)
         evaluated = encoder.eval()(x, src_key_padding_mask=ignore)
         alone = encoder(x[1:2, :5])
-    torch.testing.assert_close(evaluated[~ignore], trained[~ignore])
-    torch.testing.assert_close(evaluated[1:2, :5], alone, rtol=1e-4, atol=1e-5)
+    assert_rounded(evaluated[~ignore], trained[~ignore], terms=2 * LAYER)
+    assert_rounded(evaluated[1:2, :5], alone, terms=2 * LAYER)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_training_that_is_stopped_goes_on(precision, tmp_path) -> None:
-    """Mixed precision on the device, a checkpoint, and a resumed run close to the one that was not stopped."""
+    """Mixed precision on the device, a checkpoint, and a resumed run: the one that was not stopped, up to rounding."""
     pytest.importorskip("pytorch_lightning")
+    from distributed.runs import far, losses
     from training.tiny import tiny_run, write_text
 
     from flashsigmoid.training.checkpoint import checkpoints, load_model
     from flashsigmoid.training.language import train
 
+    def trained(run: Any, folder: str, **options: Any) -> list[float | None]:
+        train(run, tmp_path / folder, device="cuda", show=lambda progress: None, **options)
+        return losses(tmp_path / folder) + losses(tmp_path / folder, "val/loss")
+
     run = replace(tiny_run(write_text(tmp_path / "text.txt")), precision=precision)
-    whole = train(run, tmp_path / "whole", device="cuda", show=lambda progress: None)
+    whole = trained(run, "whole")
     for path in checkpoints(tmp_path / "whole")[1:]:
         path.rename(path.with_name("moved-" + path.name))
-    resumed = train(run, tmp_path / "whole", device="cuda", resume=True, show=lambda progress: None)
-    assert resumed["val/loss"] == pytest.approx(whole["val/loss"], rel=1e-3)
+    resumed = trained(run, "whole", resume=True)
+    # a resumed step rounds as the first one did: what the order of the device's own sums does, in the same run again
+    rounding = max(far(trained(run, f"again-{index}"), whole) for index in range(2))
+    assert len(resumed) == len(whole) == 12 + 3
+    assert far(resumed, whole) <= 4.0 * max(rounding, EPS)
     assert load_model(tmp_path / "whole", "cuda")[0].embedding.weight.device.type == "cuda"
 
 
@@ -138,17 +150,22 @@ def test_a_training_that_is_stopped_goes_on(precision, tmp_path) -> None:
 @pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
 def test_a_training_by_cuda_graphs_is_the_same_training(kind, attention, tmp_path) -> None:
     """Twelve steps: losses and norms of gradients as in eager mode, up to rounding; validation is there too."""
+    from distributed.runs import far, losses
+
     from flashsigmoid.recipes import language, speech
-    from flashsigmoid.record import read_records
 
     run = (language.demo if kind == "language" else speech.an4_sample)().with_attention(attention)
     model = replace(run.model, nlayers=2, dropout_p=0.0)
     run = replace(run, model=model, steps=12, val_every=6, save_every=12, log_every=1)
     graphs = {"compile": True, "cuda_graphs": True} | ({"pad_frames": 360} if kind == "speech" else {})
-    found = []
-    for name, changes in (("eager", {}), ("graphs", graphs)):
-        replace(run, **changes).train(tmp_path / name, device="cuda", show=lambda _: None)
-        records = read_records(tmp_path / name / "records.jsonl").records
-        found.append([r.value for r in records if r.name in ("train/loss", "grad_norm", "val/loss")])
-    assert len(found[0]) == len(found[1]) == 2 * 12 + 3
-    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    # sums in another order; speech draws for a whole micro-batch, so there it is another padding
+    other = {"batch": run.batch // 2, "accumulate": 2} if kind == "language" else {"pad_frames": 480}
+    folders = {"eager": {}, "other": other, "graphs": graphs}
+    for folder, changes in folders.items():
+        replace(run, **changes).train(tmp_path / folder, device="cuda", show=lambda _: None)
+    for name, length in (("train/loss", 12), ("grad_norm", 12), ("val/loss", 3)):
+        eager, near, found = (losses(tmp_path / folder, name) for folder in folders)
+        assert len(eager) == len(found) == length
+        # compiled code rounds otherwise in all of a layer: at least what the roundings of two layers leave
+        allowed = max(4.0 * far(near, eager), 2.0 * math.sqrt(2 * LAYER) * EPS)
+        assert far(found, eager) <= allowed, f"{name}: {found} by graphs, {eager} in eager mode"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu.machine import captured, nothing_waits
 from torch import Tensor
 
 from flashsigmoid import sigmoid_attention_with_kvcache, sigmoid_attention_with_prefix
@@ -124,7 +125,15 @@ def draw(index: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("index", range(60))
+def drawn_param(index: int) -> Any:
+    """Its index, marked where the caches, their copies and one sequence's witness in float32 and 64 take gigabytes."""
+    case = draw(index)
+    elements = case["capacity"] * case["heads"][1] * case["head_dim"]
+    gib = elements * (case["batch"] * (6 if case["page_size"] else 4) * case["dtype"].itemsize + 34) / 2**30
+    return pytest.param(index, marks=[pytest.mark.large(math.ceil(gib))] if gib > 1.5 else [])
+
+
+@pytest.mark.parametrize("index", [drawn_param(index) for index in range(60)])
 def test_drawn_calls(index) -> None:
     case = draw(index)
     nheads, nheads_k = case["heads"]
@@ -148,7 +157,12 @@ def test_drawn_calls(index) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "capacity"), [(1, 4096), (1, 65536), (1, 524288), (8, 65536), (64, 4096)])
+@pytest.mark.parametrize(("batch", "capacity"), [
+    (1, 4096), (1, 65536),
+    # both caches, their copies, and as much as eight of a sequence's for its witness
+    pytest.param(1, 524288, marks=pytest.mark.large(24)), pytest.param(8, 65536, marks=pytest.mark.large(7)),
+    pytest.param(64, 4096, marks=pytest.mark.large(3)),
+])  # fmt: skip
 def test_sizes_that_are_benchmarked(dtype, batch, capacity) -> None:
     k, v, _, whole = cached([capacity] * batch, capacity, 8, 128, dtype)
     q = normal(batch, 1, 32, 128, dtype=dtype)
@@ -205,13 +219,7 @@ def exact_of(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
 def test_a_step_in_a_cuda_graph_follows_its_tensors(new) -> None:
     call, tensors = step_of(new=new)
     q, _, _, _, _, lengths = tensors
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        out = call()
+    graph, out = captured(call)
     for step in range(3):
         lengths += new
         q.copy_(normal(*q.shape, dtype=q.dtype, seed=10 + step))
@@ -220,7 +228,6 @@ def test_a_step_in_a_cuda_graph_follows_its_tensors(new) -> None:
         assert_within_budget(f"out of step {step}", out, exact, near)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_nothing_waits_for_the_gpu() -> None:
     call, tensors = step_of()
     q, k_cache, v_cache, *_ = tensors
@@ -229,12 +236,8 @@ def test_nothing_waits_for_the_gpu() -> None:
     together = lambda: sigmoid_attention_with_prefix(q, *prefix, k_cache, v_cache, **options)  # noqa: E731
     call(), together()
     torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         call(), together()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("new", [1, 3])
@@ -262,6 +265,7 @@ def test_the_kernels_of_a_step_are_few() -> None:
     assert len(ours) == len(names) == 3, names
 
 
+@pytest.mark.large(4)
 @pytest.mark.parametrize("reduction", ["parts", "atomic"])
 def test_both_reductions_and_which_of_them_repeats(reduction, monkeypatch) -> None:
     from flashsigmoid.backends.triton import decode_launch

@@ -13,10 +13,12 @@ import pytest
 import torch
 from distributed.runs import far
 
+from flashsigmoid.recipes import language, speech, vision
 from flashsigmoid.record import read_records
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda"
+RECIPES = {**language.RECIPES, **vision.RECIPES, **speech.RECIPES}
 COMMON = ("val_every=6", "save_every=3", "log_every=1")
 FIELDS = {
     "demo": ("model.vocab_size=264", "data.val_windows=8", "sample_tokens=20"),
@@ -56,7 +58,7 @@ def losses(folder: Path, recipe: str, *options: str, fields: tuple[str, ...] = (
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list[float], float]]:
-    """The losses of a recipe on one GPU, and four times what rounding does to them."""
+    """The losses of a recipe on one GPU, and four times what rounding does to them, which a rate off by 1 % exceeds."""
     if DEVICE == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip(f"needs two CUDA devices, and torch finds {torch.cuda.device_count()}")
 
@@ -70,25 +72,31 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[lis
             undrawn, changed = ROUNDING[recipe]
             plain = losses(folder / "plain", recipe, fields=undrawn) if undrawn else whole
             other = losses(folder / "other", recipe, fields=undrawn + changed)
-        return whole, 4.0 * max(far(other, plain), torch.finfo(torch.float32).eps)
+        allowed = 4.0 * max(far(other, plain), torch.finfo(torch.float32).eps)
+        faster = f"optim.lr={1.01 * RECIPES[recipe]().optim.lr}"
+        assert far(losses(folder / "faster", recipe, fields=(faster,)), whole) > allowed
+        return whole, allowed
 
     return of
 
 
+CASES = [
+    ("demo", "dp=2", ()),
+    ("demo", "dp=2", ("--set", "compile=True")),
+    ("demo", "cp=2", ()),
+    ("demo", "cp=2", ("--set", "recompute=selective")),
+    ("demo", "tp=2", ()),
+    ("digits", "dp=2", ()),
+    ("digits", "dp=2", ("--set", "compile=True")),
+    ("simclr_digits", "dp=2", ()),
+    ("an4_sample", "dp=2", ()),
+    ("an4_sample", "dp=2", ("--set", "compile=True", "--set", "pad_frames=360")),
+]
+
+
+# by --dist loadgroup a worker has all of a recipe: its losses on one GPU are computed once
 @pytest.mark.parametrize(
-    ("recipe", "mesh", "options"),
-    [
-        ("demo", "dp=2", ()),
-        ("demo", "dp=2", ("--set", "compile=True")),
-        ("demo", "cp=2", ()),
-        ("demo", "cp=2", ("--set", "recompute=selective")),
-        ("demo", "tp=2", ()),
-        ("digits", "dp=2", ()),
-        ("digits", "dp=2", ("--set", "compile=True")),
-        ("simclr_digits", "dp=2", ()),
-        ("an4_sample", "dp=2", ()),
-        ("an4_sample", "dp=2", ("--set", "compile=True", "--set", "pad_frames=360")),
-    ],
+    ("recipe", "mesh", "options"), [pytest.param(*case, marks=pytest.mark.xdist_group(case[0])) for case in CASES]
 )
 def test_two_gpus_train_as_one(
     tmp_path: Path,
@@ -100,5 +108,5 @@ def test_two_gpus_train_as_one(
     one, allowed = alone(recipe)
     both = losses(tmp_path / "run", recipe, "--mesh", mesh, *options)
     assert len(both) == len(one) == 6
-    assert far(both, one) <= allowed <= 1e-4, (far(both, one), allowed, both, one)
+    assert far(both, one) <= allowed, (far(both, one), allowed, both, one)
     assert not list((tmp_path / "run").rglob("*.tmp"))

@@ -17,7 +17,7 @@ def sigmoid(y, FORMULA: tl.constexpr):
             p = 0.5 * p + 0.5
     elif FORMULA.name == "tanh":
         p = 1.0 / (1.0 + tl.exp(-2.0 * y))
-    elif FORMULA.name == "narrow" or FORMULA.name == "wide":
+    elif FORMULA.name == "narrow" or FORMULA.name == "wide" or FORMULA.name == "fine":
         e = tl.exp2(tl.minimum(y, FORMULA.threshold))
         series = e * 0.0
         for i in tl.static_range(len(FORMULA.terms)):
