@@ -6,8 +6,8 @@ import math
 
 import torch
 from gpu.cases import DEVICE
-from test_varlen import compute_packed, cumulated, draw_seed, oracle_and_witness
 from torch import Tensor
+from varlen import compute_packed, cumulated, draw_seed, oracle_and_witness
 
 from flashsigmoid.testing import Options, assert_within_budget, make_qkv
 

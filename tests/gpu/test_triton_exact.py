@@ -10,7 +10,7 @@ import pytest
 import torch
 from gpu.cases import DEVICE, DTYPES, Case
 from gpu.packed import LENGTHS, packed_tensors
-from test_varlen import compute_packed, cumulated
+from varlen import compute_packed, cumulated
 
 from flashsigmoid import sigmoid_attention
 from flashsigmoid.backends.philox import keep_mask

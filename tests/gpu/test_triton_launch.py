@@ -9,8 +9,8 @@ import torch
 from gpu.cases import DEVICE, DTYPES, Case, lay_out
 from gpu.machine import sanitized
 from gpu.packed import LENGTHS, packed_tensors
-from test_varlen import compute_packed, cumulated
 from torch import Tensor
+from varlen import compute_packed, cumulated
 
 from flashsigmoid import explain, sigmoid_attention
 from flashsigmoid.testing import assert_within_budget, compute, make_qkv, oracle, witness

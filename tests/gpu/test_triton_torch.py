@@ -14,9 +14,9 @@ from gpu.cases import DEVICE, DTYPES
 from gpu.machine import captured, nothing_waits
 from gpu.packed import LENGTHS, packed_tensors
 from rounding import assert_rounded
-from test_varlen import cumulated
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from varlen import cumulated
 
 from flashsigmoid import sigmoid_attention, sigmoid_attention_varlen
 from flashsigmoid.functional import sigmoid_attention_shard

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gpu.cases import DEVICE, DTYPES, HALF, random_class, time_is_left
 from gpu.packed import LENGTHS, check_packed, packed_tensors
-from test_varlen import compute_packed, cumulated, oracle_and_witness, sequences
+from varlen import compute_packed, cumulated, oracle_and_witness, sequences
 
 from flashsigmoid.testing import Options, assert_within_budget, make_qkv, oracle, witness
 
