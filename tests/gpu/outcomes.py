@@ -63,7 +63,7 @@ class Outcomes:
 
 def _told(report: pytest.TestReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
-    return (report.longreprtext if crash is None else crash.message).strip()[:300]
+    return (report.longreprtext if crash is None else crash.message).strip()[:800]
 
 
 def _rank(line: str) -> tuple[int, list[str]]:

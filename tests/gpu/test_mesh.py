@@ -47,7 +47,8 @@ def losses(folder: Path, recipe: str, *options: str, fields: tuple[str, ...] = (
     for field in (*COMMON, *FIELDS[recipe], *fields):
         words += ["--set", field]
     # without TF32, of which cuDNN makes use for the patches of an image
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "NVIDIA_TF32_OVERRIDE": "0"}
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "NVIDIA_TF32_OVERRIDE": "0"}
     done = subprocess.run(
         [*words, "--out", str(folder), *options], env=environment, capture_output=True, text=True, check=False
     )
