@@ -234,9 +234,10 @@ def errors_over_budget(actual: Tensor, oracle: Tensor, witness: Tensor) -> tuple
     """(rms, maximum) error of `actual` against the oracle, each divided by what the budget allows: at most 1 is inside.
 
     Allowed: 1.5 times the witness's rms error and 2.0 times its maximum, each plus 1e-6 of the oracle's rms, where the
-    witness has the oracle's shape, or several draws stacked in front of it: then both are the largest of any draw. The
-    rms of draws differs where one rounding decides it, as that of the largest of a few weights in 16 bits, which may be
-    off by sqrt(3) times its rms. How many draws a maximum needs, `witness` says. A NaN or an infinity is inf times over.
+    witness has the oracle's shape, or several draws stacked in front of it: then the rms is that of all of them, the
+    maximum the largest of any, and what a draw has a result may have. (One rounding decides the rms where one of a few
+    16-bit weights is by far the largest; it may be off by sqrt(3) times its rms.) How many draws a maximum needs,
+    `witness` says. A NaN or an infinity is inf times over.
     """
     exact = oracle.double()
     if actual.shape != exact.shape:
@@ -244,19 +245,21 @@ def errors_over_budget(actual: Tensor, oracle: Tensor, witness: Tensor) -> tuple
     if exact.numel() == 0:
         return 0.0, 0.0
 
-    def sizes(x: Tensor) -> tuple[float, float]:
-        errors = (x.double() - exact).abs().reshape(-1, exact.numel())  # a row for each draw
-        return errors.square().mean(1).sqrt().max().item(), errors.max().item()
+    def errors(x: Tensor) -> Tensor:  # a row for each draw
+        return (x.double() - exact).abs().reshape(-1, exact.numel())
 
+    found, seen = errors(actual), errors(witness)
+    rms, largest = found.square().mean().sqrt().item(), found.max().item()
+    of_draws = seen.square().mean(1)
+    rms_allowed = max(RMS_FACTOR * of_draws.mean().sqrt().item(), of_draws.max().sqrt().item())
     floor = FLOOR * exact.square().mean().sqrt().item()
-    (rms, largest), (rms_witness, largest_witness) = sizes(actual), sizes(witness)
     if not (math.isfinite(rms) and math.isfinite(largest)):
         return math.inf, math.inf
 
     def over(error: float, allowed: float) -> float:
         return error / allowed if allowed else (0.0 if error == 0.0 else math.inf)
 
-    return over(rms, RMS_FACTOR * rms_witness + floor), over(largest, MAX_FACTOR * largest_witness + floor)
+    return over(rms, rms_allowed + floor), over(largest, MAX_FACTOR * seen.max().item() + floor)
 
 
 def assert_within_budget(name: str, actual: Tensor, oracle: Tensor, witness: Tensor) -> None:
