@@ -229,7 +229,7 @@ def retrieval(
     Command: flashsigmoid study retrieval (--quick). Hardware: 1 GPU (2 CPU cores). Full: three seeds, n = 128, 8,000
     steps of 64, 2 layers of 128, 64 values to guess from, up to 16 pairs in training. Quick: three seeds, n = 32,
     1,200 steps of 32, 2 layers of 128, 16 values, up to 8 pairs. Time: about half an hour of an idle core for the
-    quick one. Expected: benchmarks/results/studies.
+    quick one; the full one 12 minutes of an H100, twelve trainings at once. Expected: benchmarks/results/studies.
 
     Args:
         out_dir: folder of the study.
