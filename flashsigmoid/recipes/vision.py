@@ -301,8 +301,9 @@ def byol_cifar10() -> ContrastiveRun:
     """BYOL on CIFAR-10, 41 epochs.
 
     Paper: arXiv:2409.04431, its practices for vision; method arXiv:2006.07733, its momentum for 100 epochs, without
-    blur on 32 pixels. Command: flashsigmoid train byol_cifar10 --set data.root=FOLDER. Hardware: 1 GPU. Wall time: not
-    yet measured (estimate: 5 minutes on an H100). Expected: not yet measured.
+    blur on 32 pixels. Command: flashsigmoid train byol_cifar10 --set data.root=FOLDER. Hardware: 1 GPU. Wall time: 6
+    minutes beside its twin and tests on the same H100. Expected: kNN 0.581 with one seed, softmax 0.561; a probe 0.612,
+    softmax 0.595.
     """
     return replace(
         simclr_cifar10(),
