@@ -88,8 +88,8 @@ def enwik8_4k() -> LanguageRun:
     """`enwik8` at n = 4096, with as many bytes in a step.
 
     Paper: arXiv:2409.04431, where hybrid-norm is needed at this length. Command: flashsigmoid train enwik8_4k --data
-    enwik8:FILE. Hardware: 1 GPU of 40 GB. Wall time: not yet measured (estimate: 5 to 6 minutes on an H100).
-    Expected: not yet measured.
+    enwik8:FILE. Hardware: 1 GPU of 40 GB. Wall time: 4 minutes beside another training on the same H100. Expected:
+    1.294 bits per byte of the test split, softmax with RoPE 1.296, one seed (benchmarks/results/enwik8_4k).
     """
     run = enwik8()
     data = replace(run.data, val_windows=64)
