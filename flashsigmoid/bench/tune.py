@@ -116,15 +116,18 @@ def _hopper_candidates(direction: str, head_dim: int) -> Iterator[HopperTile]:
             yield HopperTile(2, block, 2, 240, is_persistent=is_persistent)
         return
     for warpgroups, block in ((2, 64), (2, 128), (3, 64), (4, 64)):
-        for stages, own_out, is_split in itertools.product((2, 4), (False, True), (False, True)):
-            rows = 64 * warpgroups * (2 if own_out else 1)
+        for stages, places, own_out, is_split in itertools.product((2, 4), (1, 2), (False, True), (False, True)):
+            if places == 2 and own_out:
+                continue  # either gives out its memory
+            rows = 64 * warpgroups * (2 if own_out else places)
             sums = head_dim + block + block // 2  # registers of a thread, twice: sums, scores and weights
             if 2 * head_dim * (rows + 2 * block * stages) > 227 * 1024 or sums // 2 > registers[warpgroups] - 24:
                 continue
             for is_persistent, is_from_end in itertools.product((False, True), (False, True)):
-                yield HopperTile(
-                    warpgroups, block, stages, registers[warpgroups], is_split, own_out, is_persistent, is_from_end
-                )
+                if places == 2 and not is_persistent:
+                    continue  # one turn needs one place
+                numbers = warpgroups, block, stages, registers[warpgroups]
+                yield HopperTile(*numbers, is_split, own_out, is_persistent, is_from_end, places)
 
 
 def _is_launched(kernel: str, problem: Problem) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashsigmoid import explain, sigmoid_attention
 from flashsigmoid.backends import BackendUnsupported
-from flashsigmoid.backends.hopper import tiles
+from flashsigmoid.backends.hopper import launch, tiles
 from flashsigmoid.functional import sigmoid_attention_shard
 from flashsigmoid.testing import assert_within_budget, make_qkv, oracle, witness
 
@@ -82,6 +82,35 @@ def test_inside_the_budget(name, head_dim, dtype) -> None:
         for tensor, result in compute(*tensors, **options).items():
             what = f"{tensor} of {name}, {batch} x {seqlen_q} x {seqlen_k}"
             assert_within_budget(what, result, expected[tensor], seen[tensor])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_two_places_for_q_change_no_bit(monkeypatch, name, head_dim) -> None:
+    """Programs have several turns, some of them rows that see nothing or rows beyond the last."""
+    shapes = [*SHAPES, (24, 700, 500, 12, 12), (3, 2000, 130, 40, 8)]
+    choose, found = launch.choose_tile, []
+    for places in (1, 2):
+        if places == 2:
+            monkeypatch.setattr(
+                launch, "choose_tile",
+                lambda problem, direction: replace(
+                    choose(problem, direction), own_out=False, is_persistent=True, places=2
+                ),
+            )  # fmt: skip
+        torch.manual_seed(0)
+        for batch, seqlen_q, seqlen_k, nheads, nheads_k in shapes:
+            q, k, v, _ = make_qkv(
+                batch, seqlen_q, seqlen_k, nheads, nheads_k, head_dim, dtype=torch.bfloat16, device=DEVICE
+            )
+            options = OPTIONS[name]
+            if nheads != 4:
+                options = {x: (nheads,) if y == (4,) else y for x, y in options.items()}
+            options = {"sigmoid_bias": -math.log(seqlen_k)} | tensors_of(options, batch, seqlen_q, nheads)
+            attend = sigmoid_attention_shard if "q_offset" in options else sigmoid_attention
+            found.append(attend(q, k, v, **options, backend="hopper"))
+    half = len(found) // 2
+    assert all(map(torch.equal, found[:half], found[half:]))
 
 
 def supported(case: Case) -> Case:

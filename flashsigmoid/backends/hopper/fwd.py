@@ -38,7 +38,8 @@ NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 @gluon.jit
 def _produce(
     load_call, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr,
-    IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    PLACES: gl.constexpr, IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: Q of all warpgroups, then K and V, the last block first, each pair behind one barrier, or two."""
     q, k, v, counter, memory, tickets, sizes, band = load_call
@@ -50,10 +51,11 @@ def _produce(
         rank, head, batch = locate(at, sizes, sizes[2])
         m = first_row(rank, sizes, WARPGROUPS, OF_KEYS)
         at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
-        mbarrier.wait(q_empty, (turn & 1) ^ 1)
-        mbarrier.expect(q_full, WARPGROUPS * q.block_type.nbytes)
+        place = turn % PLACES
+        mbarrier.wait(q_empty.index(place), ((turn // PLACES) & 1) ^ 1)
+        mbarrier.expect(q_full.index(place), WARPGROUPS * q.block_type.nbytes)
         for i in gl.static_range(WARPGROUPS):
-            load(q, [batch, head, m + i * 64, 0], q_full, qs.index(i))
+            load(q, [batch, head, m + i * 64, 0], q_full.index(place), qs.index(place * WARPGROUPS + i))
         lo, hi = key_blocks(m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         for i in range(streamed(hi - lo, sizes, OF_KEYS)):
             stage = it & (STAGES - 1)
@@ -95,11 +97,19 @@ def _step(
 
 
 @gluon.jit
+def _release(turn, empty):
+    """The place of the turn before may take another Q once out has left it; in the first turn there was none."""
+    if turn > 0:
+        tma.store_wait(0)
+        mbarrier.arrive(empty, count=1)
+
+
+@gluon.jit
 def _consume(
     call, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, IS_DYNAMIC: gl.constexpr,
-    OF_KEYS: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr,
-    HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, PLACES: gl.constexpr,
+    IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, 64 rows a turn."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -109,7 +119,6 @@ def _consume(
     qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty = memory
     rows = sizes[4]
     offs = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-    q = qs.index(WARPGROUP).reshape([64, DIM])
     zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
     at = gl.program_id(0)
     turn = 0
@@ -118,6 +127,9 @@ def _consume(
         rank, head, batch = locate(at, sizes, sizes[2])
         all_m = first_row(rank, sizes, WARPGROUPS, OF_KEYS)
         m = all_m + WARPGROUP * 64
+        place = turn % PLACES
+        mine = place * WARPGROUPS + WARPGROUP
+        q = qs.index(mine).reshape([64, DIM])
         at = take(at, turn, tickets, 4, IS_DYNAMIC)
         all_lo, all_hi = key_blocks(all_m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         lo, hi = key_blocks(m, sizes, band, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT)
@@ -140,7 +152,7 @@ def _consume(
 
         it = pass_by(start, all_hi - hi, full, empty, v_full, k_empty, STAGES, IS_SPLIT)
         acc = gl.zeros([64, DIM], gl.float32, SUMS)
-        mbarrier.wait(q_full, turn & 1)
+        mbarrier.wait(q_full.index(place), (turn // PLACES) & 1)
         if lo < hi:
             stage = it & (STAGES - 1)
             mbarrier.wait(full.index(stage), (it // STAGES) & 1)
@@ -153,6 +165,8 @@ def _consume(
             a = weights(s, m, n, c, b_rows, slope, band, BLOCK_N, FORMULA, HAS_SLOPES, HAS_LEFT, HAS_RIGHT, SCORES)
             a = gl.convert_layout(a.to(vs.dtype), OPERAND)
             it += 1
+            if PLACES == 2:
+                _release(turn, q_empty.index(place ^ 1))
             for _ in range(streamed(hi - lo, sizes, OF_KEYS) - 1):
                 n = following(n, lo, hi, BLOCK_N, OF_KEYS)
                 acc, a = _step(
@@ -161,15 +175,17 @@ def _consume(
                 )  # fmt: skip
                 it += 1
             if OWN_OUT:
-                mbarrier.arrive(q_empty, count=1)
+                mbarrier.arrive(q_empty.index(0), count=1)
             before = (it - 1) & (STAGES - 1)
             if IS_SPLIT:
                 mbarrier.wait(v_full.index(before), ((it - 1) // STAGES) & 1)
             acc = warpgroup_mma(a, vs.index(before).reshape([BLOCK_N, DIM]), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(before), count=1)
+        elif PLACES == 2:
+            _release(turn, q_empty.index(place ^ 1))
         elif OWN_OUT:
-            mbarrier.arrive(q_empty, count=1)
+            mbarrier.arrive(q_empty.index(0), count=1)
         start = pass_by(
             it, start + streamed(all_hi - all_lo, sizes, OF_KEYS) - it, full, empty, v_full, k_empty, STAGES, IS_SPLIT
         )
@@ -177,13 +193,13 @@ def _consume(
             # rows beyond the last are not written
             if OWN_OUT:
                 tma.store_wait(0)
-            outs.index(WARPGROUP).reshape([64, DIM]).store((acc * out_scale).to(qs.dtype))
+            outs.index(mine).reshape([64, DIM]).store((acc * out_scale).to(qs.dtype))
             fence_async_shared()
-            store(out, [batch, head, m, 0], outs.index(WARPGROUP))
-            if not OWN_OUT:
+            store(out, [batch, head, m, 0], outs.index(mine))
+            if not OWN_OUT and PLACES == 1:
                 tma.store_wait(0)
-        if not OWN_OUT:
-            mbarrier.arrive(q_empty, count=1)
+        if not OWN_OUT and PLACES == 1:
+            mbarrier.arrive(q_empty.index(0), count=1)
         turn += 1
     tma.store_wait(0)
 
@@ -192,9 +208,9 @@ def _consume(
 def _fwd_kernel(
     q, k, v, out, bias, slopes, counter, bias_strides, slopes_strides, sizes, band, c, b, out_scale,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, IS_DYNAMIC: gl.constexpr,
-    OF_KEYS: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr,
-    HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, PLACES: gl.constexpr,
+    IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """64 * WARPGROUPS rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
 
@@ -204,14 +220,14 @@ def _fwd_kernel(
     of 64; band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
     OF_KEYS: dV, with K as q, Q as k and dO as v, and with sizes and band turned over: see `partitions.stream`.
     """
-    qs = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, 64, DIM], q.layout)
+    qs = gl.allocate_shared_memory(q.dtype, [PLACES * WARPGROUPS, 1, 1, 64, DIM], q.layout)
     ks = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, DIM], k.layout)
     vs = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, DIM], v.layout)
     outs = qs
     if OWN_OUT:
         outs = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, 64, DIM], out.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = full
@@ -219,8 +235,9 @@ def _fwd_kernel(
     if IS_SPLIT:
         v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=WARPGROUPS)
+    for i in gl.static_range(PLACES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=WARPGROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=WARPGROUPS)
@@ -235,48 +252,54 @@ def _fwd_kernel(
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (_consume, (
-                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
-                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
-                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT)),
+            (_produce, (
+                load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT,
+            )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif WARPGROUPS == 3:
         gl.warp_specialize([
             (_consume, (
-                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
-                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
-                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
-                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT)),
+            (_produce, (
+                load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT,
+            )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
-                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
-                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
-                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
-                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 3, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, IS_DYNAMIC, OF_KEYS, FORMULA,
-                HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 3, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
-            (_produce, (load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT)),
+            (_produce, (
+                load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT,
+            )),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

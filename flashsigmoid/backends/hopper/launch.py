@@ -177,6 +177,7 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
         constants |= {
             "IS_SPLIT": tile.is_split,
             "OWN_OUT": tile.own_out,
+            "PLACES": tile.places,
             "HAS_ROW_BIAS": problem.has_row_bias,
         }
     if part not in ("dq", "dk"):

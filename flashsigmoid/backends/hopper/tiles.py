@@ -19,6 +19,9 @@ class Tile:
     own_out: bool = False  # memory of its own for out, so that Q of the next block comes early
     is_persistent: bool = False  # a program for every multiprocessor, and not for every block
     is_from_end: bool = False  # of the forward's blocks of rows the first is short, not the last, which sees most
+    places: int = (
+        1  # for Q of the forward, in turns; with 2 out takes that of its Q, and the next Q comes a block early
+    )
 
 
 _D64 = Tile(4, 64, 4, 112, own_out=True, is_persistent=True)
