@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import torch
 from training.tiny import tiny_run
 
 from flashsigmoid.distributed import checkpoint as sharded
+from flashsigmoid.distributed.plans import AXES, sharding_axis
 from flashsigmoid.record import read_records
 from flashsigmoid.training import language
 from flashsigmoid.training.callbacks import Interrupted
@@ -100,6 +102,18 @@ def planted(fault: str) -> Iterator[None]:
         patch = at_step(lambda loss: loss * torch.nan)
     elif name == "hang" and rank == 1:
         patch = at_step(lambda loss: time.sleep(3600))
+    elif name == "limits":  # nothing wrong: rank 0 says how long each group of its mesh waits
+        configure = module.configure_model
+
+        def configured(self: Any) -> None:
+            configure(self)
+            axes = [*(self.device_mesh[axis] for axis in AXES), sharding_axis(self.device_mesh)]
+            backends = [axis.get_group()._get_backend(torch.device("cpu")) for axis in axes]
+            limits = [backend.options._timeout.total_seconds() for backend in backends]
+            if rank == 0:
+                print(f"limits {limits}", file=sys.stderr)
+
+        patch = mock.patch.object(module, "configure_model", configured)
     elif name == "raise" and rank == 1:
 
         def broken(loss: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Ranks that are killed or hang, started by `launch`, the command or torchrun: the run goes on, to the same bits.
 
-Run by itself this file starts a run, or is a rank of it: python test_failures.py launch|rank TEXT OUT_DIR STEPS FAULT
+Run by itself this file starts a run, or is a rank of it: test_failures.py launch|rank TEXT OUT_DIR STEPS FAULT MESH
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distributed.runs import far, losses, mesh_run, remains
 from training.tiny import differences, write_text
 
 from flashsigmoid.distributed.launch import launch
-from flashsigmoid.distributed.processes import LOST, MeshSizes
+from flashsigmoid.distributed.processes import LOST, MeshSizes, parse_mesh
 from flashsigmoid.record import RecordWriter
 from flashsigmoid.training import language
 from flashsigmoid.training.checkpoint import checkpoints
@@ -38,13 +38,14 @@ def run_of(text: Path, steps: int) -> LanguageRun:
     return runs.replace(run, model=runs.replace(run.model, dropout_p=0.2))
 
 
-def rank(text: Path, out_dir: Path, steps: int, fault: str, resume: bool) -> None:
+def rank(text: Path, out_dir: Path, steps: int, fault: str, mesh: str, resume: bool) -> None:
     """One rank; it says where it is, and a fault comes the first time only."""
     out_dir.with_name(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
     with runs.planted("" if resume else fault):
         language.train(
-            run_of(text, steps), out_dir, resume=resume, device="cpu", timeout_s=TIMEOUT_S, show=lambda progress: None
-        )
+            run_of(text, steps), out_dir, resume=resume, device="cpu", timeout_s=TIMEOUT_S, mesh=mesh,
+            show=lambda progress: None,
+        )  # fmt: skip
 
 
 def environment() -> dict[str, str]:
@@ -53,9 +54,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def start(text: Path, out_dir: Path, steps: int, fault: str = "") -> subprocess.Popen[str]:
-    """A run of two ranks that is started again when one is lost."""
-    words = [sys.executable, __file__, "launch", str(text), str(out_dir), str(steps), fault]
+def start(text: Path, out_dir: Path, steps: int, fault: str = "", mesh: str = "dp=2") -> subprocess.Popen[str]:
+    """A run of the ranks of a mesh that is started again when one is lost."""
+    words = [sys.executable, __file__, "launch", str(text), str(out_dir), str(steps), fault, mesh]
     return subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
@@ -143,11 +144,13 @@ def test_ten_kills(tmp_path):
 
 
 @pytest.mark.long
-def test_a_rank_that_hangs_is_named_and_the_run_goes_on(tmp_path):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on(tmp_path, mesh):
     text = write_text(tmp_path / "text.txt")
     for name, fault in (("whole", ""), ("hung", "hang 5")):
         (tmp_path / name).mkdir()
-        said = end(start(text, tmp_path / name / "run", 12, fault))
+        said = end(start(text, tmp_path / name / "run", 12, fault, mesh))
     assert f"error: rank 1 did not answer within {TIMEOUT_S:g} s after step 4" in said
     assert "lost rank 1: starting again, restart 1 of" in said
     assert differences(remains(tmp_path / "whole/run"), remains(tmp_path / "hung/run")) == []
@@ -205,9 +208,9 @@ def test_an_error_is_not_tried_again(tmp_path):
 
 
 if __name__ == "__main__":
-    role, text, out_dir, steps, fault = sys.argv[1:6]
+    role, text, out_dir, steps, fault, mesh = sys.argv[1:7]
     if role == "rank":
-        rank(Path(text), Path(out_dir), int(steps), fault, "--resume" in sys.argv)
+        rank(Path(text), Path(out_dir), int(steps), fault, mesh, "--resume" in sys.argv)
     else:
-        words = [__file__, "rank", *sys.argv[2:6]]
-        sys.exit(launch(MeshSizes(dp=2), words, max_restarts=RESTARTS))
+        words = [__file__, "rank", *sys.argv[2:7]]
+        sys.exit(launch(parse_mesh(mesh), words, max_restarts=RESTARTS))

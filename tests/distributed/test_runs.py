@@ -232,6 +232,12 @@ def test_the_error_of_one_rank_is_said_by_it_alone(tmp_path, text, ranks):
     assert answers[0]["error"] == "SystemExit: 1"
 
 
+def test_no_group_of_a_mesh_waits_longer_than_it_should(tmp_path, text, ranks):
+    """torch's own limit, 30 minutes, is that of every group that is not the group of all."""
+    answers = on(ranks, text, tmp_path / "run", "cp=2", "limits", timeout_s=50.0, changes={"steps": 1})
+    assert is_one_line(answers[0]["err"], r"limits \[50.0, 50.0, 50.0, 50.0\]"), answers
+
+
 @pytest.mark.parametrize(
     ("mesh", "changes", "message"),
     [
