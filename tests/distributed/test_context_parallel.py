@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from distributed.crew import Crew
 from distributed.expected import over_budget
 from rounding import assert_rounded
 
-from flashsigmoid.distributed.cost import SCHEMES, cost, softmax_ring_cost
+from flashsigmoid.distributed.cost import SCHEMES, choose_scheme, cost, softmax_ring_cost
 from flashsigmoid.distributed.layout import ORDERS
 from flashsigmoid.record import RecordWriter
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+DRAWN = 500
 SHARDINGS = [(scheme, order) for scheme in SCHEMES for order in ORDERS]
 
 # what each is for
@@ -62,6 +64,22 @@ def test_two_ranks_are_one(crew: Crew, name: str) -> None:
         ratios = over_budget(case, results[0])
         assert max(ratios.values()) <= 1.0, (scheme, order, ratios)
         assert_bytes(case, scheme, order, 2, [result["sent"] for result in results])
+
+
+def assert_drawn(crew: Crew, number: int, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """A drawn case is within the budget, and sends what the formula says: what is to be recorded."""
+    case, scheme, order, size = cases.drawn(number, sizes)
+    results = crew.run(cases.compute, case, scheme, order, size)
+    ratios = over_budget(case, results[0])
+    assert max(ratios.values()) <= 1.0, (number, case, scheme, order, size, ratios)
+    chosen = choose_scheme(layout_of(case, order, size), sizes_of(case)) if scheme == "auto" else scheme
+    assert_bytes(case, chosen, order, size, [result["sent"] for result in results[:size]])
+    return {"number": number, "ranks": size, "scheme": scheme, "order": order, "ratio": max(ratios.values())}
+
+
+def test_every_option_beside_every_other(crew: Crew) -> None:
+    for number in range(16):
+        assert_drawn(crew, number, (2,))
 
 
 def test_the_same_call_gives_the_same_bits(crew: Crew) -> None:
@@ -171,3 +189,18 @@ def test_hundreds_of_cases_on_two_and_four_ranks() -> None:
     crew.run(cases.release)
     crew.close()
     assert count >= 300
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_hundreds_of_drawn_cases_on_two_three_and_four_ranks() -> None:
+    """Leaves benchmarks/results/context-parallel-drawn.jsonl: each case's largest error of the budget."""
+    crew = Crew(4)
+    command = f"python -m pytest -m long {Path(__file__).relative_to(RESULTS.parents[1])}"
+    settings = {"ranks": [2, 3, 4], "cases": DRAWN, "threads": 1}
+    with RecordWriter(RESULTS / "context-parallel-drawn.jsonl", settings, command) as writer:
+        for number in range(DRAWN):
+            found = assert_drawn(crew, number, (2, 3, 4))
+            writer.write("over_budget", found.pop("ratio"), **found)
+    crew.run(cases.release)
+    crew.close()
