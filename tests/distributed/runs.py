@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,10 +89,10 @@ def planted(fault: str) -> Iterator[None]:
     patch: Any = contextlib.nullcontext()
     part = module.batch_loss
 
-    def at_step(then):
+    def at_step(then, first: int = step):
         def batch_loss(self: Any, batch: Any) -> torch.Tensor:
             loss = part(self, batch)
-            return then(loss) if self.trainer.global_step + 1 >= step else loss
+            return then(loss) if self.trainer.global_step + 1 >= first else loss
 
         return mock.patch.object(module, "batch_loss", batch_loss)
 
@@ -129,6 +130,36 @@ def planted(fault: str) -> Iterator[None]:
             return write(self, *args)
 
         patch = mock.patch.object(sharded._Writer, "write_data", full)
+    elif name in ("late", "torn"):  # a checkpoint whose shards are written once the next step is done
+        patch = contextlib.ExitStack()
+        go_on, write = threading.Event(), sharded._Writer.write_data
+
+        def late(self: Any, *args: Any) -> Any:
+            if self.target.name == f"step-{step - 2:08d}" and not go_on.wait(30.0):
+                raise AssertionError("the training must go on while a checkpoint is written")
+            return write(self, *args)
+
+        patch.enter_context(at_step(lambda loss: (go_on.set(), loss)[1]))
+        patch.enter_context(mock.patch.object(sharded._Writer, "write_data", late))
+        if name == "torn":  # without a copy in memory
+            patch.enter_context(mock.patch.object(sharded._Writer, "stage", lambda self, state: state))
+    elif name in ("kill-writing", "raise-writing") and rank == 1:
+        patch = contextlib.ExitStack()
+        write = sharded._Writer.write_data
+
+        def broken_off(self: Any, *args: Any) -> Any:
+            if self.target.name == f"step-{step:08d}":
+                if name == "kill-writing":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(3.0)
+            return write(self, *args)
+
+        def wrong(loss: torch.Tensor) -> torch.Tensor:
+            raise ValueError("batch must be whole, got half a one")
+
+        patch.enter_context(mock.patch.object(sharded._Writer, "write_data", broken_off))
+        if name == "raise-writing":
+            patch.enter_context(at_step(wrong, step + 1))
     elif name == "others-part" and rank == 1:
         shard = language.shard_batch
         patch = mock.patch.object(language, "shard_batch", lambda x, mesh: shard(x.flip(0), mesh))

@@ -23,7 +23,7 @@ from flashsigmoid.distributed.launch import launch
 from flashsigmoid.distributed.processes import LOST, MeshSizes, parse_mesh
 from flashsigmoid.record import RecordWriter
 from flashsigmoid.training import language
-from flashsigmoid.training.checkpoint import checkpoints
+from flashsigmoid.training.checkpoint import checkpoints, newest_whole
 from flashsigmoid.training.run import LanguageRun
 
 TESTS = Path(__file__).parents[1]
@@ -154,6 +154,38 @@ def test_a_rank_that_hangs_is_named_and_the_run_goes_on(tmp_path, mesh):
     assert f"error: rank 1 did not answer within {TIMEOUT_S:g} s after step 4" in said
     assert "lost rank 1: starting again, restart 1 of" in said
     assert differences(remains(tmp_path / "whole/run"), remains(tmp_path / "hung/run")) == []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_rank_is_killed_while_it_writes_a_checkpoint_and_the_one_before_is_damaged(tmp_path, step):
+    """In the middle, and after the last step, when no rank computes any more. Before it goes on, its last checkpoint is
+    cut short."""
+    text = write_text(tmp_path / "text.txt")
+    for name, fault in (("whole", ""), ("killed", f"kill-writing {step}")):
+        (tmp_path / name).mkdir()
+        out_dir = tmp_path / name / "run"
+        process = start(text, out_dir, 12, fault)
+        if fault:
+            pid_of(out_dir, 1, pid_of(out_dir, 1))  # it is started again, and imports
+            assert newest(out_dir) == step - 2
+            shard = next(checkpoints(out_dir)[-1].glob("shard-*"))
+            shard.write_bytes(shard.read_bytes()[:-100])
+        said = end(process)
+    assert "lost rank 1: starting again, restart 1 of" in said
+    assert f"step-{step - 2:08d} is damaged, {shard.name} is not as it was written: the one before it is used" in said
+    assert differences(remains(tmp_path / "whole/run"), remains(tmp_path / "killed/run")) == []
+
+
+@pytest.mark.long
+def test_an_error_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path):
+    text, out_dir = write_text(tmp_path / "text.txt"), tmp_path / "run"
+    said = end(start(text, out_dir, 12, "raise-writing 6"), 1)
+    assert said.count("\n[rank1]: ValueError: batch must be whole, got half a one") == 1
+    found = newest_whole(out_dir)
+    assert found is not None
+    assert found.name in ("step-00000004", "step-00000006")
 
 
 @pytest.mark.long

@@ -18,7 +18,7 @@ from distributed.runs import far, free_port, is_one_line, losses, mesh_run, rema
 from safetensors.torch import load_file
 from training.tiny import differences, write_text
 
-from flashsigmoid.distributed.checkpoint import damage
+from flashsigmoid.distributed.checkpoint import damage, load_tensors
 from flashsigmoid.training import language, module
 from flashsigmoid.training.callbacks import Interrupted
 from flashsigmoid.training.checkpoint import checkpoints, export_weights, load_model, load_trainer
@@ -156,6 +156,16 @@ def test_interrupted_and_resumed_it_has_the_same_bits(tmp_path, text, ranks, who
     assert differences(remains(whole), remains(tmp_path / "run")) == []
 
 
+def test_micro_batches_on_a_mesh_go_on_with_the_same_bits(tmp_path, text, ranks, alone, allowed):
+    """Batches of one process in two parts, each over two ranks."""
+    changes = {"batch": 2, "accumulate": 2}
+    trained(ranks, text, tmp_path / "whole", "dp=2", changes=changes)
+    assert far(losses(tmp_path / "whole"), losses(alone)) <= allowed
+    on(ranks, text, tmp_path / "run", "dp=2", "SIGTERM", changes=changes)
+    trained(ranks, text, tmp_path / "run", "dp=2", resume=True, changes=changes)
+    assert differences(remains(tmp_path / "whole"), remains(tmp_path / "run")) == []
+
+
 def test_checkpoints_are_whole_and_are_a_model(tmp_path, text, whole):
     """keep_last of them, each file hashed, and the weights in one file of safetensors."""
     found = checkpoints(whole)
@@ -166,6 +176,18 @@ def test_checkpoints_are_whole_and_are_a_model(tmp_path, text, whole):
     assert differences(dict(model.state_dict()), exported) == []
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     assert model(tokens).shape == (1, 4, 264)
+
+
+@pytest.mark.parametrize("how", ["late", "torn"])
+def test_a_checkpoint_is_of_its_step_and_stops_no_other(tmp_path, text, ranks, whole, how):
+    """The shards of step 10 are written when step 11 is done; torn: from weights that step 11 has changed."""
+    trained(ranks, text, tmp_path / "run", "dp=2", f"{how} 12")
+    for path in checkpoints(whole):
+        there = load_tensors(tmp_path / "run/checkpoints" / path.name, "")
+        found = differences(load_tensors(path, ""), there)
+        is_torn = how == "torn" and path.name == "step-00000010"
+        assert ("/model.head.weight" in found) == is_torn
+        assert is_torn or found == []
 
 
 @pytest.mark.parametrize("how", ["cut", "bit", "gone", "manifest"])
