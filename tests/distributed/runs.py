@@ -24,6 +24,7 @@ from training.tiny import tiny_run
 
 from flashsigmoid.distributed import checkpoint as sharded
 from flashsigmoid.distributed.plans import AXES, sharding_axis
+from flashsigmoid.recipes.language import demo
 from flashsigmoid.record import read_records
 from flashsigmoid.training import language
 from flashsigmoid.training.callbacks import Interrupted
@@ -35,6 +36,28 @@ def mesh_run(text: Path, **changes: Any) -> LanguageRun:
     """`tiny_run` with what every mesh of 2 or 4 divides, and no dropout, whose masks depend on the mesh."""
     run = tiny_run(text, **{"batch": 4, "accumulate": 1, **changes})
     return replace(run, model=replace(run.model, vocab_size=264, nheads=4, dropout_p=0.0))
+
+
+def recipe_run(steps: int) -> LanguageRun:
+    """`flashsigmoid train demo`, narrower, of a vocabulary that tp divides; its loss is recorded at every step."""
+    run = demo()
+    model = replace(run.model, vocab_size=264, seqlen=64, nlayers=2, dim=64, nheads=4)
+    return replace(
+        run, model=model, data=replace(run.data, val_windows=8), batch=8, steps=steps, val_every=steps,
+        save_every=steps, log_every=1, sample_tokens=0, attention_snapshots=0,
+    )  # fmt: skip
+
+
+@contextmanager
+def doubled() -> Iterator[None]:
+    """A training in float64, its logits and norms, which are float32 at least, too."""
+    before, narrow = torch.get_default_dtype(), torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x)):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def free_port() -> int:
@@ -163,6 +186,8 @@ def planted(fault: str) -> Iterator[None]:
     elif name == "others-part" and rank == 1:
         shard = language.shard_batch
         patch = mock.patch.object(language, "shard_batch", lambda x, mesh: shard(x.flip(0), mesh))
+    elif name == "float64":  # nothing wrong
+        patch = doubled()
     with patch:
         yield
 

@@ -19,9 +19,12 @@ from safetensors.torch import load_file
 from training.tiny import differences, write_text
 
 from flashsigmoid.distributed.checkpoint import damage, load_tensors
+from flashsigmoid.record import RecordWriter
 from flashsigmoid.training import language, module
 from flashsigmoid.training.callbacks import Interrupted
 from flashsigmoid.training.checkpoint import checkpoints, export_weights, load_model, load_trainer
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +295,28 @@ def test_a_data_file_that_vanished_is_named_once(tmp_path, ranks):
     assert answers[0]["error"] == f"FileNotFoundError: data must be an existing text file or folder, got {text}"
     assert answers[1]["error"] == "SystemExit: 1"
     assert [damage(path) for path in checkpoints(tmp_path / "run")] == [None, None]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_the_language_recipe_has_the_losses_of_one_process(tmp_path):
+    """Leaves benchmarks/results/recipe-losses.jsonl: 100 steps in float64, the first one in float32. fsdp is dp."""
+    command = f"python -m pytest -m long {Path(__file__).relative_to(RESULTS.parents[1])}"
+    crews: dict[int, Crew] = {}
+    with RecordWriter(RESULTS / "recipe-losses.jsonl", runs.recipe_run(100).settings(), command) as writer:
+        for name, steps, most in (("float64", 100, 1e-9), ("float32", 1, 1e-5)):
+            run, alone = runs.recipe_run(steps), tmp_path / f"{name} alone"
+            with runs.planted(name):
+                language.train(run, alone, device="cpu", show=lambda progress: None)
+            assert len(losses(alone)) == steps
+            for mesh, size in (("dp=2", 2), ("cp=2", 2), ("tp=2", 2), ("dp=2,cp=2", 4), ("cp=2,tp=2", 4)):
+                if size not in crews:
+                    crews[size] = Crew(size, grouped=False)
+                out = tmp_path / f"{name} {mesh}"
+                answers = crews[size].run(runs.train, free_port(), run, out, name, mesh=mesh)
+                assert all("results" in answer for answer in answers), answers
+                apart = far(losses(out), losses(alone))
+                writer.write("largest_relative_difference", apart, step=steps, mesh=mesh, dtype=name)
+                assert apart <= most, (name, mesh)
+    for crew in crews.values():
+        crew.close()
