@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from flashsigmoid.distributed import blocks, context_parallel, exchange, layout
 from flashsigmoid.distributed.cost import SCHEMES, Sizes
@@ -172,6 +173,42 @@ def counted() -> Iterator[list[int]]:
 
     with mock.patch.object(dist, "batch_isend_irecv", count):
         yield sent
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[int]]:
+    """Bytes of visitors that are in memory after each one that is sent for."""
+    alive: list[tuple[StorageWeakRef, int]] = []
+    held: list[int] = []
+    received = exchange.Exchange._received
+
+    def note(posted: tuple) -> tuple:
+        for x in posted[2].values():
+            storage = x.untyped_storage()
+            alive.append((StorageWeakRef(storage), storage.nbytes()))
+        held.append(sum(nbytes for weak, nbytes in alive if not weak.expired()))
+        return posted
+
+    def receive(self: Any, posted: list, post: Any) -> Iterator:
+        return received(self, [note(x) for x in posted], lambda step: note(post(step)))
+
+    with mock.patch.object(exchange.Exchange, "_received", receive):
+        yield held
+
+
+def held_of(case: Case, scheme: str, order: str, size: int) -> tuple[int, int] | None:
+    """The most bytes of others' inputs that this rank holds at once in a forward and in a backward."""
+    mesh = mesh_of(size)
+    if mesh is None:
+        return None
+    q, k, v, _, options = case.tensors()
+    parts = [context_parallel.shard(x, mesh, order=order).requires_grad_() for x in (q, k, v)]
+    options |= {"mesh": mesh, "order": order, "scheme": scheme, "backend": "blocked"}
+    with watched() as forward:
+        out = context_parallel.sigmoid_attention(*parts, **options)
+    with watched() as backward:
+        out.sum().backward()
+    return max(forward, default=0), max(backward, default=0)
 
 
 def compute(case: Case, scheme: str, order: str, size: int, fault: str = "") -> dict[str, Any] | None:

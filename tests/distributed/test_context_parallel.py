@@ -162,6 +162,24 @@ def test_kernels_give_parts_that_are_not_rounded(crew: Crew, scheme: str) -> Non
 
 
 @pytest.mark.long
+def test_a_rank_holds_what_the_formula_says() -> None:
+    """Of others, at once: a ring has one block in use and one on its way, however many ranks there are."""
+    crew = Crew(4)
+    for case, (scheme, order) in itertools.product((Case(), Case(causal=True, nheads_k=4)), SHARDINGS):
+        layout, sizes = layout_of(case, order, 4), sizes_of(case)
+        formula = [cost(layout, sizes, scheme, rank).buffer_bytes for rank in range(4)]
+        # of a query dout travels with it in the backward
+        backward = 1 + (scheme == "reduce_scatter") * sizes.out_bytes // sizes.q_bytes
+        found = crew.run(cases.held_of, case, scheme, order, 4)
+        for (here, later), there in zip(found, formula, strict=True):
+            assert here <= there, (scheme, order, found, formula)
+            assert later <= backward * there, (scheme, order, found, formula)
+        assert max(here for here, _ in found) == max(formula), (scheme, order, found, formula)
+    crew.run(cases.release)
+    crew.close()
+
+
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_hundreds_of_cases_on_two_and_four_ranks() -> None:
     """Leaves benchmarks/results/context-parallel.jsonl: each case's largest error of the budget, and bytes."""
