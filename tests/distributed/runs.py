@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -188,6 +189,16 @@ def planted(fault: str) -> Iterator[None]:
         patch = mock.patch.object(language, "shard_batch", lambda x, mesh: shard(x.flip(0), mesh))
     elif name == "float64":  # nothing wrong
         patch = doubled()
+    elif name == f"no-room-{rank}":  # the system itself refuses to write
+        patch = contextlib.ExitStack()
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        patch.callback(resource.setrlimit, resource.RLIMIT_FSIZE, (soft, hard))
+
+        def refused(loss: torch.Tensor) -> torch.Tensor:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+            return loss
+
+        patch.enter_context(at_step(refused))
     with patch:
         yield
 

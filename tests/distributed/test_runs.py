@@ -6,6 +6,7 @@ Kills, hangs and the command are test_failures.py's.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -232,6 +233,17 @@ def test_a_full_disk_ends_every_rank_and_leaves_the_last_checkpoint(tmp_path, te
     trained(ranks, text, tmp_path / "run", "dp=2", resume=True)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert differences(remains(whole), remains(tmp_path / "run")) == []
+
+
+def test_files_that_the_system_refuses_end_every_rank_too(tmp_path, text, ranks):
+    """By a limit of the system on one rank, which the checkpoint being written may meet, or the next one."""
+    answers = on(ranks, text, tmp_path / "run", "dp=2", "no-room-1 5")
+    said = r"OSError: checkpoint step-0000000([46]) could not be written: File too large; the one before stands"
+    found = re.fullmatch(said, answers[0]["error"])
+    assert found is not None, answers
+    assert answers[1]["error"] == "SystemExit: 1"
+    whole = {path.name: damage(path) for path in checkpoints(tmp_path / "run")}
+    assert whole == {f"step-{step:08d}": None for step in (2, 4) if step < int(found[1])}
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tmp_path, text, ranks, whole):
