@@ -19,6 +19,7 @@ from rounding import assert_rounded
 from flashsigmoid.distributed.cost import SCHEMES, choose_scheme, cost, softmax_ring_cost
 from flashsigmoid.distributed.layout import ORDERS
 from flashsigmoid.record import RecordWriter
+from flashsigmoid.testing import compute
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 DRAWN = 500
@@ -89,9 +90,18 @@ def test_the_same_call_gives_the_same_bits(crew: Crew) -> None:
         assert all(torch.equal(first[name], second[name]) for name in first if name != "sent")
 
 
-def test_one_rank_is_the_plain_op_to_the_bit(crew: Crew) -> None:
-    from flashsigmoid.testing import compute
+def test_where_the_order_is_fixed_two_ranks_have_the_bits_of_one(crew: Crew) -> None:
+    """All keys in one call for each chunk of queries, as in the whole."""
+    for name in ("full", "b of rows", "ALiBi"):
+        case = replace(CASES[name], causal=False)
+        q, k, v, dout, options = case.tensors()
+        plain = compute(q, k, v, dout, backend="blocked", **options)
+        for order in ORDERS:
+            results = crew.run(cases.compute, case, "all_gather", order, 2)[0]
+            assert torch.equal(results["out"], plain["out"]), (name, order)
 
+
+def test_one_rank_is_the_plain_op_to_the_bit(crew: Crew) -> None:
     for name in ("causal", "b of rows", "dropout"):
         case = CASES[name]
         q, k, v, dout, options = case.tensors()
