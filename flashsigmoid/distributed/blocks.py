@@ -184,7 +184,8 @@ def _backward(call: Call, sides: Sides, x, y, bias, slopes, where) -> tuple[Any,
     with torch.enable_grad():
         q, k, v, given_bias, slopes = leaves
         out = _by_reference(call, sides, q, k, v, bias if given_bias is None else given_bias, slopes, where)
-    grads = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], _wide([x["dout"]])))
+    with op.full_precision(out.device.type):  # a backward within autocast would round what is summed
+        grads = iter(torch.autograd.grad(out, [t for t in leaves if t is not None], _wide([x["dout"]])))
     return tuple(None if t is None else next(grads) for t in leaves)
 
 

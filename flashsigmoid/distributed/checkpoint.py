@@ -42,10 +42,10 @@ class _Writer(HuggingFaceStorageWriter):
 
     Args:
         path: the checkpoint.
-        published: called on rank 0 once it is there.
+        published: called with it on rank 0 once it is there.
     """
 
-    def __init__(self, path: Path, published: Callable[[], None]) -> None:
+    def __init__(self, path: Path, published: Callable[[Path], None]) -> None:
         super().__init__(str(draft_of(path)), save_distributed=True)
         self.target, self.published = path, published
 
@@ -63,7 +63,7 @@ class _Writer(HuggingFaceStorageWriter):
         hashes = {name: digest for of_rank in results for name, digest in of_rank}
         hashes |= {file.name: sha256_of(file) for file in draft.iterdir() if file.name not in hashes}
         publish(draft, self.target, hashes)
-        self.published()
+        self.published(self.target)
 
 
 class Saves:
@@ -71,10 +71,10 @@ class Saves:
 
     Args:
         world: the ranks.
-        published: called on rank 0 when one is complete.
+        published: called with its path on rank 0 when one is complete.
     """
 
-    def __init__(self, world: Processes, published: Callable[[], None]) -> None:
+    def __init__(self, world: Processes, published: Callable[[Path], None]) -> None:
         self.world, self.published = world, published
         self._writing: tuple[Path, Any] | None = None
 

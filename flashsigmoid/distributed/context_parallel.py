@@ -264,6 +264,7 @@ class _ContextParallel(torch.autograd.Function):
                 homecoming.send(step, part)
             else:
                 attend(call, sides, queries, blocks_of(spans, arrived))
+            arrived.clear()  # its memory is free before more is sent for
         homecoming.finish()
         return home["out"].to(q.dtype)
 
@@ -314,6 +315,8 @@ class _ContextParallel(torch.autograd.Function):
                 block = blocks_of(spans, {**arrived, **part})
                 attend_backward(call, sides, *((block, keys) if call.queries_travel else (queries, block)))
                 homecoming.send(step, part)
+                block.clear()
+                arrived.clear()
         homecoming.finish()
 
         dbias = home_q["dbias"].transpose(1, 2) if "dbias" in home_q else sums.get("bias")

@@ -142,7 +142,7 @@ def parallelize(
         _check_block(block, tp.size(), cp.size())
     if tree.head.out_features % tp.size():
         raise ValueError(f"vocab_size must be a multiple of tp={tp.size()}, got {tree.head.out_features}")
-    sharded = mesh["dp", "cp"]._flatten("dp_cp")
+    sharded = sharding_axis(mesh)
     is_sharded = sharded.size() > 1 or mp_policy is not None
     for block in tree.blocks:
         is_softmax = isinstance(block.attention, SoftmaxAttention)
@@ -182,6 +182,11 @@ def parallelize(
     if is_sharded:
         _shard_weights(model, sharded, mp_policy=MixedPrecisionPolicy() if mp_policy is None else mp_policy)
     return model
+
+
+def sharding_axis(mesh: DeviceMesh) -> DeviceMesh:
+    """dp and cp as one axis, over which weights are sharded."""
+    return mesh["dp", "cp"]._flatten("dp_cp")
 
 
 def parallelize_data(

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +21,7 @@ from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, ProcessGroup, Store, rendezvous  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, ProcessGroup, Store, distributed_c10d, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 
 from .plans import AXES
 
@@ -107,7 +107,7 @@ class Processes:
     def __init__(self, rank: int, size: int, sizes: MeshSizes, device: str, store: Store, timeout_s: float) -> None:
         self.rank, self.size, self.sizes, self.device = rank, size, sizes, device
         self.timeout_s, self.step = timeout_s, 0  # step: for the message of who is lost
-        self._store = store
+        self._store, self._hears = store, True
         # a thread writes checkpoints while others talk: a group of its own, and disks may be slow
         self.agreeing = cast(ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
         self.saving = cast(ProcessGroup, dist.new_group(backend="gloo", timeout=timedelta(hours=1)))
@@ -190,6 +190,9 @@ class Processes:
         own = not (isinstance(error, RuntimeError) and _CONTACT.search(str(error)))
         with _undisturbed():
             said = self._roll_call(own)
+        if 0 not in said and not self._hears and not own:
+            print(f"error: rank 0 did not answer after step {self.step}, says rank {self.rank}", file=sys.stderr)
+            self._leave()
         guilty = [rank for rank, is_own in said.items() if is_own]
         if guilty:
             if self.rank == guilty[0]:
@@ -202,21 +205,34 @@ class Processes:
             print(f"error: {who}{late} after step {self.step}", file=sys.stderr)
             reason = " ".join(str(error).split())[:200]
             print(f"rank {self.rank}, which waited, heard: {reason}", file=sys.stderr)
+        self._leave()
+
+    def _leave(self) -> NoReturn:
+        """At once: threads and groups of this process wait for those who are gone, an orderly end would never come."""
         sys.stdout.flush()
         sys.stderr.flush()
-        # threads and groups of this process wait for those who are gone, an orderly end would never come
         os._exit(LOST)
+
+    def bound(self, groups: Iterable[ProcessGroup]) -> None:
+        """Have nobody wait longer in them than in the group of all: torch's own limit is 30 minutes, of NCCL 10."""
+        # torch 2.11 has no public name for it
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+        for group in groups:
+            set_timeout(collective_timeout(self.device, self.timeout_s), group)
 
     def _roll_call(self, own: bool) -> dict[int, bool]:
         """The ranks that are ending, too, and whether each has an error of its own."""
-        self._store.set(f"ending/{self.rank}", json.dumps(own))
         deadline_s = time.monotonic() + ROLL_CALL_S
         said = {self.rank: own}
-        while len(said) < self.size and time.monotonic() < deadline_s:
-            for rank in set(range(self.size)) - set(said):
-                if self._store.check([f"ending/{rank}"]):
-                    said[rank] = json.loads(self._store.get(f"ending/{rank}"))
-            time.sleep(0.05)
+        try:
+            self._store.set(f"ending/{self.rank}", json.dumps(own))
+            while len(said) < self.size and time.monotonic() < deadline_s:
+                for rank in set(range(self.size)) - set(said):
+                    if self._store.check([f"ending/{rank}"]):
+                        said[rank] = json.loads(self._store.get(f"ending/{rank}"))
+                time.sleep(0.05)
+        except dist.DistError:  # without torchrun the store ends with rank 0
+            self._hears = False
         return dict(sorted(said.items()))
 
 
@@ -262,8 +278,7 @@ def processes(sizes: MeshSizes | None, device: str, timeout_s: float) -> Iterato
         store=PrefixStore("groups", store),
         rank=rank,
         world_size=size,
-        # NCCL's watchdog ends the process without a word: the groups on the CPU speak first
-        timeout=2 * limit if device == "cuda" else limit,
+        timeout=collective_timeout(device, timeout_s),
     )
     here = Processes(rank, size, sizes, device, PrefixStore("roll call", store), timeout_s)
     try:
@@ -274,6 +289,11 @@ def processes(sizes: MeshSizes | None, device: str, timeout_s: float) -> Iterato
         here.end(error)
     finally:
         dist.destroy_process_group()
+
+
+def collective_timeout(device: str, timeout_s: float) -> timedelta:
+    """Longest wait in a step. NCCL's watchdog ends the process without a word: the groups on the CPU speak first."""
+    return timedelta(seconds=2 * timeout_s if device == "cuda" else timeout_s)
 
 
 def worker_environment(environment: Mapping[str, str], workers: int) -> dict[str, str]:

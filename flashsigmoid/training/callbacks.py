@@ -256,7 +256,7 @@ class Saver(pl.Callback):
         if step % module.run.save_every == 0 or step == module.run.steps or must_stop:
             trainer.save_checkpoint(path, weights_only=False)
             if self.world is None:
-                keep_last(self.run_dir, module.run.keep_last)
+                keep_last(path, module.run.keep_last)
         if must_stop and step < module.run.steps:
             raise Interrupted(signum or None, step, path)
 

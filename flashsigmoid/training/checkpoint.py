@@ -50,20 +50,22 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest checkpoint of the run at `path`.
+    """`path` itself if it is a checkpoint, else the newest whole one of the run at `path`, as `newest_whole`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it is damaged.
     """
     path = Path(path)
     if _complete(path):
+        if reason := sharded.damage(path):
+            raise ValueError(f"a checkpoint must be as it was written, got {path}: {reason}")
         return path
-    found = checkpoints(path)
-    if not found:
+    found = newest_whole(path)
+    if found is None:
         runs = sorted(str(each.parent) for depth in ("*", "*/*") for each in path.glob(f"{depth}/{FOLDER}"))
         hint = f"; runs below it: {', '.join(runs[:8])}" if runs else ""
         raise ValueError(f"a checkpoint, or a run with one, must be at the path, got {path}{hint}")
-    return found[-1]
+    return found
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Tokenizer]:
@@ -119,13 +121,13 @@ def newest_whole(run_dir: Path) -> Path | None:
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
-    found = [path for path in _named(run_dir) if (path / MANIFEST).is_file() or _complete(path)]
+    found = _published(run_dir)
     for path in reversed(found):
         if (reason := sharded.damage(path)) is None:
             return path
         print(f"{path} is damaged, {reason}: the one before it is used", file=sys.stderr)
     if found:
-        raise ValueError(f"a run to resume must have a whole checkpoint, got only damaged ones in {run_dir}")
+        raise ValueError(f"a run must have a whole checkpoint, got only damaged ones in {run_dir}")
     return None
 
 
@@ -147,9 +149,14 @@ def clean(run_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def keep_last(run_dir: Path, count: int) -> None:
-    """Remove all but the newest `count` checkpoints; each stops being one before its files go."""
-    for path in checkpoints(run_dir)[:-count]:
+def keep_last(newest: Path, count: int) -> None:
+    """Remove all checkpoints of a run but `count`: the one just written and those before it.
+
+    One of a later step is damaged, or the run would have gone on from it: it does not count, and goes.
+    """
+    found = _published(newest.parents[1])
+    end = found.index(newest) + 1
+    for path in (*found[: max(0, end - count)], *found[end:]):
         remove(path)
 
 
@@ -248,10 +255,21 @@ def _named(run_dir: str | Path) -> list[Path]:
     return [path for path in found if re.fullmatch(r"step-\d{8,}", path.name)]
 
 
+def _published(run_dir: str | Path) -> list[Path]:
+    """What was a complete checkpoint once, whatever has become of it, oldest first."""
+    return [path for path in _named(run_dir) if (path / MANIFEST).is_file() or _complete(path)]
+
+
 def _complete(path: Path) -> bool:
     """Whether no file is missing."""
     if not all((path / name).is_file() for name in (TRAINER, CONFIG)):
         return False
     if not (path / WEIGHTS).is_file() and not (path / MANIFEST).is_file():
         return False
-    return all((path / name).is_file() for name in load_config(path).get("files", [TOKENIZER]))
+    try:
+        files = load_config(path).get("files", [TOKENIZER])
+    except ValueError:
+        if (path / MANIFEST).is_file():  # it is there, and damaged: `find_checkpoint` and `newest_whole` say so
+            return True
+        raise
+    return all((path / name).is_file() for name in files)

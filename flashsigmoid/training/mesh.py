@@ -17,7 +17,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..distributed import checkpoint as sharded
-from ..distributed.plans import AXES
+from ..distributed.plans import AXES, sharding_axis
 from ..distributed.processes import MeshSizes, Processes, is_launched, parse_mesh, processes
 from .checkpoint import CONFIG, TRAINER, WEIGHTS, load_trainer, load_weights
 from .cluster import adopt_launcher
@@ -30,11 +30,11 @@ class MeshStrategy(ModelParallelStrategy):
         world: the ranks, whose process group is there already.
         config: for config.json of a checkpoint.
         files: further files of a checkpoint, by name, and their text.
-        published: called on rank 0 when a checkpoint is complete.
+        published: called with a checkpoint's path on rank 0 when it is complete.
     """
 
     def __init__(
-        self, world: Processes, config: dict[str, Any], files: dict[str, str], published: Callable[[], None]
+        self, world: Processes, config: dict[str, Any], files: dict[str, str], published: Callable[[Path], None]
     ) -> None:
         super().__init__(timeout=timedelta(seconds=world.timeout_s))
         self.world, self.config, self.files = world, config, files
@@ -52,6 +52,8 @@ class MeshStrategy(ModelParallelStrategy):
         sizes = self.world.sizes
         self._device_mesh = init_device_mesh(self.root_device.type, (sizes.dp, sizes.cp, sizes.tp), mesh_dim_names=AXES)
         cast(Any, self.lightning_module)._device_mesh = self._device_mesh
+        axes = (*(self._device_mesh[axis] for axis in AXES), sharding_axis(self._device_mesh))
+        self.world.bound(axis.get_group() for axis in axes)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Nothing: `save_checkpoint` takes the shards itself."""

@@ -356,7 +356,7 @@ def _fit(
             where["plugins"] = [DirectoryCheckpoint(config, prepared.files), LightningEnvironment()]
             saves = None
         else:
-            strategy = MeshStrategy(world, config, prepared.files, published=lambda: keep_last(out_dir, run.keep_last))
+            strategy = MeshStrategy(world, config, prepared.files, lambda path: keep_last(path, run.keep_last))
             where, saves = trainer_options(world, strategy), strategy.saves
         watchers = [Watcher(writer, probe_every)] if probe_every else []
         trainer = pl.Trainer(

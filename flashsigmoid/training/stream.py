@@ -38,6 +38,7 @@ class PackedStream:
 
         Raises:
             ValueError: a whole pass over the data gives no text.
+            OSError: a file of them is gone, or cannot be read.
         """
         # a data set knows how far it has been read: one of its own for every reader
         dataset = copy.deepcopy(self.dataset)
@@ -48,7 +49,10 @@ class PackedStream:
         while True:
             parts, have = [carry], len(carry)
             while have < need:
-                row = next(documents, None)
+                try:
+                    row = next(documents, None)
+                except OSError as error:
+                    raise OSError(f"data must stay readable while they are streamed, got {error}") from error
                 if row is None:
                     if empty:
                         raise ValueError(f"data must contain text in the column {self.column}, got none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from flashsigmoid.distributed import blocks, context_parallel, exchange, layout
-from flashsigmoid.distributed.cost import Sizes
+from flashsigmoid.distributed.cost import SCHEMES, Sizes
 from flashsigmoid.nn import SigmoidAttention
 from flashsigmoid.testing import make_qkv
 
@@ -43,11 +45,12 @@ class Case:
     scale: float | None = None
     backend: str = "blocked"
     cu_seqlens: tuple[int, ...] = ()  # packed: where sequences end, of n rows
+    cu_seqlens_k: tuple[int, ...] = ()  # of n_k rows, where keys end elsewhere
     drawn: int | None = None  # the dropout seed, where another generator than the CPU's draws it
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """q, k, v, dout and the options of the whole call, the same in every process."""
-        n_k = self.n if self.n_k is None else self.n_k
+        n_k = self.rows_k
         dtype = getattr(torch, self.dtype)
         q, k, v, dout = make_qkv(
             self.batch, self.n, n_k, self.nheads, self.nheads_k, self.head_dim, self.head_dim_v, dtype=dtype, seed=SEED
@@ -62,7 +65,7 @@ class Case:
             "rows": (self.n, self.nheads) if self.cu_seqlens else (self.batch, self.nheads, self.n),
         }
         options: dict[str, Any] = {
-            "sigmoid_bias": -math.log(n_k),
+            "sigmoid_bias": -math.log(max(1, n_k)),
             "causal": self.causal,
             "window_size": self.window_size,
         }
@@ -77,9 +80,53 @@ class Case:
         return q, k, v, dout, options
 
     @property
+    def rows_k(self) -> int:
+        """Keys, of all ranks."""
+        return self.n if self.n_k is None else self.n_k
+
+    @property
+    def ends_k(self) -> tuple[int, ...]:
+        """Packed: where the sequences' keys end."""
+        return self.cu_seqlens_k or self.cu_seqlens
+
+    @property
     def seed(self) -> Tensor:
         """Of dropout: what the op draws from torch's generator at `SEED`."""
         return torch.tensor([seed_drawn("cpu") if self.drawn is None else self.drawn])
+
+
+def drawn(number: int, sizes: tuple[int, ...]) -> tuple[Case, str, str, int]:
+    """(case, scheme, order, ranks) of a number: every option beside every other, shards of a row, or of none."""
+    draw = random.Random(number)
+    pick, size = draw.choice, draw.choice(sizes)
+    n, n_k = (2 * size * draw.randint(low, 6) for low in (1, 0))
+    is_packed, is_self = draw.random() < 0.4, draw.random() < 0.4
+
+    def ends(rows: int, sequences: int) -> tuple[int, ...]:
+        return (0, *sorted(draw.randint(0, rows) for _ in range(sequences)))
+
+    n_k, sequences = n if is_self else n_k, draw.randint(1, 4)
+    sequences += sequences == n // size  # (batch, nheads) and (local_q, nheads) are different shapes
+    cu_seqlens = ends(n, sequences) if is_packed else ()
+    left, right = (None if draw.random() < 0.5 else draw.randint(0, n + 2) for _ in range(2))
+    case = Case(
+        n=n,
+        n_k=n_k,
+        batch=1 if is_packed else draw.randint(1, 2),
+        nheads_k=pick((1, 2, 4)),
+        head_dim_v=pick((8, 5)),
+        dtype=pick(("float32", "float64", "bfloat16")),
+        bias=pick(("", "scalar", "heads", "batch", "rows")),
+        slopes=pick(("", "heads", "batch")),
+        causal=draw.random() < 0.5,
+        window_size=(left, right),
+        dropout_p=pick((0.0, 0.0, 0.3)),
+        scale=pick((None, 0.7)),
+        backend=pick(("blocked", "blocked", "reference")),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_k=ends(n_k, sequences) if is_packed and not is_self else (),
+    )
+    return case, pick(("auto", *SCHEMES)), pick(layout.ORDERS), size
 
 
 def seed_drawn(device: str) -> int:
@@ -128,6 +175,42 @@ def counted() -> Iterator[list[int]]:
         yield sent
 
 
+@contextlib.contextmanager
+def watched() -> Iterator[list[int]]:
+    """Bytes of visitors that are in memory after each one that is sent for."""
+    alive: list[tuple[StorageWeakRef, int]] = []
+    held: list[int] = []
+    received = exchange.Exchange._received
+
+    def note(posted: tuple) -> tuple:
+        for x in posted[2].values():
+            storage = x.untyped_storage()
+            alive.append((StorageWeakRef(storage), storage.nbytes()))
+        held.append(sum(nbytes for weak, nbytes in alive if not weak.expired()))
+        return posted
+
+    def receive(self: Any, posted: list, post: Any) -> Iterator:
+        return received(self, [note(x) for x in posted], lambda step: note(post(step)))
+
+    with mock.patch.object(exchange.Exchange, "_received", receive):
+        yield held
+
+
+def held_of(case: Case, scheme: str, order: str, size: int) -> tuple[int, int] | None:
+    """The most bytes of others' inputs that this rank holds at once in a forward and in a backward."""
+    mesh = mesh_of(size)
+    if mesh is None:
+        return None
+    q, k, v, _, options = case.tensors()
+    parts = [context_parallel.shard(x, mesh, order=order).requires_grad_() for x in (q, k, v)]
+    options |= {"mesh": mesh, "order": order, "scheme": scheme, "backend": "blocked"}
+    with watched() as forward:
+        out = context_parallel.sigmoid_attention(*parts, **options)
+    with watched() as backward:
+        out.sum().backward()
+    return max(forward, default=0), max(backward, default=0)
+
+
 def compute(case: Case, scheme: str, order: str, size: int, fault: str = "") -> dict[str, Any] | None:
     """out and every gradient, whole, from the shards of `size` ranks; and the bytes that this rank sent."""
     mesh = mesh_of(size)
@@ -156,8 +239,8 @@ def compute(case: Case, scheme: str, order: str, size: int, fault: str = "") -> 
     function = context_parallel.sigmoid_attention
     if packed:
         function = context_parallel.sigmoid_attention_varlen
-        cu = torch.tensor(case.cu_seqlens, dtype=torch.int32, device=device())
-        given |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+        ends = {"cu_seqlens_q": case.cu_seqlens, "cu_seqlens_k": case.ends_k}
+        given |= {name: torch.tensor(cu, dtype=torch.int32, device=device()) for name, cu in ends.items()}
     torch.manual_seed(SEED)
     # parts must not be rounded by what a training in bfloat16 has on, either
     autocast = torch.autocast(device(), torch.bfloat16, enabled=case.dtype == "bfloat16")
@@ -214,10 +297,15 @@ def module_of() -> tuple[Tensor, Tensor, SigmoidAttention]:
 def layout_of(case: Case, order: str, size: int) -> layout.Layout:
     """What the call makes of the case."""
     left, right = case.window_size
-    n_k = case.n if case.n_k is None else case.n_k
-    cu_q, cu_k = (case.cu_seqlens or (0, n) for n in (case.n, n_k))
+    cu_q, cu_k = case.cu_seqlens or (0, case.n), case.ends_k or (0, case.rows_k)
     return layout.Layout(
-        size, order, case.n, n_k, cu_q, cu_k, (left, (0 if right is None else min(0, right)) if case.causal else right)
+        size,
+        order,
+        case.n,
+        case.rows_k,
+        cu_q,
+        cu_k,
+        (left, (0 if right is None else min(0, right)) if case.causal else right),
     )
 
 

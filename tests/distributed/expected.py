@@ -23,7 +23,8 @@ def expected(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return oracle(q, k, v, dout, **options), witness(q, k, v, dout, **options)
     exact, drawn = [], []
     for s, (start, stop) in enumerate(itertools.pairwise(case.cu_seqlens)):
-        parts = [x[:, start:stop] for x in (q, k, v, dout)]
+        first, last = case.ends_k[s : s + 2]
+        parts = [q[:, start:stop], k[:, first:last], v[:, first:last], dout[:, start:stop]]
         given = {**options, "origin": (s, 0, 0, 0)}
         if case.bias == "rows":
             given["sigmoid_bias"] = options["sigmoid_bias"][start:stop].T[None]
@@ -44,7 +45,8 @@ def _packed(case: Case, parts: list[dict[str, Tensor]], draws: int) -> dict[str,
         if not kind:
             x = torch.cat(xs, dim=draws + 1).squeeze(draws)
             # rows behind the last sequence
-            rest = x.new_zeros(*x.shape[:draws], case.n - x.shape[draws], *x.shape[draws + 1 :])
+            rows = case.rows_k if name in ("dk", "dv") else case.n
+            rest = x.new_zeros(*x.shape[:draws], rows - x.shape[draws], *x.shape[draws + 1 :])
             found[name] = torch.cat([x, rest], dim=draws)
         elif kind == "rows":
             x = torch.cat(xs, dim=draws + 2).squeeze(draws).mT

@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch.distributed as dist
 from distributed.runs import far, free_port, losses
 
+from flashsigmoid.distributed.processes import LOST, Processes
 from flashsigmoid.training.cluster import adopt_launcher
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +28,17 @@ from flashsigmoid.training.mesh import joined
 with joined(None, "cpu", 60.0) as world:
     here = os.environ["LOCAL_WORLD_SIZE"]
     print(json.dumps([world.rank, world.size, str(world.sizes), world.largest(world.rank), here]))
+"""
+
+KILLED = """
+import os, signal, sys
+import torch, torch.distributed as dist
+from flashsigmoid.training.mesh import joined
+with joined(None, "cpu", 60.0) as world:
+    world.largest(1)
+    if world.rank == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
 """
 
 
@@ -97,6 +111,31 @@ def test_processes_of_srun_find_each_other() -> None:
     assert [json.loads(process.stdout) for process in ended] == [
         [rank, 2, "dp=2,cp=1,tp=1", [1], "2"] for rank in (0, 1)
     ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", [0, 1])
+def test_who_is_left_without_a_rank_ends_with_one_code(lost: int) -> None:
+    """No torchrun keeps the store: it ends with rank 0."""
+    ended = srun(["-c", KILLED, str(lost)])
+    assert [process.returncode for process in ended] == ([-9, LOST] if lost == 0 else [LOST, -9])
+    said = ended[1 - lost].stderr
+    assert f"error: rank {lost} did not answer after step 0" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(("own", "code"), [(False, LOST), (True, None)])
+def test_a_roll_call_without_a_store_is_no_traceback(monkeypatch, capsys, own: bool, code: int | None) -> None:
+    store = mock.Mock(**{"set.side_effect": dist.DistNetworkError("Connection reset by peer")})
+    one = Processes.__new__(Processes)
+    one.rank, one.size, one.step, one._store, one._hears = 1, 4, 7, store, True
+    left = mock.Mock(side_effect=SystemExit)
+    monkeypatch.setattr(os, "_exit", left)
+    error = ValueError("own") if own else RuntimeError("gloo: Connection closed by peer")
+    with pytest.raises(ValueError if own else SystemExit, match="own" if own else None):
+        one.end(error)
+    assert [call.args[0] for call in left.call_args_list] == ([] if own else [code])
+    assert capsys.readouterr().err == ("" if own else "error: rank 0 did not answer after step 7, says rank 1\n")
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ from distributed.crew import Crew
 from distributed.expected import over_budget
 from rounding import assert_rounded
 
-from flashsigmoid.distributed.cost import SCHEMES, cost, softmax_ring_cost
+from flashsigmoid.distributed.cost import SCHEMES, choose_scheme, cost, softmax_ring_cost
 from flashsigmoid.distributed.layout import ORDERS
 from flashsigmoid.record import RecordWriter
+from flashsigmoid.testing import compute
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+DRAWN = 500
 SHARDINGS = [(scheme, order) for scheme in SCHEMES for order in ORDERS]
 
 # what each is for
@@ -64,6 +67,22 @@ def test_two_ranks_are_one(crew: Crew, name: str) -> None:
         assert_bytes(case, scheme, order, 2, [result["sent"] for result in results])
 
 
+def assert_drawn(crew: Crew, number: int, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """A drawn case is within the budget, and sends what the formula says: what is to be recorded."""
+    case, scheme, order, size = cases.drawn(number, sizes)
+    results = crew.run(cases.compute, case, scheme, order, size)
+    ratios = over_budget(case, results[0])
+    assert max(ratios.values()) <= 1.0, (number, case, scheme, order, size, ratios)
+    chosen = choose_scheme(layout_of(case, order, size), sizes_of(case)) if scheme == "auto" else scheme
+    assert_bytes(case, chosen, order, size, [result["sent"] for result in results[:size]])
+    return {"number": number, "ranks": size, "scheme": scheme, "order": order, "ratio": max(ratios.values())}
+
+
+def test_every_option_beside_every_other(crew: Crew) -> None:
+    for number in range(16):
+        assert_drawn(crew, number, (2,))
+
+
 def test_the_same_call_gives_the_same_bits(crew: Crew) -> None:
     """What arrives is added in the order of steps, not of arrival."""
     for scheme in SCHEMES:
@@ -71,9 +90,18 @@ def test_the_same_call_gives_the_same_bits(crew: Crew) -> None:
         assert all(torch.equal(first[name], second[name]) for name in first if name != "sent")
 
 
-def test_one_rank_is_the_plain_op_to_the_bit(crew: Crew) -> None:
-    from flashsigmoid.testing import compute
+def test_where_the_order_is_fixed_two_ranks_have_the_bits_of_one(crew: Crew) -> None:
+    """All keys in one call for each chunk of queries, as in the whole."""
+    for name in ("full", "b of rows", "ALiBi"):
+        case = replace(CASES[name], causal=False)
+        q, k, v, dout, options = case.tensors()
+        plain = compute(q, k, v, dout, backend="blocked", **options)
+        for order in ORDERS:
+            results = crew.run(cases.compute, case, "all_gather", order, 2)[0]
+            assert torch.equal(results["out"], plain["out"]), (name, order)
 
+
+def test_one_rank_is_the_plain_op_to_the_bit(crew: Crew) -> None:
     for name in ("causal", "b of rows", "dropout"):
         case = CASES[name]
         q, k, v, dout, options = case.tensors()
@@ -144,6 +172,24 @@ def test_kernels_give_parts_that_are_not_rounded(crew: Crew, scheme: str) -> Non
 
 
 @pytest.mark.long
+def test_a_rank_holds_what_the_formula_says() -> None:
+    """Of others, at once: a ring has one block in use and one on its way, however many ranks there are."""
+    crew = Crew(4)
+    for case, (scheme, order) in itertools.product((Case(), Case(causal=True, nheads_k=4)), SHARDINGS):
+        layout, sizes = layout_of(case, order, 4), sizes_of(case)
+        formula = [cost(layout, sizes, scheme, rank).buffer_bytes for rank in range(4)]
+        # of a query dout travels with it in the backward
+        backward = 1 + (scheme == "reduce_scatter") * sizes.out_bytes // sizes.q_bytes
+        found = crew.run(cases.held_of, case, scheme, order, 4)
+        for (here, later), there in zip(found, formula, strict=True):
+            assert here <= there, (scheme, order, found, formula)
+            assert later <= backward * there, (scheme, order, found, formula)
+        assert max(here for here, _ in found) == max(formula), (scheme, order, found, formula)
+    crew.run(cases.release)
+    crew.close()
+
+
+@pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_hundreds_of_cases_on_two_and_four_ranks() -> None:
     """Leaves benchmarks/results/context-parallel.jsonl: each case's largest error of the budget, and bytes."""
@@ -171,3 +217,18 @@ def test_hundreds_of_cases_on_two_and_four_ranks() -> None:
     crew.run(cases.release)
     crew.close()
     assert count >= 300
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_hundreds_of_drawn_cases_on_two_three_and_four_ranks() -> None:
+    """Leaves benchmarks/results/context-parallel-drawn.jsonl: each case's largest error of the budget."""
+    crew = Crew(4)
+    command = f"python -m pytest -m long {Path(__file__).relative_to(RESULTS.parents[1])}"
+    settings = {"ranks": [2, 3, 4], "cases": DRAWN, "threads": 1}
+    with RecordWriter(RESULTS / "context-parallel-drawn.jsonl", settings, command) as writer:
+        for number in range(DRAWN):
+            found = assert_drawn(crew, number, (2, 3, 4))
+            writer.write("over_budget", found.pop("ratio"), **found)
+    crew.run(cases.release)
+    crew.close()

@@ -1,6 +1,6 @@
 """Ranks that are killed or hang, started by `launch`, the command or torchrun: the run goes on, to the same bits.
 
-Run by itself this file starts a run, or is a rank of it: python test_failures.py launch|rank TEXT OUT_DIR STEPS FAULT
+Run by itself this file starts a run, or is a rank of it: test_failures.py launch|rank TEXT OUT_DIR STEPS FAULT MESH
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from distributed.runs import far, losses, mesh_run, remains
 from training.tiny import differences, write_text
 
 from flashsigmoid.distributed.launch import launch
-from flashsigmoid.distributed.processes import LOST, MeshSizes
+from flashsigmoid.distributed.processes import LOST, MeshSizes, parse_mesh
 from flashsigmoid.record import RecordWriter
 from flashsigmoid.training import language
-from flashsigmoid.training.checkpoint import checkpoints
+from flashsigmoid.training.checkpoint import checkpoints, newest_whole
 from flashsigmoid.training.run import LanguageRun
 
 TESTS = Path(__file__).parents[1]
@@ -38,13 +38,14 @@ def run_of(text: Path, steps: int) -> LanguageRun:
     return runs.replace(run, model=runs.replace(run.model, dropout_p=0.2))
 
 
-def rank(text: Path, out_dir: Path, steps: int, fault: str, resume: bool) -> None:
+def rank(text: Path, out_dir: Path, steps: int, fault: str, mesh: str, resume: bool) -> None:
     """One rank; it says where it is, and a fault comes the first time only."""
     out_dir.with_name(f"rank-{os.environ['RANK']}").write_text(str(os.getpid()))
     with runs.planted("" if resume else fault):
         language.train(
-            run_of(text, steps), out_dir, resume=resume, device="cpu", timeout_s=TIMEOUT_S, show=lambda progress: None
-        )
+            run_of(text, steps), out_dir, resume=resume, device="cpu", timeout_s=TIMEOUT_S, mesh=mesh,
+            show=lambda progress: None,
+        )  # fmt: skip
 
 
 def environment() -> dict[str, str]:
@@ -53,9 +54,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def start(text: Path, out_dir: Path, steps: int, fault: str = "") -> subprocess.Popen[str]:
-    """A run of two ranks that is started again when one is lost."""
-    words = [sys.executable, __file__, "launch", str(text), str(out_dir), str(steps), fault]
+def start(text: Path, out_dir: Path, steps: int, fault: str = "", mesh: str = "dp=2") -> subprocess.Popen[str]:
+    """A run of the ranks of a mesh that is started again when one is lost."""
+    words = [sys.executable, __file__, "launch", str(text), str(out_dir), str(steps), fault, mesh]
     return subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
@@ -143,20 +144,54 @@ def test_ten_kills(tmp_path):
 
 
 @pytest.mark.long
-def test_a_rank_that_hangs_is_named_and_the_run_goes_on(tmp_path):
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("mesh", ["dp=2", "dp=2,tp=2"])
+def test_a_rank_that_hangs_is_named_and_the_run_goes_on(tmp_path, mesh):
     text = write_text(tmp_path / "text.txt")
     for name, fault in (("whole", ""), ("hung", "hang 5")):
         (tmp_path / name).mkdir()
-        said = end(start(text, tmp_path / name / "run", 12, fault))
+        said = end(start(text, tmp_path / name / "run", 12, fault, mesh))
     assert f"error: rank 1 did not answer within {TIMEOUT_S:g} s after step 4" in said
     assert "lost rank 1: starting again, restart 1 of" in said
     assert differences(remains(tmp_path / "whole/run"), remains(tmp_path / "hung/run")) == []
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_rank_is_killed_while_it_writes_a_checkpoint_and_the_one_before_is_damaged(tmp_path, step):
+    """In the middle, and after the last step, when no rank computes any more. Before it goes on, its last checkpoint is
+    cut short."""
+    text = write_text(tmp_path / "text.txt")
+    for name, fault in (("whole", ""), ("killed", f"kill-writing {step}")):
+        (tmp_path / name).mkdir()
+        out_dir = tmp_path / name / "run"
+        process = start(text, out_dir, 12, fault)
+        if fault:
+            pid_of(out_dir, 1, pid_of(out_dir, 1))  # it is started again, and imports
+            assert newest(out_dir) == step - 2
+            shard = next(checkpoints(out_dir)[-1].glob("shard-*"))
+            shard.write_bytes(shard.read_bytes()[:-100])
+        said = end(process)
+    assert "lost rank 1: starting again, restart 1 of" in said
+    assert f"step-{step - 2:08d} is damaged, {shard.name} is not as it was written: the one before it is used" in said
+    assert differences(remains(tmp_path / "whole/run"), remains(tmp_path / "killed/run")) == []
+
+
+@pytest.mark.long
+def test_an_error_while_a_checkpoint_is_written_leaves_a_whole_one(tmp_path):
+    text, out_dir = write_text(tmp_path / "text.txt"), tmp_path / "run"
+    said = end(start(text, out_dir, 12, "raise-writing 6"), 1)
+    assert said.count("\n[rank1]: ValueError: batch must be whole, got half a one") == 1
+    found = newest_whole(out_dir)
+    assert found is not None
+    assert found.name in ("step-00000004", "step-00000006")
+
+
+@pytest.mark.long
 def test_the_command_and_torchrun_on_other_numbers_of_ranks(tmp_path):
-    """Four ranks by --mesh to step 3, each on another mesh, one process to step 4, two by torchrun to the end: the
-    losses of one process."""
+    """Four ranks by --mesh to step 2, two of another mesh to step 3, four to step 4, one process to step 5, two by
+    torchrun to the end: the losses of one process."""
     text = write_text(tmp_path / "text.txt", 4000)
     words = ["train", "demo", "--device", "cpu", "--data", str(text), "--set", "model.vocab_size=264"]
     for field in ("model.seqlen=32", "model.dim=32", "model.nlayers=2", "val_every=6", "save_every=2", "log_every=1"):
@@ -176,11 +211,11 @@ def test_the_command_and_torchrun_on_other_numbers_of_ranks(tmp_path):
     call([*ours, "--steps", "12", *halves])
     said = call([*ours, "--steps", "12", *out, "--mesh", "dp=2,tp=2", "--max-minutes", "0.0001"], 75)
     assert said.count("stopped by max_minutes after step 1") == 1
-    for mesh, most in (("dp=2,cp=2", "0.0001"), ("dp=1,cp=2,tp=2", "0.0001")):
-        said = call([*ours, "--steps", "12", *out, "--mesh", mesh, "--max-minutes", most, "--resume"], 75)
-    assert "stopped by max_minutes after step 3" in said
-    said = call([*ours, "--steps", "12", *out, "--max-minutes", "0.0001", "--resume"], 75)
+    for mesh in ("dp=2,cp=2", "tp=2", "dp=1,cp=2,tp=2"):
+        said = call([*ours, "--steps", "12", *out, "--mesh", mesh, "--max-minutes", "0.0001", "--resume"], 75)
     assert "stopped by max_minutes after step 4" in said
+    said = call([*ours, "--steps", "12", *out, "--max-minutes", "0.0001", "--resume"], 75)
+    assert "stopped by max_minutes after step 5" in said
     said = call([*torchrun, "--steps", "12", *out, "--resume"])
     assert said.count("next: ") == 1
     there, alone, halves = (losses(tmp_path / name) for name in ("run", "alone", "halves"))
@@ -205,9 +240,9 @@ def test_an_error_is_not_tried_again(tmp_path):
 
 
 if __name__ == "__main__":
-    role, text, out_dir, steps, fault = sys.argv[1:6]
+    role, text, out_dir, steps, fault, mesh = sys.argv[1:7]
     if role == "rank":
-        rank(Path(text), Path(out_dir), int(steps), fault, "--resume" in sys.argv)
+        rank(Path(text), Path(out_dir), int(steps), fault, mesh, "--resume" in sys.argv)
     else:
-        words = [__file__, "rank", *sys.argv[2:6]]
-        sys.exit(launch(MeshSizes(dp=2), words, max_restarts=RESTARTS))
+        words = [__file__, "rank", *sys.argv[2:7]]
+        sys.exit(launch(parse_mesh(mesh), words, max_restarts=RESTARTS))

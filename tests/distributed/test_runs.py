@@ -6,6 +6,7 @@ Kills, hangs and the command are test_failures.py's.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -18,10 +19,13 @@ from distributed.runs import far, free_port, is_one_line, losses, mesh_run, rema
 from safetensors.torch import load_file
 from training.tiny import differences, write_text
 
-from flashsigmoid.distributed.checkpoint import damage
+from flashsigmoid.distributed.checkpoint import damage, load_tensors
+from flashsigmoid.record import RecordWriter
 from flashsigmoid.training import language, module
 from flashsigmoid.training.callbacks import Interrupted
 from flashsigmoid.training.checkpoint import checkpoints, export_weights, load_model, load_trainer
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +160,16 @@ def test_interrupted_and_resumed_it_has_the_same_bits(tmp_path, text, ranks, who
     assert differences(remains(whole), remains(tmp_path / "run")) == []
 
 
+def test_micro_batches_on_a_mesh_go_on_with_the_same_bits(tmp_path, text, ranks, alone, allowed):
+    """Batches of one process in two parts, each over two ranks."""
+    changes = {"batch": 2, "accumulate": 2}
+    trained(ranks, text, tmp_path / "whole", "dp=2", changes=changes)
+    assert far(losses(tmp_path / "whole"), losses(alone)) <= allowed
+    on(ranks, text, tmp_path / "run", "dp=2", "SIGTERM", changes=changes)
+    trained(ranks, text, tmp_path / "run", "dp=2", resume=True, changes=changes)
+    assert differences(remains(tmp_path / "whole"), remains(tmp_path / "run")) == []
+
+
 def test_checkpoints_are_whole_and_are_a_model(tmp_path, text, whole):
     """keep_last of them, each file hashed, and the weights in one file of safetensors."""
     found = checkpoints(whole)
@@ -166,6 +180,18 @@ def test_checkpoints_are_whole_and_are_a_model(tmp_path, text, whole):
     assert differences(dict(model.state_dict()), exported) == []
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     assert model(tokens).shape == (1, 4, 264)
+
+
+@pytest.mark.parametrize("how", ["late", "torn"])
+def test_a_checkpoint_is_of_its_step_and_stops_no_other(tmp_path, text, ranks, whole, how):
+    """The shards of step 10 are written when step 11 is done; torn: from weights that step 11 has changed."""
+    trained(ranks, text, tmp_path / "run", "dp=2", f"{how} 12")
+    for path in checkpoints(whole):
+        there = load_tensors(tmp_path / "run/checkpoints" / path.name, "")
+        found = differences(load_tensors(path, ""), there)
+        is_torn = how == "torn" and path.name == "step-00000010"
+        assert ("/model.head.weight" in found) == is_torn
+        assert is_torn or found == []
 
 
 @pytest.mark.parametrize("how", ["cut", "bit", "gone", "manifest"])
@@ -209,6 +235,17 @@ def test_a_full_disk_ends_every_rank_and_leaves_the_last_checkpoint(tmp_path, te
     assert differences(remains(whole), remains(tmp_path / "run")) == []
 
 
+def test_files_that_the_system_refuses_end_every_rank_too(tmp_path, text, ranks):
+    """By a limit of the system on one rank, which the checkpoint being written may meet, or the next one."""
+    answers = on(ranks, text, tmp_path / "run", "dp=2", "no-room-1 5")
+    said = r"OSError: checkpoint step-0000000([46]) could not be written: File too large; the one before stands"
+    found = re.fullmatch(said, answers[0]["error"])
+    assert found is not None, answers
+    assert answers[1]["error"] == "SystemExit: 1"
+    whole = {path.name: damage(path) for path in checkpoints(tmp_path / "run")}
+    assert whole == {f"step-{step:08d}": None for step in (2, 4) if step < int(found[1])}
+
+
 def test_a_step_without_a_finite_gradient_is_skipped_and_counted(tmp_path, text, ranks, whole):
     trained(ranks, text, tmp_path / "run", "dp=2", "nan-once 4")
     assert losses(tmp_path / "run", "skipped_steps") == [1.0] * 9
@@ -230,6 +267,12 @@ def test_the_error_of_one_rank_is_said_by_it_alone(tmp_path, text, ranks):
     answers = on(ranks, text, tmp_path / "run", "dp=2", "raise 3", timeout_s=5.0)
     assert answers[1]["error"] == "ValueError: batch must be whole, got half a one"
     assert answers[0]["error"] == "SystemExit: 1"
+
+
+def test_no_group_of_a_mesh_waits_longer_than_it_should(tmp_path, text, ranks):
+    """torch's own limit, 30 minutes, is that of every group that is not the group of all."""
+    answers = on(ranks, text, tmp_path / "run", "cp=2", "limits", timeout_s=50.0, changes={"steps": 1})
+    assert is_one_line(answers[0]["err"], r"limits \[50.0, 50.0, 50.0, 50.0\]"), answers
 
 
 @pytest.mark.parametrize(
@@ -264,3 +307,28 @@ def test_a_data_file_that_vanished_is_named_once(tmp_path, ranks):
     assert answers[0]["error"] == f"FileNotFoundError: data must be an existing text file or folder, got {text}"
     assert answers[1]["error"] == "SystemExit: 1"
     assert [damage(path) for path in checkpoints(tmp_path / "run")] == [None, None]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_the_language_recipe_has_the_losses_of_one_process(tmp_path):
+    """Leaves benchmarks/results/recipe-losses.jsonl: 100 steps in float64, the first one in float32. fsdp is dp."""
+    command = f"python -m pytest -m long {Path(__file__).relative_to(RESULTS.parents[1])}"
+    crews: dict[int, Crew] = {}
+    with RecordWriter(RESULTS / "recipe-losses.jsonl", runs.recipe_run(100).settings(), command) as writer:
+        for name, steps, most in (("float64", 100, 1e-9), ("float32", 1, 1e-5)):
+            run, alone = runs.recipe_run(steps), tmp_path / f"{name} alone"
+            with runs.planted(name):
+                language.train(run, alone, device="cpu", show=lambda progress: None)
+            assert len(losses(alone)) == steps
+            for mesh, size in (("dp=2", 2), ("cp=2", 2), ("tp=2", 2), ("dp=2,cp=2", 4), ("cp=2,tp=2", 4)):
+                if size not in crews:
+                    crews[size] = Crew(size, grouped=False)
+                out = tmp_path / f"{name} {mesh}"
+                answers = crews[size].run(runs.train, free_port(), run, out, name, mesh=mesh)
+                assert all("results" in answer for answer in answers), answers
+                apart = far(losses(out), losses(alone))
+                writer.write("largest_relative_difference", apart, step=steps, mesh=mesh, dtype=name)
+                assert apart <= most, (name, mesh)
+    for crew in crews.values():
+        crew.close()

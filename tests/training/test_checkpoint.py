@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -19,13 +20,16 @@ from flashsigmoid.distributed import checkpoint as sharded
 from flashsigmoid.models.generation import generate
 from flashsigmoid.training import checkpoint
 from flashsigmoid.training.checkpoint import (
+    WEIGHTS,
     DirectoryCheckpoint,
     checkpoint_path,
     checkpoints,
     clean,
+    export_weights,
     find_checkpoint,
     keep_last,
     load_model,
+    newest_whole,
     rng_state,
     set_rng_state,
 )
@@ -102,8 +106,42 @@ def test_incomplete_and_foreign_directories_are_no_checkpoints(tmp_path):
 def test_keep_last(tmp_path):
     for step in (1, 20, 3, 100_000_000):
         save(tmp_path, step)
-    keep_last(tmp_path, 2)
+    keep_last(checkpoint_path(tmp_path, 100_000_000), 2)
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000020", "step-100000000"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_what_stays_is_whole_after_a_run_went_back_behind_a_damaged_one(tmp_path, capsys, count):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step)
+    for step, name in ((30, WEIGHTS), (40, checkpoint.CONFIG)):
+        file = checkpoint_path(tmp_path, step) / name
+        file.write_bytes(file.read_bytes()[:-3])
+    assert newest_whole(tmp_path) == checkpoint_path(tmp_path, 20)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    save(tmp_path, 25)  # it goes on from 20, and is stopped
+    keep_last(checkpoint_path(tmp_path, 25), count)
+    assert [path.name[-2:] for path in checkpoints(tmp_path)] == ["10", "20", "25"][-count:]
+    assert newest_whole(tmp_path) == checkpoint_path(tmp_path, 25)
+    assert capsys.readouterr().err == ""
+
+
+def test_whoever_reads_a_checkpoint_is_told_of_one_bit(trained, tmp_path, capsys):
+    """Safetensors with a changed number are still safetensors; a run's older checkpoint is used in its place."""
+    out = shutil.copytree(trained[1], tmp_path / "run")
+    older, newer = checkpoints(out)
+    whole = load_file(older / WEIGHTS)
+    content = bytearray((newer / WEIGHTS).read_bytes())
+    content[-2] ^= 1
+    (newer / WEIGHTS).write_bytes(content)
+    assert torch.equal(load_model(out)[0].state_dict()["head.weight"], whole["head.weight"])
+    assert capsys.readouterr().err == (
+        f"{newer} is damaged, model.safetensors is not as it was written: the one before it is used\n"
+    )
+    assert find_checkpoint(out) == older
+    for read in (load_model, lambda path: export_weights(path, tmp_path / "x.safetensors")):
+        with pytest.raises(ValueError, match=r"must be as it was written, got .*: model.safetensors is not as it was"):
+            read(newer)
 
 
 def test_a_pickle_is_refused(tmp_path):
@@ -170,6 +208,10 @@ def test_a_damaged_config_is_named(tmp_path):
     save(tmp_path, 1)
     path = tmp_path / "checkpoints/step-00000001/config.json"
     path.write_text(path.read_text()[:-9])
+    assert checkpoints(tmp_path) == [path.parent]  # which --resume asks
+    with pytest.raises(ValueError, match=r"as it was written, got .*step-00000001: config.json is not as it was"):
+        find_checkpoint(path.parent)
+    (path.parent / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"config.json of a checkpoint must be whole, got .*step-00000001: "):
         find_checkpoint(tmp_path)
 

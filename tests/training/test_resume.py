@@ -206,7 +206,7 @@ def test_a_run_of_damaged_checkpoints_is_not_begun_anew(tmp_path):
     train(run, tmp_path / "run", show=quiet)
     for path in checkpoints(tmp_path / "run"):
         (path / "trainer.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="a run to resume must have a whole checkpoint, got only damaged ones in "):
+    with pytest.raises(ValueError, match="a run must have a whole checkpoint, got only damaged ones in "):
         train(run, tmp_path / "run", resume=True, show=quiet)
 
 

@@ -117,3 +117,18 @@ def test_a_stream_without_text_is_an_error_not_a_loop(tmp_path):
     (tmp_path / "data/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ValueError, match="data must contain text in the column text, got none"):
         next(load(tmp_path / "data", val_documents=2).train.batches(1))
+
+
+def test_a_shard_that_vanishes_while_it_streams_is_named(folder, tmp_path):
+    """The run ends with the last checkpoint, and goes on from it, to the same bits, when the file is there again."""
+    run = tiny_run(f"hf:{folder}", steps=24, val_every=24)
+    run = replace(run, data=replace(run.data, val_documents=5))
+    train(run, tmp_path / "whole", show=quiet)
+    shard, kept = folder / "train-1.jsonl", tmp_path / "kept"
+    with pytest.raises(OSError, match=r"data must stay readable while they are streamed, got .*train-1.jsonl"):
+        train(run, tmp_path / "run", show=lambda progress: shard.rename(kept) if progress.step == 2 else None)
+    kept.rename(shard)
+    train(run, tmp_path / "run", resume=True, show=quiet)
+    found = differences(remains(run, tmp_path / "whole"), remains(run, tmp_path / "run"))
+    # a position may be called the end of one shard, or the beginning of the next: the next batches are compared, too
+    assert [where for where in found if "/position/dataset" not in where] == []
