@@ -74,9 +74,14 @@ def probe_attention(model: nn.Module, *inputs: Any, **keywords: Any) -> list[Att
 
     try:
         model.eval()
-        with seeing(model, see) as mode, torch.no_grad(), torch.random.fork_rng(devices):
-            with torch.compiler.set_stance("force_eager"), mode:
-                model(*inputs, **keywords)
+        with (
+            seeing(model, see) as mode,
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            torch.compiler.set_stance("force_eager"),
+            mode,
+        ):
+            model(*inputs, **keywords)
     finally:
         for module, training in modes.items():
             module.training = training
