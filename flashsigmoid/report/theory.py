@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import statistics
@@ -47,13 +48,14 @@ def theory_figure(path: str | Path) -> Figure:
 
 
 def write_theory(source: str | Path, target: str | Path) -> None:
-    """Draw a file of records to a PNG or SVG.
+    """Draw a file of records to a PNG or SVG, with the records' sha256 as its description.
 
     Raises:
         ValueError: as `theory_figure`.
     """
+    metadata = {"Description": f"records sha256 {hashlib.sha256(Path(source).read_bytes()).hexdigest()}"}
     with matplotlib.rc_context(STYLE):
-        theory_figure(source).savefig(target, dpi=130, facecolor="white")
+        theory_figure(source).savefig(target, dpi=130, facecolor="white", metadata=metadata)
 
 
 def _read(path: str | Path, makers: dict[str, Callable[[Sequence[Record]], T]]) -> T:
