@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -47,7 +47,7 @@ def theory_figure(path: str | Path) -> Figure:
     return _read(path, _FIGURES)
 
 
-def write_theory(source: str | Path, target: str | Path) -> None:
+def write_theory(source: str | Path, target: str | Path | IO[bytes]) -> None:
     """Draw a file of records to a PNG or SVG, with the records' sha256 as its description.
 
     Raises:
