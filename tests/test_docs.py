@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
 import shlex
@@ -97,6 +98,13 @@ def test_tables_are_those_of_the_records(page: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(ROOT)
     text = page.read_text("utf-8")
     assert rewrite(text) == text, f"python -m flashsigmoid.report.tables {page.relative_to(ROOT)}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs/images").glob("theory-*.png")), ids=lambda path: path.stem)
+def test_figures_of_theory_are_drawn_from_the_records(path: Path) -> None:
+    records = ROOT / "benchmarks/results/theory" / f"{path.stem.removeprefix('theory-')}.jsonl"
+    made_of = hashlib.sha256(records.read_bytes()).hexdigest()
+    assert made_of.encode() in path.read_bytes(), f"draw {path.name} anew by report.theory.write_theory"
 
 
 def test_the_support_table_is_what_the_backends_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,8 +42,8 @@ def probe_attention(model: nn.Module, *inputs: Any, **keywords: Any) -> list[Att
 
     The norm is that of what the layer's attention function returned; the weights are computed again from q and k, in
     float32 whatever the dtype of the model. The forward is in eval mode. Afterwards the model is as it was: attention
-    functions, the mode of each module, and torch's random state, also if the forward fails. Give a batch
-    without padding, since padded tokens count.
+    functions, the mode of each module, and torch's random state, also if the forward fails. A compiled model runs
+    eagerly here. Give a batch without padding, since padded tokens count.
 
     Args:
         model: on the device of the inputs.
@@ -61,7 +61,7 @@ def probe_attention(model: nn.Module, *inputs: Any, **keywords: Any) -> list[Att
         probes.append(
             AttentionProbe(
                 layer=len(probes),
-                name=seen.name,
+                name=seen.name.replace("_orig_mod.", ""),  # which torch.compile puts in front
                 attention=seen.kind,
                 attention_norm=attention_norm(seen.out).item(),
                 row_mass=row_mass(weights).item(),
@@ -74,7 +74,13 @@ def probe_attention(model: nn.Module, *inputs: Any, **keywords: Any) -> list[Att
 
     try:
         model.eval()
-        with seeing(model, see) as mode, torch.no_grad(), torch.random.fork_rng(devices), mode:
+        with (
+            seeing(model, see) as mode,
+            torch.no_grad(),
+            torch.random.fork_rng(devices),
+            torch.compiler.set_stance("force_eager"),
+            mode,
+        ):
             model(*inputs, **keywords)
     finally:
         for module, training in modes.items():

@@ -43,7 +43,8 @@ class Watch:
     count. Parameters and the optimizer's state are those after the step, all else is before it. Attention is that of
     `seeing`: what `probe_attention` sees; a layer of ours that is given packed sequences refuses. A, the gain and the
     bound are those of the first sequences of a batch, and need O(seqlen^2) memory. Only forwards of the model itself,
-    in training mode and with gradients, count. Training goes on to the same bits, and between the steps measured
+    in training mode and with gradients, count. Of what reentrant checkpointing recomputes, only layers of ours are
+    seen, since it runs in the backward. Training goes on to the same bits, and between the steps measured
     nothing is left in the model but two hooks, afterwards nothing.
 
     Args:
@@ -56,8 +57,8 @@ class Watch:
         start: steps done already. Default: 0.
 
     Raises:
-        ValueError: every or sequences is below 1; the model is compiled; it has sharded parameters; no module and no
-            parameter is called like one of `only`.
+        ValueError: every or sequences is below 1; the model is compiled, in whole or in part; it is on a mesh or on
+            several devices; no module and no parameter is called like one of `only`.
 
     Source: what is measured of modules and parameters is what the simulator of arXiv:2409.04431 tracks.
     """
@@ -76,10 +77,13 @@ class Watch:
         for name, number in {"every": every, "sequences": sequences}.items():
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        if any(hasattr(module, "_orig_mod") for module in model.modules()):
-            raise ValueError("model must not be compiled, got one of torch.compile")
+        for module in model.modules():  # torch.compile(model), and model.compile() in place
+            if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+                raise ValueError(f"model must not be compiled, got a {type(module).__name__} of torch.compile")
         if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
             raise ValueError("model must be on one device, got parameters on a mesh")
+        if len(devices := {str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}) > 1:
+            raise ValueError(f"model must be on one device, got {' and '.join(sorted(devices))}")
         names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
         for pattern in only:
             if not fnmatch.filter(names, pattern):

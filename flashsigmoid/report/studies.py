@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -72,7 +73,7 @@ def study_figure(path: str | Path) -> Figure:
     return _FIGURES[file.settings["study"]](file)
 
 
-def write_study(source: str | Path, target: str | Path) -> None:
+def write_study(source: str | Path, target: str | Path | IO[bytes]) -> None:
     """Draw a file of records to a PNG or SVG.
 
     Raises:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -46,14 +47,15 @@ def theory_figure(path: str | Path) -> Figure:
     return _read(path, _FIGURES)
 
 
-def write_theory(source: str | Path, target: str | Path) -> None:
-    """Draw a file of records to a PNG or SVG.
+def write_theory(source: str | Path, target: str | Path | IO[bytes]) -> None:
+    """Draw a file of records to a PNG or SVG, with the records' sha256 as its description.
 
     Raises:
         ValueError: as `theory_figure`.
     """
+    metadata = {"Description": f"records sha256 {hashlib.sha256(Path(source).read_bytes()).hexdigest()}"}
     with matplotlib.rc_context(STYLE):
-        theory_figure(source).savefig(target, dpi=130, facecolor="white")
+        theory_figure(source).savefig(target, dpi=130, facecolor="white", metadata=metadata)
 
 
 def _read(path: str | Path, makers: dict[str, Callable[[Sequence[Record]], T]]) -> T:

@@ -328,6 +328,31 @@ def test_a_layer_of_ours_is_seen_once(arm: str) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("how", ["whole", "in place", "a part in place"])
+def test_a_compiled_model_is_probed_as_it_is_without(how: str) -> None:
+    torch.manual_seed(0)
+    model = Model("sigmoid", causal=True, sigmoid_bias=-1.0)
+    x = torch.randn(2, 5, 24)
+    expected = probe_attention(model, x)
+
+    compilations = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    if how == "whole":
+        compiled: Any = torch.compile(model, backend=backend)
+    else:
+        compiled = model
+        (model if how == "in place" else model.first).compile(backend=backend)
+    assert probe_attention(compiled, x) == expected
+    assert compilations == []
+    with torch.no_grad():
+        compiled(x)
+    assert compilations  # it is compiled as before, afterwards
+
+
 def test_eager_attention_of_others_is_not_seen_and_said_so() -> None:
     model, inputs, _ = llama()
     model.set_attn_implementation("eager")

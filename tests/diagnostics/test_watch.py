@@ -19,6 +19,7 @@ import torch
 from diagnostics.test_probes import llama, timm_model, torch_encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from flashsigmoid import sigmoid_attention
 from flashsigmoid.diagnostics import probe_attention
@@ -251,6 +252,59 @@ def test_bad_arguments_are_one_clear_error(options: dict[str, Any], message: str
         Watch(model, optimizer, write=Notes(), **options)
     with pytest.raises(ValueError, match="model must not be compiled"):
         Watch(torch.compile(model), optimizer, write=Notes())  # pyright: ignore[reportArgumentType]
+    model.blocks[1].compile()
+    with pytest.raises(ValueError, match="model must not be compiled, got a "):
+        Watch(model, optimizer, write=Notes())
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match="model must be on one device, got cpu and meta"):
+        Watch(model, optimizer, write=Notes())
+
+
+class Direct(nn.Module):
+    """torch's attention called by its bare name from a module that is nobody's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Checkpointed(nn.Module):
+    """Two layers within modules within modules, recomputed in the backward if asked to."""
+
+    def __init__(self, layers: list[nn.Module], reentrant: bool | None) -> None:
+        super().__init__()
+        self.first, self.layers, self.reentrant = nn.Linear(16, 16), nn.ModuleList(layers), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = x + (layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant))
+        return x
+
+
+@pytest.mark.parametrize("make", [Direct, lambda: SigmoidAttention(16, 4, causal=True, sigmoid_bias=-1.0)])
+def test_activation_checkpointing_changes_no_number(make: Callable[[], nn.Module]) -> None:
+    found = {}
+    for reentrant in (None, False, True):
+        torch.manual_seed(0)
+        model = Checkpointed([nn.Sequential(make()), nn.Sequential(make())], reentrant)
+        notes, x = Notes(), torch.randn(2, 5, 16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with Watch(model, optimizer, write=notes):
+            model(x).square().mean().backward()
+            optimizer.step()
+        found[reentrant] = notes.found
+    assert {name for name, _, _ in found[None]} >= {"probe_attn_norm/layer_0", "probe_attn_grad/layer_1"}
+    assert found[False].keys() == found[None].keys()
+    for key, values in found[None].items():
+        assert found[False][key] == pytest.approx(values, rel=32 * EPS, abs=0.0), key
+    # reentrant, the attention of others runs where nobody looks
+    seen = {layer for name, layer, _ in found[True] if name.startswith("probe_attn_norm")}
+    assert seen == (set() if make is Direct else {"layers.0.0", "layers.1.0"})
 
 
 @pytest.mark.long

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["sigmoid", "softmax"]
 
+_CANDIDATES = 64  # for each start of a search: with 16, chance found worse points for sigmoid at R = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
@@ -289,9 +291,10 @@ def growth_exponent(radii: Sequence[float], norms: Sequence[float]) -> list[floa
 
 
 def starts(n: int, dim: int, radius: float, restarts: int, seed: int = 0) -> Float[Tensor, "restarts n dim"]:
-    """Tokens of norm `radius`: independent directions in the even restarts, two noisy clusters in the odd ones.
+    """Tokens of norm `radius`, in turns: independent directions; two noisy clusters; two of any spread, or one.
 
-    Clusters of 1 to n - 1 tokens, since the largest norms known of softmax have few keys that many queries see.
+    Clusters, since the largest norms known of softmax have few keys that many queries see, and those of sigmoid many
+    equal tokens whose scores are near -b.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -299,10 +302,14 @@ def starts(n: int, dim: int, radius: float, restarts: int, seed: int = 0) -> Flo
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     x, centres = normal(restarts, n, dim), normal(restarts, 2, 1, dim)
-    sizes = torch.randint(1, max(2, n), (restarts, 1, 1), generator=generator)
+    kind = torch.arange(restarts)[:, None, None] % 3
+    sizes = torch.randint(1, n + 1, (restarts, 1, 1), generator=generator)
+    sizes = torch.where(kind == 1, sizes.clamp(max=max(1, n - 1)), sizes)
+    spread = 10.0 ** (-3.0 * torch.rand(restarts, 1, 1, generator=generator, dtype=torch.float64))
+    spread = torch.where(kind == 1, 0.1, spread)
     first = torch.arange(n)[:, None] < sizes
-    clustered = torch.where(first, centres[:, 0], centres[:, 1]) + 0.1 * x
-    x = torch.where(torch.arange(restarts)[:, None, None] % 2 == 1, clustered, x)
+    clustered = torch.where(first, centres[:, 0], centres[:, 1]) + spread * x
+    x = torch.where(kind == 0, x, clustered)
     return radius * x / x.norm(dim=-1, keepdim=True)
 
 
@@ -315,14 +322,15 @@ def worst_point(
     restarts: int = 16,
     steps: int = 200,
     seed: int = 0,
-    also: Float[Tensor, "n dim"] | None = None,
+    also: Float[Tensor, "more n dim"] | None = None,
 ) -> tuple[Norm, Float[Tensor, "n dim"]]:
     """The largest ||J phi(X)||_2 that gradient ascent finds among X of n tokens, each of norm at most `radius`.
 
-    The starts are the best `restarts` of 16 times as many. One step: a power step for the singular vectors u, v at X,
-    then X along the gradient of <u, J phi(X) v>, a step of
-    0.3 radius at first and 0.003 at the end, then tokens outside the ball back to its sphere. For sigmoid and softmax
-    the candidates, the steps and the cost are the same. What is found is a lower bound of the supremum, no more.
+    Each start is the best of 64, or one of `also` if that is better. One step: X along the gradient of
+    <u, J phi(X) v>, with u, v its singular vectors by power steps, and tokens outside the ball back to its sphere. What
+    is no better there is taken back, and the next step is 0.4 times as long, else 1.5 times: in a large ball what
+    matters are distances of 1 / radius, which no schedule would know of. For sigmoid and softmax candidates, steps and
+    cost are the same. What is found is a lower bound of the supremum, no more.
 
     Args:
         weights: of the attention.
@@ -332,7 +340,7 @@ def worst_point(
         restarts: of different `starts`, side by side. Default: 16.
         steps: of each. Default: 200.
         seed: of the starts. Default: 0.
-        also: one more start, as the worst point of a smaller ball. Default: none.
+        also: more starts, as the worst point of a smaller ball. Default: none.
 
     Returns:
         The norm, by `operator_norm`, and the point.
@@ -347,25 +355,28 @@ def worst_point(
     def phi(x: Tensor) -> Tensor:
         return attention(x, weights, kind)
 
-    x = torch.cat(
-        [starts(n, weights.wq.shape[-1], radius, 16 * restarts, seed), *([] if also is None else [also[None]])]
-    )
-    x, v = _best_starts(phi, x, restarts, seed)
-    best, best_x, best_v = torch.zeros(restarts, dtype=torch.float64), x, v
-    for step in range(steps):
-        u, v, reached = _power_step(phi, x, v)
-        is_better = reached > best
-        best = torch.where(is_better, reached, best)
-        best_x, best_v = (torch.where(is_better[:, None, None], *pair) for pair in ((x, best_x), (v, best_v)))
-        uphill = torch.func.grad(lambda x, u=u, v=v: (u * _pushed(phi, x, v)).sum())(x)
-        pace = 0.3 * radius * 10.0 ** (-2.0 * step / steps)
-        x = _into_ball(x + pace * _unit(uphill), radius)
+    def climb(x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """|J v|, the next v, and the direction of the gradient."""
+        u, next_v, reached = _power_step(phi, x, v)
+        return reached, next_v, _unit(torch.func.grad(lambda x: (u * _pushed(phi, x, v)).sum())(x))
+
+    x = starts(n, weights.wq.shape[-1], radius, _CANDIDATES * restarts, seed)
+    x, v = _best_starts(phi, x if also is None else torch.cat([x, _into_ball(also, radius)]), restarts, seed)
+    best, v, uphill = climb(x, v)
+    pace = torch.full((restarts, 1, 1), 0.1 * radius, dtype=x.dtype)
+    for _ in range(steps - 1):
+        tried = _into_ball(x + pace * uphill, radius)
+        reached, tried_v, tried_uphill = climb(tried, v)
+        is_better = (reached >= best)[:, None, None]
+        best = torch.maximum(best, reached)
+        x, v, uphill = (torch.where(is_better, *pair) for pair in ((tried, x), (tried_v, v), (tried_uphill, uphill)))
+        pace = pace * torch.where(is_better, 1.5, 0.4)
     winner = int(best.argmax())
-    return operator_norm(phi, best_x[winner], max_steps=200, start=best_v[winner]), best_x[winner]
+    return operator_norm(phi, x[winner], max_steps=200, start=v[winner]), x[winner]
 
 
 def worst_norms(weights: Weights, n: int, radii: Sequence[float], kind: Kind = "sigmoid", **budget: int) -> list[Norm]:
-    """`worst_point` for growing radii; each search starts from the last one's point as well.
+    """`worst_point` for growing radii; each search starts from the last one's point as well, as it is and enlarged.
 
     Args:
         weights, n, kind: as there.
@@ -377,25 +388,31 @@ def worst_norms(weights: Weights, n: int, radii: Sequence[float], kind: Kind = "
     """
     if any(r1 <= r0 for r0, r1 in itertools.pairwise(radii)):
         raise ValueError(f"radii must ascend, got {list(radii)}")
-    found, last = [], None
-    for radius in radii:
-        norm, last = worst_point(weights, n, radius, kind, also=last, **budget)
+    found: list[Norm] = []
+    also = None
+    for radius, larger in zip(radii, [*radii[1:], radii[-1]], strict=True):
+        norm, last = worst_point(weights, n, radius, kind, also=also, **budget)
+        also = torch.stack([last, last * (larger / radius)])  # enlarged, equal scores of softmax stay equal
         found.append(norm)
     return found
 
 
 def _best_starts(fn: Callable[[Tensor], Tensor], x: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The `count` points of the largest norms, by ten power steps, and their right singular vectors."""
+    """The best of each `_CANDIDATES` points and of those beyond, and their right singular vectors, by power steps."""
     v = _unit(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64))
     vs, norms = [], []
     for some_x, some_v in zip(x.split(count), v.split(count), strict=True):  # in parts, for the memory of a long n
         norm = torch.zeros(())
-        for _ in range(10):
+        for _ in range(4):
             _, some_v, norm = _power_step(fn, some_x, some_v)
         vs.append(some_v)
         norms.append(norm)
-    chosen = torch.cat(norms).topk(count).indices
-    return x[chosen], torch.cat(vs)[chosen]
+    reached, vs = torch.cat(norms), torch.cat(vs)
+    drawn = _CANDIDATES * count
+    chosen = reached[:drawn].unflatten(0, (count, -1)).argmax(1) + _CANDIDATES * torch.arange(count)
+    chosen = torch.cat([chosen, torch.arange(drawn, len(x))])
+    chosen = chosen[reached[chosen].topk(count).indices]
+    return x[chosen], vs[chosen]
 
 
 def _power_step(fn: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

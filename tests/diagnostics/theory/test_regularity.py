@@ -112,9 +112,31 @@ def test_the_search_finds_more_than_chance_and_the_bound_holds_there(kind) -> No
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_the_search_climbs_in_a_large_ball_too(kind) -> None:
+    """Where weights saturate, and what matters is 1 / radius apart: a step of a share of the radius finds nothing."""
+    weights, radii = random_weights(3, 1, 3, -math.log(8)), [4.0, 16.0, 32.0]
+    norms = [norm.value for norm in worst_norms(weights, 8, radii, kind, restarts=6, steps=80)]
+    chance = jacobian_norms(starts(8, 3, 32.0, 480, seed=5), weights, kind)
+    assert norms[-1] > 1.5 * float(chance.max())
+    assert min(growth_exponent(radii, norms)) > 1.5
+    x = torch.full((8, 3), 32.0 / math.sqrt(3), dtype=torch.float64)
+    bound = jacobian_bound(x, weights, "scores") if kind == "sigmoid" else softmax_jacobian_bound(x, weights)
+    assert norms[-1] <= float(bound)
+
+
+def test_starts_of_the_search_are_on_the_sphere_and_of_three_kinds() -> None:
+    x = starts(6, 3, 5.0, 300)
+    assert_rounded(x.norm(dim=-1), torch.full((300, 6), 5.0, dtype=torch.float64))
+    apart = (x[:, :, None] - x[:, None]).norm(dim=-1).amax((1, 2))
+    assert apart[0::3].min() > apart[2::3].min()
+    assert apart[2::3].min() < 0.1  # six tokens that are nearly one
+    assert torch.equal(starts(1, 3, 5.0, 4), starts(1, 3, 5.0, 4))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
 def test_the_worst_norm_grows_with_the_ball(kind) -> None:
     weights, radii = random_weights(3, 1, 3, -math.log(12)), [0.5, 1.0, 2.0, 4.0]
-    norms = [norm.value for norm in worst_norms(weights, 12, radii, kind, restarts=4, steps=60)]
+    norms = [norm.value for norm in worst_norms(weights, 12, radii, kind, restarts=6, steps=80)]
     assert all(b > a for a, b in itertools.pairwise(norms))
     assert norms[-1] > 8 * norms[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -10,6 +11,7 @@ import torch
 from rounding import assert_rounded
 from torch import Tensor
 
+from flashsigmoid.diagnostics.theory import universal
 from flashsigmoid.diagnostics.theory.universal import (
     Approximator,
     ContextualMap,
@@ -141,6 +143,29 @@ def test_the_approximator_is_equivariant_and_exact_at_the_centres() -> None:
     with torch.no_grad():
         assert_rounded(model(x), fn(x))
         assert_rounded(model(x[:, [2, 0, 1]]), model(x)[:, [2, 0, 1]])
+
+
+def test_contexts_that_share_a_number_are_an_error_of_the_whole_approximator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted over the whole grid: of 40 contexts on 2 cells the threshold of the paper confuses some."""
+    threshold_of_the_paper = functools.partial(ContextualMap, repeats=False)
+    monkeypatch.setattr(universal, "ContextualMap", threshold_of_the_paper)
+    with pytest.raises(ValueError, match=r"must tell contexts apart, got [1-9]"):
+        Approximator(TARGETS["pool"].fn, 3, 2, 2)
+
+
+def test_the_only_table_of_the_approximator_is_its_value_map() -> None:
+    """All else is the same for every function: what it holds is of one size with the grid, not with the contexts."""
+    models = {name: Approximator(target.fn, 3, 2, 3) for name, target in TARGETS.items()}
+    one, other = (model.state_dict() for model in models.values())
+    assert one.keys() == other.keys()
+    for name, numbers in one.items():
+        if name.startswith("value_map."):
+            continue
+        assert torch.equal(numbers, other[name]), name
+        assert numbers.numel() <= 16, name  # four heads, two channels; the grid has 405 contexts
+    assert not torch.equal(one["value_map.jumps"], other["value_map.jumps"])
+    attentions = [m for m in models["pool"].modules() if isinstance(m, SigmoidAttention)]
+    assert len(attentions) == 3**2 + 1  # a shift for each cell of a token, and the sum
 
 
 @pytest.mark.parametrize(
