@@ -43,7 +43,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "dropout_p": (0.0, 0.3),
     "dtype": (torch.float32, torch.float16),
 }
-FIRST = 24
+FIRST = 18
 Case = dict[str, Any]
 
 

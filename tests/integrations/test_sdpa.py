@@ -10,7 +10,8 @@ import torch
 from rounding import assert_rounded
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from flashsigmoid import BackendUnsupported, functional, sigmoid_attention
+from flashsigmoid import BackendUnsupported, explain, functional, sigmoid_attention
+from flashsigmoid.backends import hopper, problem
 from flashsigmoid.integrations.sdpa import explain_sdpa, scaled_dot_product_sigmoid_attention
 from flashsigmoid.testing import Options, assert_within_budget, make_qkv, oracle, witness
 
@@ -361,6 +362,29 @@ def test_explain_says_what_a_mask_costs() -> None:
     assert "a boolean attn_mask that differs between the query heads of one key head" in text
 
 
+@pytest.fixture
+def on_paper(monkeypatch) -> None:
+    """Tensors without contents are on an sm_90, whose kernels nobody loads."""
+    monkeypatch.setattr(problem, "_arch", lambda device: "sm_90" if device.type == "meta" else device.type)
+    monkeypatch.setattr(hopper, "_without_gluon", lambda: None)
+    problem._remembered.cache_clear()
+    yield
+    problem._remembered.cache_clear()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("wide", "backend"), [(136, "hopper"), (129, "blocked")])
+def test_explain_says_what_the_op_says_of_the_same_tensors(is_causal, wide, backend, on_paper) -> None:
+    """Of rows that the hardware loads, and of those that begin between its 16 bytes."""
+    rows = torch.empty(4, 4096, 16, wide, dtype=torch.bfloat16, device="meta")[..., :128]
+    heads = rows.transpose(1, 2)
+    told, expected = explain_sdpa(heads, heads, heads, is_causal=is_causal), explain(rows, rows, rows, causal=is_causal)
+    assert (told.backend, told.backward) == (expected.backend, expected.backward) == (backend, backend)
+    assert (told.reasons, told.backward_reasons) == (expected.reasons, expected.backward_reasons)
+    if backend != "hopper":
+        assert told.reasons["hopper"].startswith("rows must begin at multiples of 16 bytes")
+
+
 Q, K, V, _ = inputs(BATCH, grad=False)
 BAD = [
     ({"attn_mask": boolean(SEQLEN_K), "is_causal": True}, r"attn_mask must be None when is_causal=True, got both"),
@@ -382,6 +406,8 @@ BAD = [
     ({"sigmoid_bias": torch.zeros(3)}, r"sigmoid_bias must have shape .*got \(3,\) for batch \(2,\), nheads=4"),
     ({"sigmoid_bias": math.nan}, r"sigmoid_bias must be a number below \+inf, got nan"),
     ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+    ({"dropout_p": None}, r"dropout_p must be a number, got None"),
+    ({"dropout_p": "0.1"}, r"dropout_p must be a number, got '0.1'"),
     ({"backend": "cudnn"}, r"backend must be one of .*got 'cudnn'"),
     ({"scale": math.inf}, r"scale must be finite, got inf"),
     ({"is_causal": 1}, r"causal must be True or False, got 1"),
