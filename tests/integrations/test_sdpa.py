@@ -10,8 +10,7 @@ import torch
 from rounding import assert_rounded
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
-from flashsigmoid import BackendUnsupported, explain, functional, sigmoid_attention
-from flashsigmoid.backends import hopper, problem
+from flashsigmoid import BackendUnsupported, functional, sigmoid_attention
 from flashsigmoid.integrations.sdpa import explain_sdpa, scaled_dot_product_sigmoid_attention
 from flashsigmoid.testing import Options, assert_within_budget, make_qkv, oracle, witness
 
@@ -360,29 +359,6 @@ def test_explain_says_what_a_mask_costs() -> None:
     assert "a float attn_mask that differs between keys, whose values are not read" in text
     text = str(explain_sdpa(query, key[:, :2], value[:, :2], boolean(NHEADS, 1, SEQLEN_K), enable_gqa=True))
     assert "a boolean attn_mask that differs between the query heads of one key head" in text
-
-
-@pytest.fixture
-def on_paper(monkeypatch) -> None:
-    """Tensors without contents are on an sm_90, whose kernels nobody loads."""
-    monkeypatch.setattr(problem, "_arch", lambda device: "sm_90" if device.type == "meta" else device.type)
-    monkeypatch.setattr(hopper, "_without_gluon", lambda: None)
-    problem._remembered.cache_clear()
-    yield
-    problem._remembered.cache_clear()
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(("wide", "backend"), [(136, "hopper"), (129, "blocked")])
-def test_explain_says_what_the_op_says_of_the_same_tensors(is_causal, wide, backend, on_paper) -> None:
-    """Of rows that the hardware loads, and of those that begin between its 16 bytes."""
-    rows = torch.empty(4, 4096, 16, wide, dtype=torch.bfloat16, device="meta")[..., :128]
-    heads = rows.transpose(1, 2)
-    told, expected = explain_sdpa(heads, heads, heads, is_causal=is_causal), explain(rows, rows, rows, causal=is_causal)
-    assert (told.backend, told.backward) == (expected.backend, expected.backward) == (backend, backend)
-    assert (told.reasons, told.backward_reasons) == (expected.reasons, expected.backward_reasons)
-    if backend != "hopper":
-        assert told.reasons["hopper"].startswith("rows must begin at multiples of 16 bytes")
 
 
 Q, K, V, _ = inputs(BATCH, grad=False)
