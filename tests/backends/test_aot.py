@@ -241,9 +241,17 @@ def test_values_of_one_channel(compiled, arch) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
-def test_other_architectures(compiled, arch) -> None:
-    for one in compiled(arch, json.dumps({"head_dim": 64, "causal": True})):
-        check(arch, one, spilled=math.inf)
+@pytest.mark.parametrize(
+    ("head_dim", "causal"),
+    [(64, True), *(pytest.param(*call, marks=pytest.mark.long) for call in ((64, False), (128, False), (128, True)))],
+)
+def test_other_architectures(compiled, arch, head_dim, causal) -> None:
+    """Their tiles, which nobody measured, spill nothing either, but for dK and dV of sm_100 before its loop."""
+    for one in compiled(arch, json.dumps({"head_dim": head_dim, "causal": causal})):
+        is_wide = (arch, one["kernel"], head_dim, causal) == ("sm_100", "dkdv", 128, True)
+        check(arch, one, spilled=1400 if is_wide else 0)
+        assert one["loop_spills"] <= (4 if is_wide else 0)
+        assert arch != "sm_100" or one["warpgroup_products"] == one["products"]
 
 
 def test_every_option_compiles(compiled) -> None:
