@@ -326,7 +326,8 @@ def explain(
 ) -> Explanation:
     """Which backend `sigmoid_attention` takes for these arguments, by which formula, and why not the others.
 
-    Nothing is computed; only shapes, dtypes, devices and options are read. `str()` of the result is the text.
+    Nothing is computed; only shapes, strides, dtypes, devices and options are read. The gradient of out is taken to be
+    dense: one that is not may have another backward. `str()` of the result is the text.
 
     Raises:
         ValueError, BackendUnsupported: as `sigmoid_attention`.
