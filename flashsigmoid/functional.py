@@ -177,8 +177,9 @@ def sigmoid_attention_fp8(
         O = A V * v_scale,   A = sigmoid(scale * q_scale * k_scale * Q K^T + b - alibi_slope * |p_i - j|)
 
     The weights are multiplied by a power of two for each row of a block before they are rounded to 8 bits, since a
-    weight near 1/n would be rounded to zero; sums are float32. Compute capability 9.0 or later; elsewhere, and by
-    backend="reference", the inputs are converted to float32 and weights are not rounded.
+    weight near 1/n would be rounded to zero; sums are float32. Compute capability 9.0 or later, and rows of q and k
+    that begin at multiples of 16 bytes; elsewhere, and by backend="reference", the inputs are converted to float32 and
+    weights are not rounded.
 
     Args:
         q: queries, float8_e4m3fn, head_dim a multiple of 16 on a GPU.
@@ -228,6 +229,8 @@ def sigmoid_attention_fp8(
         names = op.SCALAR_NAMES[: len(scalars)]
         problem = make_problem(q, k, v, bias=bias, slopes=alibi_slopes, **dict(zip(names, scalars, strict=True)))
         reason = triton.unsupported_fp8(problem)
+        if reason is None and op.is_plain((q, k)):
+            reason = triton.unaligned_fp8(q, k)
         if reason is None and (backend == "triton" or q.device.type != "cpu"):
             return torch.ops.flashsigmoid.fwd_fp8(
                 q, k, v, *factors, bias, alibi_slopes, *scalars, None, None, False, "triton", out_dtype
@@ -323,7 +326,8 @@ def explain(
 ) -> Explanation:
     """Which backend `sigmoid_attention` takes for these arguments, by which formula, and why not the others.
 
-    Nothing is computed; only shapes, dtypes, devices and options are read. `str()` of the result is the text.
+    Nothing is computed; only shapes, strides, dtypes, devices and options are read. The gradient of out is taken to be
+    dense: one that is not may have another backward. `str()` of the result is the text.
 
     Raises:
         ValueError, BackendUnsupported: as `sigmoid_attention`.

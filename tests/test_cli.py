@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from training.digits import few_images
 from training.test_audio import tone
 from training.test_images import draw
@@ -275,6 +276,20 @@ def test_bench_times_and_records_a_problem(flashsigmoid, tmp_path):
     assert_one_error(flashsigmoid("bench", "--device", "tpu"), 1, "device must be one of cpu")
     assert_one_error(flashsigmoid("bench", "--load-library", "none.so"), 1, "--load-library must be a shared library")
     assert_one_error(flashsigmoid("bench", "--plot", "bench.gif"), 1, "--plot must end in .png or .svg")
+
+
+def test_bench_tune_is_of_16_bits_and_takes_no_option_in_silence(flashsigmoid, monkeypatch):
+    from flashsigmoid.bench import tune
+
+    seen = []
+    monkeypatch.setattr(tune, "tune", lambda names, **options: seen.append((names, options)))
+    assert flashsigmoid("bench", "lm-4k-d64", "--tune", "--kernel", "fwd", "--rounds", "3").code == 0
+    assert seen == [(["lm-4k-d64"], {"dtype": torch.bfloat16, "kernels": ["fwd"], "rounds": 3, "show": print})]
+    assert flashsigmoid("bench", "--tune", "--dtype", "float32").code == 0
+    assert seen[1][1]["dtype"] == torch.float32
+    for words in (["--work", "forward"], ["--peer", "triton"], ["--out", "x"], ["--plot", "x.svg"], ["--no-graphs"]):
+        assert_one_error(flashsigmoid("bench", "--tune", *words), 1, "--tune takes problems, --kernel, --dtype and")
+    assert_one_error(flashsigmoid("bench", "--kernel", "fwd"), 1, "--kernel goes with --tune, got fwd without it")
 
 
 def test_train_lists_its_recipes(flashsigmoid):

@@ -93,13 +93,47 @@ def test_empty_sizes_and_rows_that_see_nothing(backend) -> None:
     assert not sigmoid_attention_fp8(q, k[:, :0], v[:, :0], 1.0, 1.0, 1.0, **call).any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_result_has_the_dtype_asked_for_and_any_strides_do(out_dtype) -> None:
-    q, k, v = sample()
-    out = sigmoid_attention_fp8(q, k, v, 1.0, 1.0, 1.0, out_dtype=out_dtype)
+def test_the_result_has_the_dtype_asked_for(backend, out_dtype) -> None:
+    out = sigmoid_attention_fp8(*sample(), 1.0, 1.0, 1.0, out_dtype=out_dtype, backend=backend)
     assert out.dtype == out_dtype
-    across = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    assert torch.equal(sigmoid_attention_fp8(*across, 1.0, 1.0, 1.0, out_dtype=out_dtype), out)
+
+
+def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    match layout:
+        case "heads first":
+            return x.transpose(1, 2).contiguous().transpose(1, 2)
+        case "channels first":
+            return x.transpose(1, 3).contiguous().transpose(1, 3)
+        case "one head":
+            return x[:, :, :1].expand_as(x)
+    wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+    return (wide[..., 1 : x.shape[-1] + 1] if layout == "off by one channel" else wide[..., ::2]).copy_(x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("layout", "is_aligned"),
+    [("heads first", True), ("channels first", False), ("off by one channel", False), ("every other channel", False),
+     ("one head", False)],
+)  # fmt: skip
+def test_any_strides_do_or_are_one_clear_error(backend, layout, is_aligned) -> None:
+    """Of q, of k and of v, each by itself; the kernel has v copied."""
+    tensors = sample()
+    for index, x in enumerate(tensors):
+        given = [*tensors[:index], in_layout(x, layout), *tensors[index + 1 :]]
+        call = {"causal": True, "out_dtype": torch.float32, "backend": backend}
+        if backend == "triton" and not is_aligned and index < 2:
+            with pytest.raises(BackendUnsupported, match=r"^triton: rows of q and k must begin at multiples of 16"):
+                sigmoid_attention_fp8(*given, 1.0, 1.0, 1.0, **call)
+            continue
+        out = sigmoid_attention_fp8(*given, 1.0, 1.0, 1.0, **call)
+        same = sigmoid_attention_fp8(*(x.contiguous() for x in given), 1.0, 1.0, 1.0, **call)
+        if backend == "triton":
+            assert torch.equal(out, same)
+        else:
+            assert_rounded(out, same)
 
 
 @pytest.mark.skipif(not IS_INTERPRETED, reason="needs Triton's interpreter")
@@ -111,6 +145,8 @@ def test_it_compiles() -> None:
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v), call(q, k, v))
+    with pytest.raises(BackendUnsupported, match="triton: rows of q and k must begin at multiples of 16 bytes"):
+        compiled(in_layout(q, "off by one channel"), k, v)  # which is not seen when it is traced
 
 
 Q, K, V = sample()

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from backends.here import FUSED, NAMES
 from rounding import assert_rounded
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -224,9 +225,10 @@ def test_compiles_with_the_default_bias_and_a_changing_length() -> None:
         assert_rounded(compiled(q, k, v, causal=True), sigmoid_attention(q, k, v, causal=True))
 
 
-def test_double_backward_is_right_or_one_clear_error() -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_double_backward_is_right_or_one_clear_error(backend) -> None:
     leaves = [x.clone().requires_grad_() for x in (Q, K, V)]
-    (dq,) = torch.autograd.grad(sigmoid_attention(*leaves).sum(), leaves[0], create_graph=True)
+    (dq,) = torch.autograd.grad(sigmoid_attention(*leaves, backend=backend).sum(), leaves[0], create_graph=True)
     with pytest.raises(BackendUnsupported, match="double backward needs backend='reference'"):
         dq.sum().backward()
     (dq,) = torch.autograd.grad(sigmoid_attention(*leaves, backend="reference").sum(), leaves[0], create_graph=True)
@@ -252,10 +254,13 @@ def test_forward_mode_is_right_or_one_clear_error() -> None:
     assert_rounded(product(backend="reference").double(), expected, dtype=torch.float32)
 
 
-def test_vmap_is_a_loop() -> None:
+@pytest.mark.parametrize("backend", FUSED)
+def test_vmap_is_a_loop(backend) -> None:
+    def call(q):
+        return sigmoid_attention(q, K, V, causal=True, backend=backend)
+
     q = torch.stack([Q, Q.flip(0)])
-    out = torch.vmap(lambda q: sigmoid_attention(q, K, V, causal=True))(q)
-    assert_rounded(out, torch.stack([sigmoid_attention(each, K, V, causal=True) for each in q]))
+    assert_rounded(torch.vmap(call)(q), torch.stack([call(each) for each in q]))
 
 
 class Seen(TorchDispatchMode):
@@ -330,11 +335,23 @@ def test_function_transforms_are_right_or_one_clear_error() -> None:
         torch.func.grad(lambda q: torch.func.grad(loss)(q, k, v, bias, dout).sum())(q)
 
 
-def test_only_wanted_gradients() -> None:
-    leaf = V.clone().requires_grad_()
-    sigmoid_attention(Q, K, leaf).sum().backward()
-    assert leaf.grad is not None
-    assert not sigmoid_attention(Q, K, V).requires_grad
+@pytest.mark.parametrize("backend", NAMES)
+def test_only_wanted_gradients(backend) -> None:
+    """Of one tensor alone what it is beside the others, to the bit."""
+    tensors = [Q, K, V, torch.randn(4) - 2.0, torch.rand(4)]
+
+    def grads(wanted: set[int]) -> tuple[torch.Tensor, ...]:
+        leaves = [x.clone().requires_grad_(index in wanted) for index, x in enumerate(tensors)]
+        q, k, v, bias, slopes = leaves
+        out = sigmoid_attention(q, k, v, sigmoid_bias=bias, alibi_slopes=slopes, causal=True, backend=backend)
+        assert out.requires_grad == bool(wanted)
+        return torch.autograd.grad(out, [leaves[index] for index in sorted(wanted)], DOUT) if wanted else ()
+
+    everything = grads(set(range(5)))
+    assert grads(set()) == ()
+    for index in range(5):
+        (alone,) = grads({index})
+        assert torch.equal(alone, everything[index]), index
 
 
 @pytest.mark.parametrize("backend", ["blocked", "reference"])
@@ -352,7 +369,7 @@ def test_autocast_runs_in_its_dtype(backend) -> None:
         assert sigmoid_attention(*(x.double() for x in leaves), backend=backend).dtype == torch.float64
 
 
-@pytest.mark.parametrize("backend", ["blocked", "reference"])
+@pytest.mark.parametrize("backend", NAMES)
 def test_activation_checkpointing_replays_dropout(backend) -> None:
     def call(q, k, v):
         return sigmoid_attention(q, k, v, dropout_p=0.5, backend=backend)

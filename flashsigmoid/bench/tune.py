@@ -61,7 +61,8 @@ def tune(
     problems are the table's rows at 4096 tokens, and the kernels all that can compute them here.
 
     Raises:
-        ValueError: no CUDA device, a problem that is not a dense one, or an unknown kernel.
+        ValueError: no CUDA device, a problem that is not a dense one, an unknown kernel, or a tile of the table that
+            does not run.
     """
     kernels = tuple(kernels) or KERNELS
     for kernel in kernels:
@@ -157,6 +158,8 @@ def _choose(shape: Shape, kernel: str, dtype: torch.dtype, rounds: int) -> Choic
         except Exception as error:
             if "CUDA error" in str(error):
                 raise
+            if tile == shipped:
+                raise ValueError(f"{kernel} on {shape.name} must run with the table's {text}, got {error}") from error
             continue  # more shared memory or registers than there are
     # a coarse round for all, then the best few beside each other
     coarse = interleaved(samples, rounds=1)

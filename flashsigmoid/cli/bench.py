@@ -32,7 +32,7 @@ def bench(
     ] = None,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32"] | None,
-        typer.Option(help="Of q, k, v.", show_default="float32 on the CPU, else bfloat16"),
+        typer.Option(help="Of q, k, v.", show_default="float32 on the CPU, else and for --tune bfloat16"),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds in which every candidate is timed once.")] = 15,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
@@ -76,10 +76,12 @@ def bench(
         raise ValueError(f"--plot must end in .png or .svg, got {plot}")
     for library in libraries or ():
         load_library(library)
-    numbers = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    numbers = getattr(torch, dtype or ("float32" if device == "cpu" and not tune else "bfloat16"))
     if kernel and not tune:
         raise ValueError(f"--kernel goes with --tune, got {', '.join(kernel)} without it")
     if tune:
+        if work or peer or out or plot or not graphs:
+            raise ValueError("--tune takes problems, --kernel, --dtype and --rounds, got another option beside it")
         from ..bench.tune import tune as measure_tiles
 
         measure_tiles(problems or (), dtype=numbers, kernels=kernel or (), rounds=rounds, show=print)

@@ -17,7 +17,7 @@ from .. import backends, functional
 from ..backends import BackendUnsupported, Explanation, op
 from ..backends.philox import keep_mask
 from ..backends.problem import bias_rows
-from ..backends.rules import autocast, validate
+from ..backends.rules import autocast, validate, validate_number
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -144,7 +144,8 @@ def explain_sdpa(
         dropout_p=dropout_p,
         backend=chosen,
     )
-    told = backends.explain(dataclasses.replace(told.problem, q_offset=call.q_offset), chosen)
+    tensors = autocast(call.q, call.k, call.v)
+    told = backends.explain(dataclasses.replace(told.problem, q_offset=call.q_offset), chosen, tensors)
     if call.mask is None:
         return told
     return dataclasses.replace(told, reasons={name: call.why for name in backends.NAMES if name != "reference"})
@@ -176,6 +177,7 @@ def _prepare(
     backend: str,
 ) -> _Call:
     _validate(query, key, value, enable_gqa)
+    validate_number("dropout_p", dropout_p)  # before it is asked whether there is a seed to draw
     *lead, nheads, seqlen_q, _ = query.shape
     nheads_k, seqlen_k = key.shape[-3:-1]
     if sigmoid_bias is None:

@@ -30,7 +30,7 @@ import flashsigmoid.backends.hopper as hopper_backend
 from flashsigmoid.backends.decode import problem_of
 from flashsigmoid.backends.hopper import launch as hopper
 from flashsigmoid.backends.problem import make_problem
-from flashsigmoid.backends.triton import decode_launch, launch
+from flashsigmoid.backends.triton import decode_launch, fp8, launch
 from flashsigmoid.backends.triton.tiles import Tile, choose_tile
 
 TARGETS = {
@@ -51,8 +51,9 @@ NAMES = {
     "_decode_kernel": decode_launch,
     "_sum_kernel": decode_launch,
     "_append_kernel": decode_launch,
+    "_fp8_kernel": fp8,
 }
-CACHED = {"_decode_kernel": "decode", "_sum_kernel": "sum", "_append_kernel": "append"}
+CACHED = {"_decode_kernel": "decode", "_sum_kernel": "sum", "_append_kernel": "append", "_fp8_kernel": "fp8"}
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
@@ -80,7 +81,7 @@ class Call:
     dropout_p: float = 0.0
     origin: tuple[int, ...] = (0, 0, 0, 0)
     sigmoid: str = "auto"
-    backend: str = "triton"  # or "hopper", or "decode": against a cache with room for `seqlen` keys
+    backend: str = "triton"  # "fp8", "hopper", or "decode": against a cache with room for `seqlen` keys
     seqlen_q: int = 1  # of "decode", as what follows
     page_size: int = 0
     num_splits: int = 0
@@ -104,6 +105,7 @@ class Compiled:
     shared_bytes: int = 0
     tensor_memory: int = 0  # columns, of sm_100
     products: int = 0  # matrix instructions in the machine code
+    warpgroup_products: int = 0  # of them those of sm_90 by a warpgroup, wgmma, or of sm_100 by tensor memory
     tma_loads: int = 0
     waits: int = 0  # for wgmma
     undefined: int = 0  # uniform registers that are read before anything wrote them: the assembler's fault
@@ -177,7 +179,7 @@ class Compiler:
         launch._plan.cache_clear()  # it remembers tiles
         if call.backend == "decode":
             return self._run_decode(call)
-        dtype = getattr(torch, call.dtype)
+        dtype = torch.float8_e4m3fn if call.backend == "fp8" else getattr(torch, call.dtype)
         torch.set_float32_matmul_precision(call.matmul_precision)
         dim_v = call.head_dim if call.head_dim_v is None else call.head_dim_v
         lead = (call.batch * call.seqlen,) if call.is_packed else (call.batch, call.seqlen)
@@ -208,6 +210,10 @@ class Compiler:
             dropout_p=call.dropout_p, origin=call.origin, sigmoid=call.sigmoid, **packed,
         )  # fmt: skip
         problem = replace(problem, arch=self.arch, device="cuda")
+        if call.backend == "fp8":
+            scales = [torch.empty(call.batch, heads) for heads in (call.nheads, call.nheads_k, call.nheads_k)]
+            fp8.forward(problem, q, k, v, (scales[0], scales[1], scales[2]), bias, slopes, torch.bfloat16)
+            return self.launched
         if call.backend == "hopper":
             reason = hopper_backend.unsupported(problem)
             assert reason is None, reason
@@ -260,7 +266,7 @@ class Compiler:
 
 def _in(name: str) -> str:
     """What the kernel is called in its module."""
-    return name.replace("_hopper", "")
+    return name.replace("_hopper", "").replace("_fp8", "")
 
 
 class _Launcher:
@@ -337,6 +343,7 @@ def _examine(one: Compiled, kernel: Any, log: str, path: Path | None) -> None:
         one.spill_bytes = _sum(r"(\d+) bytes spill", log)
         one.tensor_memory = kernel.metadata.tmem_size
         one.products = len(re.findall(r"\b(?:H|Q|HG|QG|UTC[A-Z]*)MMA\b", code))
+        one.warpgroup_products = len(re.findall(r"\b(?:HG|QG|UTC[A-Z]*)MMA\b", code))
         one.tma_loads = len(re.findall(r"\bUTMALDG\b", code))
         one.waits = len(re.findall(r"\bWARPGROUP\.DEPBAR\b", code))
         one.undefined = len(set(_undefined(code)))

@@ -34,6 +34,9 @@ def test_auto_takes_it_where_it_is_faster() -> None:
             assert hopper.slower(small, direction) is not None
             assert select(small, "auto", direction).NAME == "triton"
             assert select(small, "hopper", direction) is hopper
+        for change in ({"seqlen_q": 300}, {"seqlen_k": 300}, {"seqlen_q": 300, "seqlen_k": 400}):
+            reason = hopper.slower(replace(PROBLEM, **change), direction)
+            assert reason == f"{direction} at head_dim 128 is faster from seqlen 512, got 300"
 
 
 @pytest.mark.parametrize(

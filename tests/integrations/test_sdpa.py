@@ -382,6 +382,8 @@ BAD = [
     ({"sigmoid_bias": torch.zeros(3)}, r"sigmoid_bias must have shape .*got \(3,\) for batch \(2,\), nheads=4"),
     ({"sigmoid_bias": math.nan}, r"sigmoid_bias must be a number below \+inf, got nan"),
     ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+    ({"dropout_p": None}, r"dropout_p must be a number, got None"),
+    ({"dropout_p": "0.1"}, r"dropout_p must be a number, got '0.1'"),
     ({"backend": "cudnn"}, r"backend must be one of .*got 'cudnn'"),
     ({"scale": math.inf}, r"scale must be finite, got inf"),
     ({"is_causal": 1}, r"causal must be True or False, got 1"),

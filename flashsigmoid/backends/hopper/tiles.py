@@ -84,7 +84,8 @@ def slower(problem: Problem, direction: str) -> str | None:
     least = _FROM[direction][dim][is_masked]
     if min(problem.seqlen_q, problem.seqlen_k) < least:
         kind = "masked " * is_masked + direction
-        return f"{kind} at head_dim {dim} is faster from seqlen {least}, got {problem.seqlen_k}"
+        shorter = min(problem.seqlen_q, problem.seqlen_k)
+        return f"{kind} at head_dim {dim} is faster from seqlen {least}, got {shorter}"
     rows, heads = problem.seqlen_q, problem.nheads
     if direction == "backward":
         rows, heads = problem.seqlen_k, problem.nheads_k

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..formula import in_words
-from ..gpu import too_long
-from ..problem import Problem
+from ..gpu import are_aligned, too_long
+from ..problem import BackendUnsupported, Problem
 
 NAME = "triton"
 PACKED = True  # takes cu_seqlens itself, without a host synchronisation
@@ -107,6 +107,14 @@ def unsupported_fp8(problem: Problem) -> str | None:
     return None if _is_installed() else "the package triton is not installed"
 
 
+def unaligned_fp8(q: Tensor, k: Tensor) -> str | None:
+    """None where the float8 kernel can load q and k, else the reason; v is copied."""
+    if are_aligned(q, k):
+        return None
+    got = f"strides {q.stride()}, {k.stride()} from addresses {q.data_ptr() % 16}, {k.data_ptr() % 16} modulo 16"
+    return f"rows of q and k must begin at multiples of 16 bytes and have dense channels, got {got}"
+
+
 def forward_fp8(
     problem: Problem,
     q: Tensor,
@@ -117,9 +125,15 @@ def forward_fp8(
     slopes: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """O of float8_e4m3fn q, k and v; the factors of their heads in float32, (batch, nheads) or (batch, nheads_k)."""
+    """O of float8_e4m3fn q, k and v; the factors of their heads in float32, (batch, nheads) or (batch, nheads_k).
+
+    Raises:
+        BackendUnsupported: q or k has rows that cannot be loaded; a compiler that traces a call does not see them.
+    """
     from .fp8 import forward
 
+    if reason := unaligned_fp8(q, k):
+        raise BackendUnsupported(f"triton: {reason}")
     return forward(problem, q, k, v, scales, bias, slopes, out_dtype)
 
 
