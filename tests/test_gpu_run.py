@@ -155,6 +155,7 @@ def test_the_record_of_a_run(tmp_path: Path) -> None:
     assert "tests/gpu/test_slow.py::test_fails failed: assert (1 + 1) == 3" in printed
 
 
+@pytest.mark.long
 def test_a_run_that_is_cut_leaves_every_end_so_far(tmp_path: Path) -> None:
     path, run = tmp_path / "record.jsonl", started(tmp_path, 300.0)
     try:

@@ -128,8 +128,11 @@ def test_a_learnable_bias_costs_no_registers(compiled, head_dim) -> None:
         {"head_dim": 64, "kernel": "fwd", "tile": [4, 64, 4, 112, False, False, True, False, 2]},  # two places for Q
         {"head_dim": 128, "kernel": "fwd", "causal": True, "tile": [3, 64, 4, 160, False, False, True, True, 2]},
         {"head_dim": 96, "sigmoid": "exact", "dtype": "float16", "bias": "head"},
-        {"head_dim": 64, "sigmoid": "fast", "window_left": 100, "window_right": 3, "q_offset": 5},
-        {"head_dim": 64, "causal": True, "has_slopes": True},
+        pytest.param(
+            {"head_dim": 64, "sigmoid": "fast", "window_left": 100, "window_right": 3, "q_offset": 5},
+            marks=pytest.mark.long,
+        ),
+        pytest.param({"head_dim": 64, "causal": True, "has_slopes": True}, marks=pytest.mark.long),
         {"head_dim": 128, "causal": True, "bias": "row", "has_slopes": True, "window_left": 100, "nheads_k": 1},
     ],
     ids=str,
@@ -192,7 +195,7 @@ FLOAT8: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param("sm_100", marks=pytest.mark.long)])
 def test_the_kernel_of_8_bits(compiled, arch) -> None:
     kernels = compiled(arch, *(json.dumps({"backend": "fp8", **call}) for call in FLOAT8))
     assert [one["kernel"] for one in kernels] == ["fp8"] * len(FLOAT8)
@@ -216,7 +219,7 @@ CACHES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90", "gfx942"])
 def test_the_kernels_of_a_cache(compiled, arch) -> None:
     calls = (json.dumps({"backend": "decode", "seqlen": 65536, **call}) for call in CACHES.values())
     kernels = compiled(arch, *calls)
@@ -256,6 +259,7 @@ def test_other_architectures(compiled, arch, head_dim, causal) -> None:
         assert arch != "sm_100" or one["warpgroup_products"] == one["products"]
 
 
+@pytest.mark.long
 def test_every_option_compiles(compiled) -> None:
     """As the interpreter cannot tell: variables of one type in loops, layouts, masks."""
     kernels = compiled("sm_90", *(json.dumps(call) for call in CLASSES.values()))

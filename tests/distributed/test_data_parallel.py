@@ -93,6 +93,7 @@ def test_a_fault_is_seen(tmp_path, few, ranks, alone, allowed, fault) -> None:
     assert fault == "summed" or found["train/loss"] > 100.0, found
 
 
+@pytest.mark.long
 def test_compiled_blocks_train_as_one_process(tmp_path, few, ranks, allowed) -> None:
     """Alike, they are one graph; validations take none."""
     run = parts.image_run(few, steps=2, val_every=2, attention_snapshots=0)

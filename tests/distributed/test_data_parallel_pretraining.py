@@ -158,6 +158,7 @@ def test_compiled_blocks_train_as_one_process(tmp_path, few, ranks) -> None:
     assert max(found.values()) <= 1.0, found
 
 
+@pytest.mark.long
 def test_weights_without_a_gradient_go_on_too(tmp_path, few, ranks, allowed) -> None:
     """MAE of a model that pools has a norm before its head which it does not use."""
     run = parts.pretraining_run(few, "mae", attention_snapshots=0)
@@ -174,7 +175,8 @@ def test_weights_without_a_gradient_go_on_too(tmp_path, few, ranks, allowed) -> 
         assert max(apart(tmp_path / name, one, allowed["mae"]).values()) <= 1.0, name
 
 
-@pytest.mark.parametrize("method", FEWER)
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
 def test_files_that_are_no_images(tmp_path, ranks, method) -> None:
     """A rank that lost an image has the smaller part: features and losses stay those of all."""
     root = parts.corrupt_folder(tmp_path / "data")

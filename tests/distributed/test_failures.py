@@ -119,6 +119,7 @@ def kill_and_compare(tmp_path: Path, kills: int, steps: int) -> tuple[int, list[
     return seed, moments, said
 
 
+@pytest.mark.long
 def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_bits(tmp_path):
     _, ((number, _),), said = kill_and_compare(tmp_path, kills=1, steps=100)
     assert f"lost rank {number}: starting again, restart 1 of {RESTARTS}" in said
