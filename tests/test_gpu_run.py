@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from gpu.memory import reserved
 from gpu.outcomes import Outcomes
 

@@ -109,7 +109,7 @@ def test_compiled_blocks_train_as_one_process(tmp_path, manifest, ranks, allowed
     assert max(found.values()) <= 1.0, found
 
 
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.long), True])
 def test_with_dropout_a_run_goes_on_with_the_same_bits(tmp_path, manifest, ranks, packing) -> None:
     """A rank's masks are a function of the position of the data; the draws of all stay together."""
     run = parts.speech_run(manifest, model={"dropout_p": 0.2, "packing": packing})

@@ -290,6 +290,7 @@ def test_what_a_mesh_cannot_train_is_one_clear_error(tmp_path, text, ranks, mesh
     assert not (tmp_path / "run/records.jsonl").exists()
 
 
+@pytest.mark.long
 def test_softmax_trains_on_the_mesh_of_its_pair(tmp_path, text, ranks, allowed):
     run = mesh_run(text).with_attention("softmax")
     language.train(run, tmp_path / "alone", device="cpu", show=lambda progress: None)
