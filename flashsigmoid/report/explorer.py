@@ -24,9 +24,9 @@ import matplotlib.image
 import numpy as np
 
 from .arms import Arm, Run, show, value_of
+from .document import document
 from .figures import colour_variable
 from .maps import COLOURS, pixels
-from .style import style
 from .summary import title
 
 RECORD = "attention_snapshot"
@@ -107,18 +107,8 @@ def explorer_page(arms: Sequence[Arm]) -> tuple[str, str]:
     data = json.dumps({"arms": shown, "colours": colours}, allow_nan=False).replace("<", "\\u003c")
     code = Path(__file__).with_name("explorer.js").read_text("utf-8")
     # nothing may be loaded; plotly draws heat maps into images of its own
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{heading}</title>
-<style>{style()}{_CSS}</style>
-</head>
-<body>
-<main>
+    allowed = "img-src data:; script-src 'unsafe-inline';"
+    body = f"""<main>
 <header><h1>{heading}</h1>
 <p class="lead">The same validation sample at several steps of the training. A row of a map is a query, a column a key;
 its number is the weight A<sub>ij</sub>. Softmax makes each row add up to 1, sigmoid leaves that free.{escape(note)}</p>
@@ -143,11 +133,8 @@ above. Dotted: the step picked above.</p>
 </main>
 <script type="application/json" id="data">{data}</script>
 <script>{get_plotlyjs()}</script>
-<script>{code}</script>
-</body>
-</html>
-"""
-    return page, ""
+<script>{code}</script>"""
+    return document(heading, body, allowed=allowed, css=_CSS), ""
 
 
 def _data(arm: Arm, run: Run, snapshots: dict[int, Snapshot]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -12,13 +11,13 @@ from urllib.parse import quote
 from . import classifiers, recognisers
 from .arms import BIGRAM, FLOOR, SEED, Arm, Run, differing, group_arms, load_runs, show, value_of
 from .classifiers import are_classifiers, are_of_images
+from .document import document, write_whole
 from .explorer import explorer_page
 from .figures import Drawing, accuracy_drawing, colour_variable, layer_drawing, loss_drawings
 from .hearing import hearing_drawing
 from .long_audio import long_drawing
 from .maps import maps_drawing
 from .recognisers import are_of_speech, are_of_text
-from .style import style
 from .summary import (
     base_of,
     below_text,
@@ -87,25 +86,19 @@ def write_report(runs: Iterable[str | Path], out: str | Path) -> Path:
     for drawing in drawings:
         png = folder / f"{drawing.name}.png"
         if drawing.panels:
-            _write(png, drawing.png())
+            write_whole(png, drawing.png())
         else:
             png.unlink(missing_ok=True)  # of an earlier report of the same name
     explorer, (html, missing) = page.with_name(f"{page.stem}-explorer.html"), explorer_page(arms)
     if html:
-        _write(explorer, html.encode())
+        write_whole(explorer, html.encode())
         link = f'<a href="{escape(quote(explorer.name))}">the explorer</a>'
         offer = f"<p>Any weight of one validation sample, by step, layer, head and token: {link}.</p>"
     else:
         explorer.unlink(missing_ok=True)
         offer = f'<p class="missing">{escape(missing)}</p>'
-    _write(page, _page(arms, {drawing.name: drawing for drawing in drawings}, offer).encode())
+    write_whole(page, _page(arms, {drawing.name: drawing for drawing in drawings}, offer).encode())
     return page
-
-
-def _write(path: Path, content: bytes) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_bytes(content)
-    os.replace(draft, path)
 
 
 def _page(arms: Sequence[Arm], drawings: dict[str, Drawing], explorer: str) -> str:
@@ -114,19 +107,8 @@ def _page(arms: Sequence[Arm], drawings: dict[str, Drawing], explorer: str) -> s
     watched = "".join(_figure(drawing) for name, drawing in drawings.items() if name[:6] == "probe-" and drawing.panels)
     curves, attention = ("".join(_figure(drawings[name]) for name in names) for names in (curves, attention))
     # nothing may be loaded, and no script may run; the pixels of attention maps are within the page
-    pixels = " img-src data:;" if any(drawings[name].panels for name in ("attention-maps", "hearing")) else ""
-    policy = f"default-src 'none';{pixels} style-src 'unsafe-inline'"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{heading}</title>
-<style>{style()}</style>
-</head>
-<body>
-<main>
+    pixels = "img-src data:;" if any(drawings[name].panels for name in ("attention-maps", "hearing")) else ""
+    body = f"""<main>
 <header><h1>{heading}</h1><p class="lead">{lead}</p>
 <ul class="lead">{"".join(f"<li>{fact}</li>" for fact in facts)}</ul></header>
 {_warnings(arms)}
@@ -137,10 +119,8 @@ def _page(arms: Sequence[Arm], drawings: dict[str, Drawing], explorer: str) -> s
 {f"<section><h2>Text</h2>{_samples(arms)}</section>" if are_of_text(arms) else ""}
 <section><h2>Settings</h2>{_settings(arms)}</section>
 <section><h2>Runs and provenance</h2>{_runs(arms)}{_provenance(arms)}</section>
-</main>
-</body>
-</html>
-"""
+</main>"""
+    return document(heading, body, allowed=pixels)
 
 
 def _figure_names(arms: Sequence[Arm], drawings: dict[str, Drawing]) -> tuple[Sequence[str], Sequence[str]]:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..record import RECORDS_NAME, read_records
+from .document import document, write_whole
 from .studies import study_note, study_rows, write_study
-from .style import style
 from .theory import theory_rows, write_theory
 
 
@@ -50,28 +49,10 @@ def write_studied(files: Sequence[str | Path], out: str | Path) -> Path:
     if page.suffix.lower() not in (".html", ".htm"):
         page = page / "report.html"
     sections = "".join(map(_section, map(Path, files)))
-    html = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Studies</title>
-<style>{style()}
-figure img{{display:block;width:100%;background:#fff}}</style>
-</head>
-<body>
-<main>
-<header><h1>Studies</h1></header>
-{sections}
-</main>
-</body>
-</html>
-"""
+    body = f"<main>\n<header><h1>Studies</h1></header>\n{sections}\n</main>"
+    css = "\nfigure img{display:block;width:100%;background:#fff}"
     page.parent.mkdir(parents=True, exist_ok=True)
-    draft = page.with_name(page.name + ".tmp")
-    draft.write_text(html, "utf-8")
-    os.replace(draft, page)
+    write_whole(page, document("Studies", body, allowed="img-src data:;", css=css).encode())
     return page
 
 

@@ -137,6 +137,21 @@ class ImageModule(RunModule):
             raise ValueError(f"model.in_chans must be that of the data, {data.in_chans}, got {run.model.in_chans}")
         super().__init__(run, model)
         self.data = data
+        self._part = Part(0, run.batch, run.batch)  # of the current micro-batch
+
+    def check_mesh(self, sizes: MeshSizes) -> None:
+        """Whether it can be trained on a mesh.
+
+        Raises:
+            ValueError: as `check_data_parallel`.
+        """
+        check_data_parallel(self.run, sizes)
+
+    def share_whole(self, model: nn.Module) -> None:
+        """On a mesh: stochastic depth draws for all images of a micro-batch, and BatchNorm is of all."""
+        if self.mesh is not None:
+            share_drop_path(model, lambda: (self._part.start, self._part.count, self._part.total))
+            share_batch_norm(model, lambda: self._part)
 
     @property
     def encoder(self) -> nn.Module:
@@ -285,7 +300,6 @@ class ClassificationModule(ImageModule):
         self.augment = Augment(run.augment, data.mean, data.std, len(data.classes))
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema)) if run.ema else None
         self._logits = self.compiled(model.__call__)
-        self._part = Part(0, run.batch, run.batch)  # of the current micro-batch
         self._val = (0.0, 0, 0)  # nats, right answers, images
 
     def train(self, mode: bool = True) -> Self:
@@ -311,22 +325,12 @@ class ClassificationModule(ImageModule):
         loss = F.cross_entropy(self._logits(x).float(), targets, label_smoothing=self.run.label_smoothing)
         return loss if part.weight == 1.0 else part.weight * loss
 
-    def check_mesh(self, sizes: MeshSizes) -> None:
-        """Whether it can be trained on a mesh.
-
-        Raises:
-            ValueError: as `check_data_parallel`.
-        """
-        check_data_parallel(self.run, sizes)
-
     def configure_model(self) -> None:
         """Lightning's hook: over the mesh, where there is one."""
         if (mesh := self.device_mesh) is None:
             return
         model: Any = self.model
-        if self.mesh is not None:
-            share_drop_path(model, lambda: (self._part.start, self._part.count, self._part.total))
-            share_batch_norm(model, lambda: self._part)
+        self.share_whole(model)
         parallelize_data(model, mesh, compiled=self.compiled_blocks)
         if self.average is not None:
             parallelize_data(self.average.module, mesh, trains=False)

@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..distributed.plans import parallelize_data
-from ..distributed.processes import MeshSizes
-from ..models.vision import share_drop_path
 from ..record import RecordWriter
 from .augment import normalised
 from .classification import ImageBatch, ImageModule, VisionRun
 from .images import ImageData, load_images
 from .module import Feed, Metric, Options, Prepared, train_run
-from .part import NO_LABEL, Part, check_data_parallel, part_of, share_batch_norm, val_shares
+from .part import NO_LABEL, Part, part_of, val_shares
 from .transfer import ENCODER
 
 _CHUNK = 256  # features whose neighbours are sought at once
@@ -94,7 +92,6 @@ class PretrainingModule(ImageModule):
 
     def __init__(self, run: PretrainingRun, data: ImageData, encoder: nn.Module, **parts: nn.Module) -> None:
         super().__init__(run, data, Parts(**{ENCODER: encoder, **parts}))
-        self._part = Part(0, run.batch, run.batch)  # of the current batch
         self._loss = (0.0, 0)  # sum over the validation images, and their number
         self._features: tuple[list[Tensor], list[Tensor]] = ([], [])  # of training and validation images
         self._labels: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -117,22 +114,12 @@ class PretrainingModule(ImageModule):
         """Mean loss of a batch, of training or validation, of which this rank has a part: a scalar, float32."""
         raise NotImplementedError
 
-    def check_mesh(self, sizes: MeshSizes) -> None:
-        """Whether it can be trained on a mesh.
-
-        Raises:
-            ValueError: as `check_data_parallel`.
-        """
-        check_data_parallel(self.run, sizes)
-
     def configure_model(self) -> None:
         """Lightning's hook: over the mesh, where there is one."""
         if (mesh := self.device_mesh) is None:
             return
         for model in (self.model, *self.beside.values()):
-            if self.mesh is not None:
-                share_drop_path(model, lambda: (self._part.start, self._part.count, self._part.total))
-                share_batch_norm(model, lambda: self._part)
+            self.share_whole(model)
             parallelize_data(model, mesh, trains=model is self.model, compiled=self.compiled_blocks)
 
     @contextmanager
