@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 from backends.here import FUSED, NAMES
+from replay import assert_replayed
 from rounding import assert_rounded
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from flashsigmoid import BackendUnsupported, explain, sigmoid_attention
 from flashsigmoid.backends import blocked, op
@@ -374,14 +374,7 @@ def test_activation_checkpointing_replays_dropout(backend) -> None:
     def call(q, k, v):
         return sigmoid_attention(q, k, v, dropout_p=0.5, backend=backend)
 
-    grads = []
-    for recompute in (False, True):
-        leaves = [x.clone().requires_grad_() for x in (Q, K, V)]
-        torch.manual_seed(4)
-        out = checkpoint(call, *leaves, use_reentrant=False) if recompute else call(*leaves)
-        grads.append(torch.autograd.grad(out, leaves, DOUT))
-    for plain, replayed in zip(*grads, strict=True):
-        assert torch.equal(plain, replayed)
+    assert_replayed(call, (Q, K, V), DOUT)
 
 
 def test_meta_tensors_give_the_shape() -> None:

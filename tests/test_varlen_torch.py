@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from backends.here import FUSED, NAMES
+from replay import assert_replayed
 from rounding import assert_rounded
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from varlen import sample
 
 from flashsigmoid import sigmoid_attention_varlen
@@ -162,14 +162,7 @@ def test_autocast_runs_in_its_dtype(backend) -> None:
 def test_activation_checkpointing_replays_dropout(backend) -> None:
     (q, k, v), dout, cu = sample()
     call = functools.partial(sigmoid_attention_varlen, sigmoid_bias=-1.0, dropout_p=0.5, backend=backend, **cu)
-    grads = []
-    for recompute in (False, True):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        torch.manual_seed(4)
-        out = checkpoint(call, *leaves, use_reentrant=False) if recompute else call(*leaves)
-        grads.append(torch.autograd.grad(out, leaves, dout))
-    for plain, replayed in zip(*grads, strict=True):
-        assert torch.equal(plain, replayed)
+    assert_replayed(call, (q, k, v), dout)
 
 
 @pytest.mark.parametrize("backend", NAMES)

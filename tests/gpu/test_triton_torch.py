@@ -13,9 +13,9 @@ import torch
 from gpu.cases import DEVICE, DTYPES
 from gpu.machine import captured, nothing_waits
 from gpu.packed import LENGTHS, packed_tensors
+from replay import assert_replayed
 from rounding import assert_rounded
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from varlen import cumulated
 
 from flashsigmoid import sigmoid_attention, sigmoid_attention_varlen
@@ -173,14 +173,7 @@ def test_activation_checkpointing_replays_dropout() -> None:
     def call(q, k, v):
         return sigmoid_attention(q, k, v, dropout_p=0.5, backend="triton")
 
-    grads = []
-    for recompute in (False, True):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        torch.manual_seed(4)
-        out = checkpoint(call, *leaves, use_reentrant=False) if recompute else call(*leaves)
-        grads.append(torch.autograd.grad(out, leaves, dout))
-    for plain, replayed in zip(*grads, strict=True):
-        assert torch.equal(plain, replayed)
+    assert_replayed(call, (q, k, v), dout)
 
 
 def arguments() -> list[tuple[Any, ...]]:
