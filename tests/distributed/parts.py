@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 
 from flashsigmoid.models.speech import SpeechConfig
 from flashsigmoid.models.vision import ViTConfig
-from flashsigmoid.training import classification, contrastive, ctc, masked, module, part, pretraining
+from flashsigmoid.training import classification, contrastive, ctc, masked, module, part
 from flashsigmoid.training.audio import AudioConfig, SpecAugmentConfig
 from flashsigmoid.training.augment import Augment, AugmentConfig, Views, ViewsConfig
 from flashsigmoid.training.callbacks import Interrupted
@@ -238,7 +238,7 @@ def planted(fault: str) -> Iterator[None]:
     if fault == "own-features":  # each rank compares its images with its own only
         patch = mock.patch.object(part.Part, "whole", lambda self, x: x)
     elif fault == "own-statistics":
-        patch = mock.patch.object(pretraining, "share_batch_norm")
+        patch = mock.patch.object(classification, "share_batch_norm")
     elif fault == "own-masks":  # each rank draws for as many images as it has
         draw = masked._mask
 
