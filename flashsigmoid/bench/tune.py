@@ -112,9 +112,11 @@ def candidates(kernel: str, head_dim: int, itemsize: int) -> Iterator[Any]:
 def _hopper_candidates(direction: str, head_dim: int) -> Iterator[HopperTile]:
     registers = {2: 240, 3: 160, 4: 112}  # of each of so many warpgroups that multiply
     if direction == "backward":
-        block = 128 if head_dim == 64 else 64
-        for is_persistent in (False, True) if head_dim < 256 else (False,):
-            yield HopperTile(2, block, 2, 240, is_persistent=is_persistent)
+        if head_dim == 256:
+            yield from (HopperTile(2, 64, 2, 240, adds_dq=adds_dq) for adds_dq in (False, True))
+            return
+        for is_persistent in (False, True):
+            yield HopperTile(2, 128 if head_dim == 64 else 64, 2, 240, is_persistent=is_persistent)
         return
     for warpgroups, block in ((2, 64), (2, 128), (3, 64), (4, 64)):
         for stages, places, own_out, is_split in itertools.product((2, 4), (1, 2), (False, True), (False, True)):

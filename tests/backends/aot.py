@@ -48,6 +48,7 @@ NAMES = {
     "_hopper_fwd_kernel": hopper,
     "_hopper_bwd_kernel": hopper,
     "_bwd_rows_kernel": hopper,
+    "_bwd_dqdk_kernel": hopper,
     "_decode_kernel": decode_launch,
     "_sum_kernel": decode_launch,
     "_append_kernel": decode_launch,

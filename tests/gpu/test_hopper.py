@@ -113,6 +113,27 @@ def test_two_places_for_q_change_no_bit(monkeypatch, name, head_dim) -> None:
     assert all(map(torch.equal, found[:half], found[half:]))
 
 
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", ["full", "causal", "window", "causal window", "offset", "b = 0", "exact"])
+def test_dq_and_dk_of_wide_heads_in_one_kernel(monkeypatch, name, dtype) -> None:
+    """Inside the budget, and again by itself: what is added in another order differs by its last bits only."""
+    choose = launch.choose_tile
+    monkeypatch.setattr(launch, "choose_tile", lambda *args: replace(choose(*args), adds_dq=True))
+    test_inside_the_budget(name, 256, dtype)
+    q, k, v, dout = make_qkv(4, 1500, 1700, 12, 4, 256, dtype=dtype, device=DEVICE)  # more blocks than multiprocessors
+    options = {"sigmoid_bias": -math.log(1700)} | OPTIONS[name]
+    first, again = (compute(q, k, v, dout, **options) for _ in range(2))
+    torch.use_deterministic_algorithms(True)
+    try:
+        apart = compute(q, k, v, dout, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first["dk"], again["dk"])
+    for x, y in (("dq", again["dq"]), ("dq", apart["dq"]), ("dk", apart["dk"])):
+        change = (first[x].float() - y.float()).norm() / y.float().norm()
+        assert change <= torch.finfo(dtype).eps / 2, (x, change)
+
+
 def supported(case: Case) -> Case:
     """A case for the Triton kernels, as near as these come to it."""
     return replace(

@@ -1,4 +1,5 @@
-"""Kernels for Hopper (sm_90) in Gluon, which comes with Triton 3.6 and later: fwd.py and bwd.py.
+"""Kernels for Hopper (sm_90) in Gluon, which comes with Triton 3.6 and later: fwd.py; bwd.py; beyond head_dim 128
+grad.py and dqdk.py.
 
 Nothing here imports triton: the kernels are loaded at the first call that takes them.
 """

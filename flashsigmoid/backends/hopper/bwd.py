@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .partitions import hand_out, load, locate, make_tickets, sigmoid, store, take
+from .partitions import hand_out, load, locate, make_tickets, nothing, sigmoid, store, take
 
 NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 
@@ -72,8 +72,8 @@ def _produce(
         lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
         mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
-        load(k, [batch, head_k, n, 0], kv_full, ks)
-        load(v, [batch, head_k, n, 0], kv_full, vs)
+        load(k, [batch, head_k, n, 0], kv_full, ks.index(0))
+        load(v, [batch, head_k, n, 0], kv_full, vs.index(0))
         for head in range(head_k * group, head_k * group + group):
             for block in range(lo, hi):
                 stage = it & (STAGES - 1)
@@ -152,15 +152,18 @@ def _masked(y, edge, IS_RIGHT: gl.constexpr, BLOCK_M: gl.constexpr, SCORES: gl.c
 
 @gluon.jit
 def _step(
-    dk_acc, dv_acc, s, it, start, end, turn, p, first, keys, values, memory, band, c, b, slope, zero, zero_part,
+    dk_acc, dv_acc, s, it, start, end, turn, p, first, memory, band, c, b, slope, zero, zero_part,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, FORMULA: gl.constexpr,
     HAS_TURNS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     SCORES: gl.constexpr, OPERAND: gl.constexpr,
 ):  # fmt: skip
     """The block number `it` of rows, from position p on: dV, dK, and dQ of the block before; S of the next."""
     (
-        qs, _, _, douts, dss, dqs, _, _, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty, out_read
+        qs, ks, vs, douts, dss, dqs, _, _, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty, out_read
     ) = memory  # fmt: skip
+    same = nothing(it)
+    keys = ks.index(same).reshape([128, DIM])
+    values = vs.index(same).reshape([128, DIM])
     k_block = keys.slice(64 * WARPGROUP, 64, dim=0)
     v_block = values.slice(64 * WARPGROUP, 64, dim=0)
     stage = it & (STAGES - 1)
@@ -229,7 +232,7 @@ def _turn(
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     (
-        qs, ks, vs, _, dss, dqs, kv_full, kv_empty, q_full, _, _, dq_full, dq_empty, ds_full, ds_empty, out_read
+        qs, ks, _, _, dss, dqs, kv_full, kv_empty, q_full, _, _, dq_full, dq_empty, ds_full, ds_empty, out_read
     ) = memory  # fmt: skip
     group = sizes[3]
     rank, head_k, batch = locate(at, sizes, sizes[2] // group)
@@ -237,8 +240,7 @@ def _turn(
     first = n + 64 * WARPGROUP
     lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
     end = start + group * (hi - lo)
-    keys = ks.reshape([128, DIM])
-    values = vs.reshape([128, DIM])
+    keys = ks.index(0).reshape([128, DIM])
     zero = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
     zero_part = gl.zeros([64, 64], gl.float32, PART)
     dk_acc = gl.zeros([64, DIM], gl.float32, SUMS)
@@ -275,8 +277,8 @@ def _turn(
                     stop = whole if part == 0 else (rest if part == 1 else hi)
                     for block in range(begin, stop):
                         dk_acc, dv_acc, s = _step(
-                            dk_acc, dv_acc, s, it, start, end, turn, block * BLOCK_M + q_offset, first, keys,
-                            values, memory, band, c, b, slope, zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M,
+                            dk_acc, dv_acc, s, it, start, end, turn, block * BLOCK_M + q_offset, first,
+                            memory, band, c, b, slope, zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M,
                             FORMULA, HAS_TURNS, HAS_SLOPES, HAS_LEFT and part != 1, HAS_RIGHT and part != 1, SCORES,
                             OPERAND,
                         )  # fmt: skip
@@ -284,7 +286,7 @@ def _turn(
         else:
             for it in range(start, end):
                 dk_acc, dv_acc, s = _step(
-                    dk_acc, dv_acc, s, it, start, end, turn, 0, first, keys, values, memory, band, c, b, 0.0,
+                    dk_acc, dv_acc, s, it, start, end, turn, 0, first, memory, band, c, b, 0.0,
                     zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA, HAS_TURNS, False, False, False, SCORES,
                     OPERAND,
                 )  # fmt: skip
@@ -364,8 +366,8 @@ def _bwd_kernel(
     DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     qs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, DIM], q.layout)
     douts = gl.allocate_shared_memory(dout.dtype, [STAGES, 1, 1, BLOCK_M, DIM], dout.layout)
-    ks = gl.allocate_shared_memory(k.dtype, [1, 1, 128, DIM], k.layout)
-    vs = gl.allocate_shared_memory(v.dtype, [1, 1, 128, DIM], v.layout)
+    ks = gl.allocate_shared_memory(k.dtype, [1, 1, 1, 128, DIM], k.layout)
+    vs = gl.allocate_shared_memory(v.dtype, [1, 1, 1, 128, DIM], v.layout)
     dss = gl.allocate_shared_memory(q.dtype, [2, 128, BLOCK_M], DS)
     dqs = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

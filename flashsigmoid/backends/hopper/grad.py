@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .partitions import first_row, following, key_blocks, load, locate, store, stream, streamed, weights
+from .partitions import first_row, following, key_blocks, load, locate, nothing, store, stream, streamed, weights
 
 NOT_SPECIALIZED = ["sizes", "band"]
 
@@ -44,15 +44,21 @@ def _produce(
         load(u, [batch, other, n, 0], u_full.index(stage), us.index(stage))
         mbarrier.wait(w_empty, (it & 1) ^ 1)
         mbarrier.expect(w_full, w.block_type.nbytes)
-        load(w, [batch, other, n, 0], w_full, ws)
+        load(w, [batch, other, n, 0], w_full, ws.index(0))
 
 
 @gluon.jit
-def _scores(x, u_block, y, w_block, zero, w_full, it):
+def _scores(memory, zero, it, WARPGROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr):
     """S = X U^T and dP = Y W^T in flight."""
-    s = warpgroup_mma(x, u_block, zero, use_acc=False, is_async=True)
+    xs, ys, us, ws, _, _, _, w_full, _ = memory
+    same = nothing(it)
+    x = xs.index(WARPGROUP + same).reshape([64, DIM])
+    y = ys.index(WARPGROUP + same).reshape([64, DIM])
+    u_block = us.index(it & 1).reshape([BLOCK_N, DIM])
+    w_block = ws.index(same).reshape([BLOCK_N, DIM])
+    s = warpgroup_mma(x, u_block.permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(w_full, it & 1)
-    da = warpgroup_mma(y, w_block, zero, use_acc=False, is_async=True)
+    da = warpgroup_mma(y, w_block.permute((1, 0)), zero, use_acc=False, is_async=True)
     return s, da
 
 
@@ -66,14 +72,11 @@ def _consume(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    xs, ys, us, ws, x_full, u_full, u_empty, w_full, w_empty = memory
+    xs, _, us, _, x_full, u_full, u_empty, _, w_empty = memory
     rank, head, batch = locate(gl.program_id(0), sizes, sizes[2])
     all_m = first_row(rank, sizes, WARPGROUPS, OF_KEYS)
     m = all_m + WARPGROUP * 64
     lo, hi = key_blocks(all_m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-    x = xs.index(WARPGROUP).reshape([64, DIM])
-    y = ys.index(WARPGROUP).reshape([64, DIM])
-    w_block = ws.reshape([BLOCK_N, DIM]).permute((1, 0))
     zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
     acc = gl.zeros([64, DIM], gl.float32, SUMS)
     mbarrier.wait(x_full, 0)
@@ -81,7 +84,7 @@ def _consume(
     if count > 0:
         n = (hi - 1) * BLOCK_N
         mbarrier.wait(u_full.index(0), 0)
-        s, da = _scores(x, us.index(0).reshape([BLOCK_N, DIM]).permute((1, 0)), y, w_block, zero, w_full, 0)
+        s, da = _scores(memory, zero, 0, WARPGROUP, DIM, BLOCK_N)
         s = warpgroup_mma_wait(1, deps=[s])
         a = weights(s, m, n, c, b, 0.0, band, BLOCK_N, FORMULA, False, HAS_LEFT, HAS_RIGHT, SCORES)
         da = warpgroup_mma_wait(0, deps=[da])
@@ -92,7 +95,7 @@ def _consume(
             stage = it & 1
             acc = warpgroup_mma(ds, us.index(stage ^ 1).reshape([BLOCK_N, DIM]), acc, is_async=True)
             mbarrier.wait(u_full.index(stage), (it >> 1) & 1)
-            s, da = _scores(x, us.index(stage).reshape([BLOCK_N, DIM]).permute((1, 0)), y, w_block, zero, w_full, it)
+            s, da = _scores(memory, zero, it, WARPGROUP, DIM, BLOCK_N)
             s, acc = warpgroup_mma_wait(1, deps=[s, acc])
             mbarrier.arrive(u_empty.index(stage ^ 1), count=1)
             a = weights(s, m, n, c, b, 0.0, band, BLOCK_N, FORMULA, False, HAS_LEFT, HAS_RIGHT, SCORES)
@@ -103,7 +106,7 @@ def _consume(
         acc = warpgroup_mma_wait(0, deps=[acc])
     if m >= 0 and m < sizes[4]:
         # rows beyond the last are not written
-        x.store((acc * scale).to(us.dtype))
+        xs.index(WARPGROUP).reshape([64, DIM]).store((acc * scale).to(us.dtype))
         fence_async_shared()
         store(out, [batch, head, m, 0], xs.index(WARPGROUP))
         tma.store_wait(0)
@@ -126,7 +129,7 @@ def _bwd_rows_kernel(
     xs = gl.allocate_shared_memory(x.dtype, [WARPGROUPS, 1, 1, 64, DIM], x.layout)
     ys = gl.allocate_shared_memory(y.dtype, [WARPGROUPS, 1, 1, 64, DIM], y.layout)
     us = gl.allocate_shared_memory(u.dtype, [2, 1, 1, BLOCK_N, DIM], u.layout)
-    ws = gl.allocate_shared_memory(w.dtype, [1, 1, BLOCK_N, DIM], w.layout)
+    ws = gl.allocate_shared_memory(w.dtype, [1, 1, 1, BLOCK_N, DIM], w.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     u_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     u_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

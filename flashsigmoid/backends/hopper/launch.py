@@ -16,12 +16,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..formula import Formula, choose_formula, make_formula
 from ..gpu import Launch, are_aligned, bias_strides, launch, slopes_strides
 from ..problem import Problem
-from . import bwd, fwd, grad
+from . import bwd, dqdk, fwd, grad
 from .tiles import Tile, choose_tile, padded_head_dim
 
 _fwd_kernel: Any = fwd._fwd_kernel
 _bwd_kernel: Any = bwd._bwd_kernel
 _bwd_rows_kernel: Any = grad._bwd_rows_kernel
+_bwd_dqdk_kernel: Any = dqdk._bwd_dqdk_kernel
 
 _UNLIMITED = 2**30  # a window this wide sees every key
 _L2_BYTES = 32 * 2**20  # of K and V that stay in the cache while programs of a few heads run
@@ -60,7 +61,11 @@ def backward(
     assert are_aligned(dout, q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
     tile = tile or choose_tile(problem, "backward")
     if padded_head_dim(problem) > 128:
-        return _by_rows(problem, dout, q, k, v, tile)
+        if tile.adds_dq and not torch.are_deterministic_algorithms_enabled():
+            dq, dk = _added(problem, dout, q, k, v, tile)
+        else:
+            dq, dk = _by_rows(problem, dout, q, k, v, tile)
+        return dq, dk, _dv(problem, dout, q, k, v)
     plan = _plan(problem, "all", tile, _multiprocessors(q))
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
@@ -76,21 +81,35 @@ def _sides(problem: Problem, bias: Tensor | None, slopes: Tensor | None) -> tupl
     return strides, [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in (bias, slopes)]
 
 
-def _by_rows(
-    problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv by a kernel each."""
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+def _added(problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """dq and dk by one kernel, and one that rounds dq."""
+    plan = _plan(problem, "dqdk", tile, 1)
+    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    dk = torch.empty_like(k, memory_format=torch.contiguous_format)
+    m = plan.tile.block
+    plan.launch(_bwd_dqdk_kernel, ((dout, m), (q, m), (k, 128), (v, 64), (dq, 64), (dk, 64)))
+    return dq.to(q.dtype), dk
+
+
+def _by_rows(problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """dq and dk by a kernel each."""
+    dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     n = tile.block
     for part, (x, y, u, w), out in (("dq", (q, dout, k, v), dq), ("dk", (k, v, q, dout), dk)):
         plan = _plan(problem, part, tile, 1)
         plan.launch(_bwd_rows_kernel, ((x, 64), (y, 64), (u, n), (w, n), (out, 64)))
-    like_forward = choose_tile(problem, "forward")
-    plan = _plan(problem, "dv", like_forward, _multiprocessors(q))
-    n = like_forward.block
+    return dq, dk
+
+
+def _dv(problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """dv by the forward kernel."""
+    tile = choose_tile(problem, "forward")
+    plan = _plan(problem, "dv", tile, _multiprocessors(q))
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    n = tile.block
     blocks = ((k, 64), (q, n), (dout, n), (dv, 64))
     plan.launch(_fwd_kernel, blocks, (None, None), *_sides(problem, None, None))
-    return dq, dk, dv
+    return dv
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +153,8 @@ class _Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Plan:
-    """Of "fwd", of "all" gradients, or of one: "dq", "dk" or "dv"."""
-    is_like_forward, of_keys = part in ("fwd", "dv"), part in ("dk", "dv")
+    """Of "fwd", of "all" gradients, or of one: "dq", "dk", "dv" or "dqdk"."""
+    is_like_forward, of_keys = part in ("fwd", "dv"), part in ("dk", "dv", "dqdk")
     formula = make_formula(
         choose_formula(problem, "fwd" if is_like_forward else "dkdv"),
         "fwd" if is_like_forward else "bwd",
@@ -145,7 +164,7 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
     )
     (left, right), q_offset = problem.band, problem.q_offset
     heads, rows, others, sharing = problem.nheads, problem.seqlen_q, problem.seqlen_k, problem.group
-    if part in ("all", "dk", "dv"):  # blocks of keys, and all queries of a group go by
+    if part == "all" or of_keys:  # blocks of keys, and all queries of a group go by
         heads, rows, others, sharing = problem.nheads_k, problem.seqlen_k, problem.seqlen_q * problem.group, 1
     heads *= problem.batch
     blocks = triton.cdiv(rows, 64 * tile.warpgroups)
@@ -171,6 +190,8 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
     }
     if part == "all":
         constants |= {"BLOCK_M": tile.block, "REST": 24, "HAS_TURNS": tile.is_persistent}
+    elif part == "dqdk":
+        constants |= {"BLOCK_M": tile.block}
     else:
         constants |= {"WARPGROUPS": tile.warpgroups, "BLOCK_N": tile.block, "OF_KEYS": of_keys}
     if is_like_forward:
@@ -180,7 +201,7 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
             "PLACES": tile.places,
             "HAS_ROW_BIAS": problem.has_row_bias,
         }
-    if part not in ("dq", "dk"):
+    if part not in ("dq", "dk", "dqdk"):
         constants |= {
             "HAS_BIAS": problem.bias_shape is not None,
             "HAS_SLOPES": problem.slopes_shape is not None,
