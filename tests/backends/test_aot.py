@@ -201,6 +201,7 @@ def test_every_check_can_fail(fault, message) -> None:
 FLOAT8: list[dict[str, Any]] = [
     {"head_dim": 64},
     {"head_dim": 128, "causal": True, "bias": "row", "has_slopes": True, "nheads_k": 1},
+    {"head_dim": 256, "window_left": 100, "window_right": 30},
 ]
 
 
