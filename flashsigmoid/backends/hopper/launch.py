@@ -25,7 +25,7 @@ _bwd_rows_kernel: Any = grad._bwd_rows_kernel
 _bwd_dqdk_kernel: Any = dqdk._bwd_dqdk_kernel
 
 _UNLIMITED = 2**30  # a window this wide sees every key
-_L2_BYTES = 32 * 2**20  # of K and V that stay in the cache while programs of a few heads run
+_L2_BYTES = 32 * 2**20  # of K and V, or Q, dO and dQ, that stay in the cache while programs of a few heads run
 
 
 def forward(
@@ -170,8 +170,9 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
     blocks = triton.cdiv(rows, 64 * tile.warpgroups)
     together = 1
     if left is not None or right is not None:
-        # who sees most starts first, of as many heads as L2 holds the other side of
-        fit = _L2_BYTES * sharing // (4 * others * padded_head_dim(problem))
+        # who sees most starts first, of as many heads as L2 holds the other side of, and a dQ that is added to
+        row_bytes = (8 if part in ("all", "dqdk") else 4) * padded_head_dim(problem)
+        fit = _L2_BYTES * sharing // (row_bytes * others)
         together = max(x for x in range(1, min(max(1, fit), heads) + 1) if heads % x == 0)
     first = 64 * (triton.cdiv(rows, 64) - tile.warpgroups * blocks) if tile.is_from_end else 0
     sizes = (problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k)
