@@ -294,6 +294,7 @@ def _turn(
         mbarrier.wait(ds_full.index(last & 1), (last // 2) & 1)
         part = _dq(dss.index(last & 1), keys, zero_part, WARPGROUP, DIM)
         part = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(kv_empty, count=1)
         mbarrier.arrive(ds_empty.index(last & 1), count=1)
         if DIM != 64:  # dK will lie where both warpgroups read dS
             mbarrier.wait(ds_empty.index(last & 1), (last // 2) & 1)
@@ -301,18 +302,22 @@ def _turn(
         dqs.index(WARPGROUP).reshape([64, 64]).store(part)
         fence_async_shared()
         mbarrier.arrive(dq_full, count=1)
-    elif HAS_TURNS and turn > 0:
-        _settle(turn, out_read, DIM)
-    mbarrier.arrive(kv_empty, count=1)
-    # dK and dV wait for their way to memory where dQ, or where it has no room dS, waits in a turn
-    if DIM == 64:
-        outs = _view(dqs, qs.dtype, [4, 1, 1, 64, 64], dk.layout)
-        dk_out = outs.index(2 * WARPGROUP)
-        dv_out = outs.index(2 * WARPGROUP + 1)
     else:
+        mbarrier.arrive(kv_empty, count=1)
+        if HAS_TURNS:  # noqa: SIM102  a constant, then a number
+            if turn > 0:
+                _settle(turn, out_read, DIM)
+    # dK and dV go out by where the dS of the last block but one was, each warpgroup's by its own part
+    # of it; where that has no room, by both places of dS and by dQ's
+    if DIM == 64:
+        mbarrier.wait(ds_empty.index(end & 1), ((end // 2) & 1) ^ 1)
+        outs = _view(dss.index(end & 1), qs.dtype, [4, 1, 1, 64, 64], dk.layout)
+        dk_out = outs.index(WARPGROUP)
+        dv_out = outs.index(2 + WARPGROUP)
+    else:
+        mbarrier.wait(dq_empty, (end & 1) ^ 1)
         dk_out = _view(dss, qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
         dv_out = _view(dqs, qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
-    mbarrier.wait(dq_empty, (end & 1) ^ 1)
     dk_out.reshape([64, DIM]).store((dk_acc * scale).to(qs.dtype))
     dv_out.reshape([64, DIM]).store(dv_acc.to(qs.dtype))
     fence_async_shared()
