@@ -1,0 +1,192 @@
+"""The Hopper kernels without a GPU: their source runs by `emulator`, from the launch on, and is inside the budget."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+
+from backends import emulator
+
+from flashsigmoid.backends import hopper
+from flashsigmoid.backends.hopper import launch
+from flashsigmoid.backends.problem import make_problem
+from flashsigmoid.testing import assert_within_budget, make_qkv, oracle, witness
+
+BFLOAT16 = torch.bfloat16
+# (batch, seqlen_q, seqlen_k, nheads, nheads_k): blocks that are not full, and rows that see nothing where masked
+SHAPES = ((2, 260, 300, 2, 1), (1, 300, 130, 6, 2))
+OPTIONS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (100, 30)},
+    "left": {"window_size": (70, None)},
+    "offset": {"causal": True, "q_offset": -40},
+    "slopes": {"causal": True, "alibi_slopes": "heads"},
+    "rows": {"sigmoid_bias": "rows", "causal": True, "alibi_slopes": "heads", "window_size": (200, None)},
+    "heads": {"sigmoid_bias": "heads", "window_size": (150, 60)},
+    "b = 0": {"sigmoid_bias": 0.0},
+}
+# what differs from the table's tile: direction -> fields
+TILES: dict[str, dict[str, dict[str, Any]]] = {
+    "table": {},
+    "two places": {"forward": {"own_out": False, "is_persistent": True, "places": 2}},
+    "from the end": {"forward": {"is_from_end": True, "is_persistent": False}, "backward": {"is_persistent": False}},
+    "turns": {"forward": {"is_from_end": True, "is_persistent": True}, "backward": {"is_persistent": True}},
+    "dQ is added": {"backward": {"adds_dq": True}},
+}
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """Launches run by the emulator: a call with changes of tiles and of the kernels' text."""
+
+    def prepare(tiles: dict[str, dict[str, Any]], changes: dict[str, tuple[str, str]] | None = None) -> None:
+        choose = launch.choose_tile
+        launch._plan.cache_clear()
+        monkeypatch.setattr(launch, "launch", functools.partial(emulator.launch, emulator.load_kernels(changes)))
+        monkeypatch.setattr(
+            launch, "choose_tile", lambda problem, way: replace(choose(problem, way), **tiles.get(way, {}))
+        )
+        monkeypatch.setattr(launch, "_multiprocessors", lambda x: 3)  # programs take turns
+
+    yield prepare
+    launch._plan.cache_clear()
+
+
+def compute(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Any) -> dict[str, Tensor]:
+    """out, and dq, dk, dv where there is a backward, by the functions that the backend calls."""
+    bias, slopes = options.get("sigmoid_bias"), options.get("alibi_slopes")
+    is_number = not isinstance(bias, Tensor)
+    left, right = options.get("window_size", (None, None))
+    problem = make_problem(
+        q, k, v, bias=None if is_number else bias, slopes=slopes, sigmoid_bias=bias if is_number else None, scale=None,
+        causal=options.get("causal", False), window_left=left, window_right=right, q_offset=options.get("q_offset"),
+        dropout_p=0.0, origin=(0, 0, 0, 0), sigmoid="auto",
+    )  # fmt: skip
+    problem = replace(problem, arch="sm_90", device="cuda")
+    sides = None if is_number else bias, slopes
+    assert hopper.unsupported(problem) is None
+    found = {"out": launch.forward(problem, q, k, v, *sides)}
+    if hopper.unsupported(problem, "backward") is None:
+        found |= zip(("dq", "dk", "dv"), launch.backward(problem, dout, q, k, v, *sides), strict=True)
+    return found
+
+
+def options_of(name: str, batch: int, rows: int, keys: int, nheads: int) -> dict[str, Any]:
+    shapes = {"rows": (batch, nheads, rows), "heads": (nheads,)}
+    made: dict[str, Any] = {"sigmoid_bias": -math.log(keys)} | OPTIONS[name]
+    if isinstance(made["sigmoid_bias"], str):
+        made["sigmoid_bias"] = torch.randn(shapes[made["sigmoid_bias"]]) - 5.0
+    if "alibi_slopes" in made:
+        made["alibi_slopes"] = torch.rand(nheads)
+    return made
+
+
+def check(name: str, head_dim: int, shape: tuple[int, ...], dtype: torch.dtype = BFLOAT16) -> set[str]:
+    batch, rows, keys, nheads, nheads_k = shape
+    torch.manual_seed(0)
+    tensors = make_qkv(batch, rows, keys, nheads, nheads_k, head_dim, dtype=dtype)
+    options = options_of(name, batch, rows, keys, nheads)
+    expected, seen = oracle(*tensors, **options), witness(*tensors, draws=8, **options)
+    found = compute(*tensors, **options)
+    for tensor, result in found.items():
+        assert_within_budget(f"{tensor} of {name}, {shape}", result, expected[tensor], seen[tensor])
+    return set(found)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_inside_the_budget(emulated, name, head_dim) -> None:
+    emulated({})
+    for shape in SHAPES:
+        found = check(name, head_dim, shape)
+    has_backward = "rows" not in name and (head_dim < 256 or name not in ("slopes", "heads"))
+    assert found == {"out"} | ({"dq", "dk", "dv"} if has_backward else set())
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("tiles", [tiles for tiles in TILES if tiles != "table"])
+def test_every_kind_of_tile(emulated, tiles, head_dim) -> None:
+    if (tiles == "dQ is added") != (head_dim == 256):
+        pytest.skip("a tile of another head_dim")
+    emulated(TILES[tiles])
+    for name in ("full", "causal", "window"):
+        check(name, head_dim, SHAPES[1], torch.float16)
+
+
+# file, what stands in it, what stands there instead, head_dim, tiles
+FAULTS: dict[str, tuple[str, str, str, int, str]] = {
+    "a key too many": ("partitions", "gl.where(j <= p + right", "gl.where(j <= p + right + 1", 64, "table"),
+    "a key too few": ("bwd", "gl.where(i <= j, y", "gl.where(i < j, y", 64, "table"),
+    "a block too few": ("partitions", "last = gl.minimum(m + BLOCK, rows) - 1", "last = m", 128, "table"),
+    "the wrong head": ("partitions", "other = head // sizes[3]", "other = head % sizes[3]", 64, "table"),
+    "K before it came": (
+        "fwd", "    mbarrier.wait(full.index(stage), (it // STAGES) & 1)\n    s = ", "    s = ", 64, "table",
+    ),
+    "V while it is read": (
+        "fwd", "    a = weights(s, m, n, c, b, slope", "    mbarrier.arrive(empty.index(before), count=1)\n"
+        "    a = weights(s, m, n, c, b, slope", 64, "table",
+    ),
+    "Q of two turns": ("fwd", "        tma.store_wait(0)\n        mbarrier.arrive(empty, count=1)",
+                       "        mbarrier.arrive(empty, count=1)", 64, "two places"),
+    "out while it is copied": ("fwd", "            if OWN_OUT:\n                tma.store_wait(0)\n", "", 64, "turns"),
+    "the wrong phase": ("bwd", "mbarrier.wait(dq_empty, it & 1)", "mbarrier.wait(dq_empty, (it & 1) ^ 1)", 128, "table"),
+    "dS before it came": (
+        "bwd", "        mbarrier.wait(ds_full.index((it - 1) & 1), ((it - 1) // 2) & 1)\n", "        pass\n", 64, "table",
+    ),
+    "dS while it is read": (
+        "bwd", "    mbarrier.wait(ds_empty.index(it & 1), ((it // 2) & 1) ^ 1)\n    dss", "    dss", 64, "table",
+    ),
+    "dK while it is copied": ("bwd", "    tma.store_wait(0)\n    if DIM != 64:", "    if DIM != 64:", 64, "turns"),
+    "dQ twice": ("bwd", "    if it > start:\n        mbarrier.arrive(ds_empty", "    if it > -1:\n        mbarrier.arrive(ds_empty",
+                 64, "table"),
+    "dP of another block": ("grad", "mbarrier.arrive(w_empty, count=1)\n        ds", "ds", 256, "table"),
+    "dS of one warpgroup": ("dqdk", "        mbarrier.wait(ds_full, it & 1)\n", "", 256, "dQ is added"),
+    "dQ where dS is read": (
+        "dqdk", "        if WARPGROUP == 1:\n            mbarrier.wait(ds_read, it & 1)\n", "", 256, "dQ is added",
+    ),
+    "dQ where dQ is read": ("dqdk", "        mbarrier.wait(empty, 1)\n", "", 256, "dQ is added"),
+    "half of dQ": ("dqdk", "keys.slice(128 * WARPGROUP + 64,", "keys.slice(128 * WARPGROUP,", 256, "dQ is added"),
+    "no last half": ("dqdk", "    if count > 0:\n        mbarrier.wait(empty, 0)", "    if count < 0:\n        mbarrier.wait(empty, 0)",
+                     256, "dQ is added"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_a_kernel_is_caught(emulated, monkeypatch, fault) -> None:
+    file, old, new, head_dim, tiles = FAULTS[fault]
+    monkeypatch.setattr(emulator, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(emulator, "PAUSE_S", 0.002)
+    emulated(TILES[tiles], {file: (old, new)})
+    with pytest.raises((AssertionError, TimeoutError)):
+        check("causal", head_dim, (1, 700, 600, 4, 2))
+
+
+def test_the_emulator_sees_what_it_is_for() -> None:
+    machine = emulator._here.machine = emulator.Machine(0, 1)
+    emulator._here.products = []
+    a, b = (machine.allocate(BFLOAT16, [64, 64], "swizzled") for _ in range(2))
+    zero = torch.zeros(64, 64)
+    assert a.load().isnan().all()  # nobody wrote it
+    a.store(torch.ones(64, 64, dtype=BFLOAT16))
+    b.store(torch.ones(64, 64, dtype=BFLOAT16))
+    (sums,) = [emulator.warpgroup_mma_wait(0, deps=[emulator.warpgroup_mma(a, b, zero, is_async=True)])]
+    assert (sums == 64.0).all()
+    late = emulator.warpgroup_mma(a, b, zero, is_async=True)
+    b.store(torch.zeros(64, 64, dtype=BFLOAT16))
+    assert emulator.warpgroup_mma_wait(0, deps=[late]).isnan().all()
+    view = emulator._view(a, torch.float32, [32, 64], "swizzled")
+    view.store(torch.zeros(32, 64))
+    assert (a.load() == 0.0).all()  # the same bytes
+    with pytest.raises(AssertionError, match="bytes of shared memory"):
+        machine.allocate(BFLOAT16, [64, 2048], "swizzled")
