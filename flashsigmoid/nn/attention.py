@@ -204,14 +204,16 @@ class SigmoidAttention(nn.Module):
 
         Raises:
             ValueError: x or key_mask is of another shape or dtype; a cache in training or where `takes_cache` is False;
-                packing with a key_mask or a cache, without sigmoid_bias, or with another attention_fn than the
-                module's own.
+                packing of more than one row, with a key_mask or a cache, without sigmoid_bias, or with another
+                attention_fn than the module's own.
         """
         if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
             raise ValueError(f"x must be (batch, seqlen, dim={self.q_proj.in_features}), got {tuple(x.shape)}")
         if packing is not None:
             if key_mask is not None or cache is not None:
                 raise ValueError("packing must be alone, got a key_mask or a cache beside it")
+            if x.shape[0] != 1:
+                raise ValueError(f"x must be one row (1, total, dim) with packing, got {tuple(x.shape)}")
             if self.attention_fn not in (sigmoid_attention, softmax_attention):
                 raise ValueError(f"packing needs the module's own attention_fn, got {self.attention_fn}")
         if cache is not None and (not self.takes_cache or self.training):

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashsigmoid import sigmoid_attention
 from flashsigmoid.nn import SigmoidAttention, SoftmaxAttention, alibi_slopes, softmax_attention
+from flashsigmoid.nn.attention import Packing
 
 DIM, NHEADS = 24, 4
 
@@ -491,12 +492,12 @@ def test_a_row_that_sees_nothing_is_zero_whatever_torchs_kernel_leaves_there(mon
 
 
 @pytest.mark.parametrize("attention_class", [SigmoidAttention, SoftmaxAttention])
-def test_packing_beside_a_mask_is_one_clear_error(attention_class):
-    from flashsigmoid.nn.attention import Packing
-
+def test_packing_beside_a_mask_or_another_row_is_one_clear_error(attention_class):
     attention = attention_class(16, 2, sigmoid_bias=-2.0)
     packing = Packing(torch.tensor([0, 3, 7], dtype=torch.int32), 4)
     x, key_mask = torch.randn(1, 7, 16), torch.ones(1, 7, dtype=torch.bool)
     with pytest.raises(ValueError, match="packing must be alone, got a key_mask or a cache beside it"):
         attention(x, key_mask, packing=packing)
+    with pytest.raises(ValueError, match=r"x must be one row \(1, total, dim\) with packing, got \(2, 7, 16\)"):
+        attention(x.expand(2, -1, -1), packing=packing)
     assert attention(x, packing=packing).shape == x.shape
