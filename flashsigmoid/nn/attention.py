@@ -131,6 +131,8 @@ class SigmoidAttention(nn.Module):
         if not isinstance(dim, int) or dim <= 0 or (head_dim is None and dim % nheads):
             rule = "dim must be positive, and a multiple of nheads unless head_dim is given"
             raise ValueError(f"{rule}, got dim={dim!r}, nheads={nheads}")
+        if head_dim is not None and (not isinstance(head_dim, int) or head_dim <= 0):
+            raise ValueError(f"head_dim must be a positive integer, got {head_dim!r}")
         if position not in (None, "rope", "alibi"):
             raise ValueError(f"position must be 'rope', 'alibi' or None, got {position!r}")
         if bias_mode not in ("fixed", "learnable", "per_head"):
@@ -140,6 +142,8 @@ class SigmoidAttention(nn.Module):
                 f"sigmoid_bias must be given with bias_mode={bias_mode!r}, where it is the initial value "
                 "(-log of the training context length), got None"
             )
+        if sigmoid_bias is not None and bias_mode != "fixed" and not sigmoid_bias < math.inf:
+            raise ValueError(f"sigmoid_bias must be a number below +inf, got {sigmoid_bias}")
         if alibi_bias:
             check_alibi_bias(position, sigmoid_bias, bias_mode)
         if not 0.0 <= dropout_p < 1.0:
