@@ -290,10 +290,18 @@ def sigmoid_attention_shard(
     Raises:
         ValueError, BackendUnsupported: as `sigmoid_attention`.
     """
+    if sigmoid_bias is None:
+        raise ValueError("sigmoid_bias is required of a block, whose seqlen_k is not the n of the problem, got None")
+    if isinstance(q_offset, bool) or not isinstance(q_offset, int | torch.SymInt):
+        raise ValueError(f"q_offset must be an integer, got {q_offset!r}")
+    validate_number("dropout_p", dropout_p)
     if dropout_p > 0 and seed is None:
         raise ValueError(f"seed is required when dropout_p > 0, got seed=None, dropout_p={dropout_p}")
-    if len(origin) != 4 or min(origin) < 0:
-        raise ValueError(f"origin must be four non-negative indices (batch, head, query, key), got {origin}")
+    if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1):
+        got = f"{tuple(seed.shape)} {seed.dtype}" if isinstance(seed, Tensor) else repr(seed)
+        raise ValueError(f"seed must be an int64 tensor of one element, got {got}")
+    if len(origin) != 4 or not all(isinstance(x, int | torch.SymInt) and 0 <= x < 2**32 for x in origin):
+        raise ValueError(f"origin must be four indices (batch, head, query, key) from 0 to 2**32 - 1, got {origin}")
     return attend(
         *autocast(q, k, v),
         sigmoid_bias,
