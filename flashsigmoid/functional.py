@@ -61,7 +61,7 @@ def sigmoid_attention(
         dropout_p: probability of dropping a weight; kept ones are divided by 1 - dropout_p. The mask is a function of a
             seed from torch's generator and of global indices, the same in every backend. Default: 0.
         sigmoid: "exact", "fast" (a cheaper formula where the backend has one) or "auto". Default: "auto".
-        backend: "auto", "triton", "blocked" or "reference". A named backend never falls back. Default: "auto".
+        backend: "auto", "hopper", "triton", "blocked" or "reference". A named backend never falls back. Default: "auto".
 
     Returns:
         (batch, seqlen_q, nheads, head_dim_v), contiguous, in the dtype of q. Under autocast, in autocast's dtype.
@@ -207,7 +207,8 @@ def sigmoid_attention_fp8(
         raise ValueError(f"out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend must be one of auto, triton, reference, got {backend!r}")
-    for name, x in (("sigmoid_bias", sigmoid_bias), ("alibi_slopes", alibi_slopes)):
+    given = {"q": q, "k": k, "v": v, "q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    for name, x in (given | {"sigmoid_bias": sigmoid_bias, "alibi_slopes": alibi_slopes}).items():
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require a gradient, 8-bit attention is forward only, got one that does")
     options = (sigmoid_bias, scale, causal, window_size, alibi_slopes, 0.0, sigmoid)
