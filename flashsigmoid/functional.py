@@ -61,7 +61,7 @@ def sigmoid_attention(
         dropout_p: probability of dropping a weight; kept ones are divided by 1 - dropout_p. The mask is a function of a
             seed from torch's generator and of global indices, the same in every backend. Default: 0.
         sigmoid: "exact", "fast" (a cheaper formula where the backend has one) or "auto". Default: "auto".
-        backend: "auto", "hopper", "triton", "blocked" or "reference". A named backend never falls back. Default: "auto".
+        backend: "auto", "hopper", "triton", "blocked" or "reference"; a named one never falls back. Default: "auto".
 
     Returns:
         (batch, seqlen_q, nheads, head_dim_v), contiguous, in the dtype of q. Under autocast, in autocast's dtype.

@@ -19,27 +19,14 @@ import torch
 from training.digits import few_images
 from training.test_audio import tone
 from training.test_images import draw
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from flashsigmoid import __main__, __version__, cli
 from flashsigmoid.record import read_records
 from flashsigmoid.training import baseline, classification, ctc, pretraining
 
-COMMANDS = (
-    "demo",
-    "train",
-    "pair",
-    "generate",
-    "export",
-    "convert",
-    "transcribe",
-    "report",
-    "study",
-    "theory",
-    "pack",
-    "explain",
-    "bench",
-)
+COMMANDS = tuple(get_command(cli.app).commands)  # pyright: ignore[reportAttributeAccessIssue]
 TINY = (
     *(
         "--set",
@@ -443,6 +430,8 @@ def test_a_theory_is_recorded_drawn_and_printed(flashsigmoid, tmp_path):
     assert outcome.code == 0, outcome.err
     assert "lopsided" in outcome.out
     assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["universal.jsonl", "universal.png"]
+    outcome = flashsigmoid("report", tmp_path / "mine", "nowhere")
+    assert_one_error(outcome, 1, "a run or a study must be at the path, got nowhere")
     assert_one_error(flashsigmoid("theory", "magic"), 2, "'magic' is not one of 'bias', 'regularity', 'tightness'")
 
 

@@ -326,7 +326,7 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(changed, rule):
 
 
 def test_an_explanation_of_no_tensor_is_one_clear_error():
-    with pytest.raises(ValueError, match="q must be a dense tensor .*, got int"):
+    with pytest.raises(ValueError, match=r"q must be a dense tensor .*, got int"):
         explain_with_kvcache(3, CACHE, CACHE, sigmoid_bias=BIAS)  # pyright: ignore[reportArgumentType]
 
 

@@ -27,7 +27,7 @@ def split_bias(sigmoid_bias: float | Tensor | None) -> tuple[Tensor | None, floa
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in autocast's dtype where autocast is on; float64 and what is no float are left alone, as autocast does."""
+    """q, k, v in autocast's dtype where autocast is on; it leaves float64 alone, and what is no float."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return q, k, v
     if not all(isinstance(x, Tensor) for x in (q, k, v)):  # validation says so
