@@ -344,23 +344,11 @@ def explain(
     q, k, v = autocast(q, k, v)
     validate(q, k, v, sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend)
     bias, number = split_bias(sigmoid_bias)
+    left, right = window_size
     problem = make_problem(
-        q,
-        k,
-        v,
-        bias=bias,
-        slopes=alibi_slopes,
-        sigmoid_bias=number,
-        scale=scale,
-        causal=causal,
-        window_left=window_size[0],
-        window_right=window_size[1],
-        q_offset=None,
-        dropout_p=dropout_p,
-        origin=(0, 0, 0, 0),
-        sigmoid=sigmoid,
-        needs_sums=op.needs_sums(bias, alibi_slopes),
-    )
+        q, k, v, bias=bias, slopes=alibi_slopes, sigmoid_bias=number, scale=scale, causal=causal, window_left=left,
+        window_right=right, dropout_p=dropout_p, sigmoid=sigmoid, needs_sums=op.needs_sums(bias, alibi_slopes),
+    )  # fmt: skip
     return backends.explain(problem, backend, (q, k, v))
 
 
@@ -395,36 +383,18 @@ def attend(
     if dropout_p > 0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     left, right = window_size
+    inputs = (
+        q, k, v, bias, alibi_slopes, seed, *(cu_seqlens or (None, None)),
+        number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, *max_seqlens,
+        op.needs_sums(bias, alibi_slopes), backend,
+    )  # fmt: skip
     if backend != "reference":
         _refuse_tangents(q, k, v, bias, alibi_slopes)
-        inputs = (
-            q, k, v, bias, alibi_slopes, seed, *(cu_seqlens or (None, None)),
-            number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, *max_seqlens,
-            op.needs_sums(bias, alibi_slopes), backend,
-        )  # fmt: skip
         out = op.forward(*inputs)
         if key is not None:
             known.remember(key, inputs)
         return out
-    problem = make_problem(
-        q,
-        k,
-        v,
-        bias=bias,
-        slopes=alibi_slopes,
-        sigmoid_bias=number,
-        scale=scale,
-        causal=causal,
-        window_left=left,
-        window_right=right,
-        q_offset=q_offset,
-        dropout_p=float(dropout_p),
-        origin=origin,
-        sigmoid=sigmoid,
-        cu_seqlens_q=None if cu_seqlens is None else cu_seqlens[0],
-        max_seqlen_q=max_seqlens[0],
-        max_seqlen_k=max_seqlens[1],
-    )
+    problem, _ = op.make(*inputs)
     with op.full_precision(q.device.type):
         if cu_seqlens is None:
             return reference.forward(problem, q, k, v, bias, alibi_slopes, seed)

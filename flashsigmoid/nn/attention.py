@@ -387,22 +387,8 @@ def softmax_attention(
     if square_or_full and window_size == (None, None) and alibi_slopes is None and key_mask is None:
         return softmax(is_causal=causal).transpose(1, 2)
 
-    problem = make_problem(
-        q,
-        k,
-        v,
-        bias=None,
-        slopes=alibi_slopes,
-        sigmoid_bias=0.0,
-        scale=scale,
-        causal=causal,
-        window_left=window_size[0],
-        window_right=window_size[1],
-        q_offset=None,
-        dropout_p=dropout_p,
-        origin=(0, 0, 0, 0),
-        sigmoid="exact",
-    )
+    left, right = window_size
+    problem = make_problem(q, k, v, causal=causal, window_left=left, window_right=right)
     keep = visible(problem, q.device)
     # (batch or 1, 1, seqlen_q, seqlen_k)
     keep = q.new_ones(1, 1, seqlen_q, seqlen_k, dtype=torch.bool) if keep is None else keep[None, None]

@@ -292,6 +292,14 @@ def test_bf16_autocast(need_weights):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_meta_tensors_give_the_shapes(need_weights):
+    x = torch.empty(2, 5, DIM, device="meta")
+    out, weights = MultiheadAttention(DIM, HEADS, batch_first=True, device="meta")(x, x, x, need_weights=need_weights)
+    assert out.shape == x.shape
+    assert weights is None or weights.shape == (2, 5, 5)
+
+
 def test_scores_are_not_rounded_under_autocast():
     """Scores of 10 rounded to bfloat16 would be off by 1 % of a weight; a rounded output is off by 0.2 %."""
     ours = MultiheadAttention(64, 1, batch_first=True, sigmoid_bias=-20.0)
