@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .philox import keep_mask
 from .problem import Problem, bias_rows, make_problem
-from .rules import split_bias
+from .rules import split_bias, validate
 
 NAME = "reference"
 PACKED = False
@@ -119,7 +119,11 @@ def attention_weights(
     """The weights A, before dropout: (batch, nheads, seqlen_q, seqlen_k) in float32 (float64 for float64 inputs).
 
     O(seqlen_q * seqlen_k) memory: for looking at attention, not for training. Arguments as in `sigmoid_attention`.
+
+    Raises:
+        ValueError: as `sigmoid_attention`.
     """
+    validate(q, k, k, sigmoid_bias, scale, causal, window_size, alibi_slopes, 0.0, "auto", NAME)
     bias, number = split_bias(sigmoid_bias)
     left, right = window_size
     problem = make_problem(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..backends.problem import make_problem
+from ..backends.rules import validate
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -119,6 +120,7 @@ def softmax_weights(
     Returns:
         (batch, nheads, seqlen_q, seqlen_k) in float32, float64 for float64 inputs.
     """
+    validate(q, k, k, None, scale, causal, window_size, alibi_slopes, 0.0, "auto", "reference")
     left, right = window_size
     problem = make_problem(
         q, k, k, slopes=alibi_slopes, sigmoid_bias=0.0, scale=scale, causal=causal, window_left=left, window_right=right

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..backends.cached import Cache
 from ..backends.problem import make_problem
 from ..backends.reference import visible
+from ..backends.rules import autocast, validate
 from ..functional import sigmoid_attention, sigmoid_attention_varlen
 from ..kvcache import sigmoid_attention_with_kvcache
 from .norm import RMSNorm
@@ -372,9 +373,19 @@ def softmax_attention(
         key_mask: (batch, seqlen_k) bool, True for a key that may be attended to. Default: all.
 
     Returns:
-        (batch, seqlen_q, nheads, head_dim_v) in the dtype of q.
+        (batch, seqlen_q, nheads, head_dim_v) in the dtype of q, under autocast in autocast's.
+
+    Raises:
+        ValueError: as `sigmoid_attention`; key_mask is of another shape or dtype.
     """
+    q, k, v = autocast(q, k, v)
+    validate(q, k, v, None, scale, causal, window_size, alibi_slopes, dropout_p, "auto", "auto")
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (q.shape[0], seqlen_k)):
+        raise ValueError(
+            f"key_mask must be bool (batch, seqlen_k) = {(q.shape[0], seqlen_k)}, "
+            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
     # (batch, heads, seqlen, head_dim)
     softmax = functools.partial(
         F.scaled_dot_product_attention,

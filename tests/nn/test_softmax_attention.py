@@ -90,3 +90,25 @@ def test_a_row_that_sees_nothing_is_zero_whatever_torchs_kernel_leaves_there(mon
     out = softmax_attention(q, kv, kv, causal=True)
     assert (out[:, :3] == 0).all()
     assert (out[:, 3:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window_size": (-1, -1)}, r"window_size must be non-negative integers, None for unlimited, got \(-1, -1\)"),
+        ({"scale": math.nan}, "scale must be finite, got nan"),
+        ({"alibi_slopes": torch.ones(1)}, r"alibi_slopes must have shape .*, got \(1,\)"),
+        ({"dropout_p": -1.0}, r"dropout_p must be in \[0, 1\), got -1.0"),
+        ({"k": torch.zeros(1, 5, 2, 8)}, "k must share batch and head_dim of q"),
+        (
+            {"key_mask": torch.ones(2, 1, dtype=torch.bool)},
+            r"key_mask must be bool .* = \(2, 5\), got torch.bool \(2, 1\)",
+        ),
+        ({"key_mask": torch.ones(2, 5)}, r"key_mask must be bool .*, got torch.float32 \(2, 5\)"),
+    ],
+)
+def test_bad_input_is_one_clear_error(change, message):
+    """A window of -1, as flash-attn says unlimited, saw nothing and gave zeros."""
+    call = {"q": torch.zeros(2, 5, 4, 8), "k": torch.zeros(2, 5, 2, 8), "v": torch.zeros(2, 5, 2, 8)} | change
+    with pytest.raises(ValueError, match=message):
+        softmax_attention(call.pop("q"), call.pop("k"), call.pop("v"), **call)
