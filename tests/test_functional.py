@@ -354,6 +354,12 @@ def test_function_transforms_are_right_or_one_clear_error() -> None:
         torch.func.grad(lambda q: torch.func.grad(loss)(q, k, v, bias, dout).sum())(q)
 
 
+def test_gradients_of_a_transform_compile_by_the_reference() -> None:
+    grad = torch.func.grad(lambda q: sigmoid_attention(q, K, V, backend="reference").square().sum())
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(grad, fullgraph=True, backend="eager")(Q), grad(Q))
+
+
 @pytest.mark.parametrize("backend", NAMES)
 def test_only_wanted_gradients(backend) -> None:
     """Of one tensor alone what it is beside the others, to the bit."""
