@@ -61,7 +61,7 @@ def sigmoid_attention(
         dropout_p: probability of dropping a weight; kept ones are divided by 1 - dropout_p. The mask is a function of a
             seed from torch's generator and of global indices, the same in every backend. Default: 0.
         sigmoid: "exact", "fast" (a cheaper formula where the backend has one) or "auto". Default: "auto".
-        backend: "auto", "triton", "blocked" or "reference". A named backend never falls back. Default: "auto".
+        backend: "auto", "hopper", "triton", "blocked" or "reference"; a named one never falls back. Default: "auto".
 
     Returns:
         (batch, seqlen_q, nheads, head_dim_v), contiguous, in the dtype of q. Under autocast, in autocast's dtype.
@@ -207,7 +207,8 @@ def sigmoid_attention_fp8(
         raise ValueError(f"out_dtype must be float16, bfloat16 or float32, got {out_dtype}")
     if backend not in ("auto", "triton", "reference"):
         raise ValueError(f"backend must be one of auto, triton, reference, got {backend!r}")
-    for name, x in (("sigmoid_bias", sigmoid_bias), ("alibi_slopes", alibi_slopes)):
+    given = {"q": q, "k": k, "v": v, "q_scale": q_scale, "k_scale": k_scale, "v_scale": v_scale}
+    for name, x in (given | {"sigmoid_bias": sigmoid_bias, "alibi_slopes": alibi_slopes}).items():
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} must not require a gradient, 8-bit attention is forward only, got one that does")
     options = (sigmoid_bias, scale, causal, window_size, alibi_slopes, 0.0, sigmoid)
@@ -290,10 +291,18 @@ def sigmoid_attention_shard(
     Raises:
         ValueError, BackendUnsupported: as `sigmoid_attention`.
     """
+    if sigmoid_bias is None:
+        raise ValueError("sigmoid_bias is required of a block, whose seqlen_k is not the n of the problem, got None")
+    if isinstance(q_offset, bool) or not isinstance(q_offset, int | torch.SymInt):
+        raise ValueError(f"q_offset must be an integer, got {q_offset!r}")
+    validate_number("dropout_p", dropout_p)
     if dropout_p > 0 and seed is None:
         raise ValueError(f"seed is required when dropout_p > 0, got seed=None, dropout_p={dropout_p}")
-    if len(origin) != 4 or min(origin) < 0:
-        raise ValueError(f"origin must be four non-negative indices (batch, head, query, key), got {origin}")
+    if seed is not None and (not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1):
+        got = f"{tuple(seed.shape)} {seed.dtype}" if isinstance(seed, Tensor) else repr(seed)
+        raise ValueError(f"seed must be an int64 tensor of one element, got {got}")
+    if len(origin) != 4 or not all(isinstance(x, int | torch.SymInt) and 0 <= x < 2**32 for x in origin):
+        raise ValueError(f"origin must be four indices (batch, head, query, key) from 0 to 2**32 - 1, got {origin}")
     return attend(
         *autocast(q, k, v),
         sigmoid_bias,
@@ -335,23 +344,11 @@ def explain(
     q, k, v = autocast(q, k, v)
     validate(q, k, v, sigmoid_bias, scale, causal, window_size, alibi_slopes, dropout_p, sigmoid, backend)
     bias, number = split_bias(sigmoid_bias)
+    left, right = window_size
     problem = make_problem(
-        q,
-        k,
-        v,
-        bias=bias,
-        slopes=alibi_slopes,
-        sigmoid_bias=number,
-        scale=scale,
-        causal=causal,
-        window_left=window_size[0],
-        window_right=window_size[1],
-        q_offset=None,
-        dropout_p=dropout_p,
-        origin=(0, 0, 0, 0),
-        sigmoid=sigmoid,
-        needs_sums=op.needs_sums(bias, alibi_slopes),
-    )
+        q, k, v, bias=bias, slopes=alibi_slopes, sigmoid_bias=number, scale=scale, causal=causal, window_left=left,
+        window_right=right, dropout_p=dropout_p, sigmoid=sigmoid, needs_sums=op.needs_sums(bias, alibi_slopes),
+    )  # fmt: skip
     return backends.explain(problem, backend, (q, k, v))
 
 
@@ -386,36 +383,18 @@ def attend(
     if dropout_p > 0 and seed is None:
         seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=q.device)
     left, right = window_size
+    inputs = (
+        q, k, v, bias, alibi_slopes, seed, *(cu_seqlens or (None, None)),
+        number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, *max_seqlens,
+        op.needs_sums(bias, alibi_slopes), backend,
+    )  # fmt: skip
     if backend != "reference":
         _refuse_tangents(q, k, v, bias, alibi_slopes)
-        inputs = (
-            q, k, v, bias, alibi_slopes, seed, *(cu_seqlens or (None, None)),
-            number, scale, causal, left, right, q_offset, float(dropout_p), origin, sigmoid, *max_seqlens,
-            op.needs_sums(bias, alibi_slopes), backend,
-        )  # fmt: skip
         out = op.forward(*inputs)
         if key is not None:
             known.remember(key, inputs)
         return out
-    problem = make_problem(
-        q,
-        k,
-        v,
-        bias=bias,
-        slopes=alibi_slopes,
-        sigmoid_bias=number,
-        scale=scale,
-        causal=causal,
-        window_left=left,
-        window_right=right,
-        q_offset=q_offset,
-        dropout_p=float(dropout_p),
-        origin=origin,
-        sigmoid=sigmoid,
-        cu_seqlens_q=None if cu_seqlens is None else cu_seqlens[0],
-        max_seqlen_q=max_seqlens[0],
-        max_seqlen_k=max_seqlens[1],
-    )
+    problem, _ = op.make(*inputs)
     with op.full_precision(q.device.type):
         if cu_seqlens is None:
             return reference.forward(problem, q, k, v, bias, alibi_slopes, seed)

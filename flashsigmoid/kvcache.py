@@ -69,8 +69,8 @@ def sigmoid_attention_with_kvcache(
         window_size, alibi_slopes, scale: as in `sigmoid_attention`.
         num_splits: into how many parts the decode kernel divides the keys, 0 for its own choice; decides the schedule,
             never the meaning, and is not used by other backends. Default: 0.
-        backend: "auto", "triton" (the decode kernel), "blocked" or "reference". Default: "auto", the dense
-            kernels on a copy of the cache, until a GPU has run the decode kernel (`kvcache.explain_with_kvcache`).
+        backend: "auto", "triton" (the decode kernel), "blocked" or "reference". Default: "auto", on a GPU the decode
+            kernel for a few queries, else the dense kernels on a copy of the cache (`kvcache.explain_with_kvcache`).
 
     Returns:
         (batch, seqlen_q, nheads, head_dim_v), contiguous, in the dtype of q, which autocast does not change. A sequence
@@ -179,8 +179,8 @@ def explain_with_kvcache(
         ValueError, BackendUnsupported: as `sigmoid_attention_with_kvcache`.
     """
     cache, _, _ = _checked_cache(
-        q, k_cache, v_cache, None, None, torch.zeros(q.shape[:1], dtype=torch.int32, device=q.device), page_table,
-        None, None, False, sigmoid_bias, scale, causal, window_size, alibi_slopes, 0, backend,
+        q, k_cache, v_cache, None, None, 0, page_table, None, None, False, sigmoid_bias, scale, causal, window_size,
+        alibi_slopes, 0, backend,
     )  # fmt: skip
     sides = (*split_bias(sigmoid_bias), alibi_slopes, scale, causal, *window_size)
     problem = _cache_problem(q, cache, sides)

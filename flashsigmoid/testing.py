@@ -15,6 +15,7 @@ from torch import Tensor
 from .backends import reference
 from .backends.philox import keep_mask
 from .backends.problem import Problem, make_problem
+from .backends.rules import split_bias
 from .functional import sigmoid_attention_shard
 
 RMS_FACTOR, MAX_FACTOR, FLOOR = 1.5, 2.0, 1e-6
@@ -162,23 +163,13 @@ def _by_hand(
             total += x[..., terms] @ y[..., terms, :]
         return total
 
-    bias, slopes = options.get("sigmoid_bias"), options.get("alibi_slopes")
+    bias, number = split_bias(options.get("sigmoid_bias"))
+    slopes = options.get("alibi_slopes")
     left, right = options.get("window_size", (None, None))
+    shared = ("scale", "causal", "q_offset", "dropout_p", "origin")
+    same: Any = {name: value for name, value in options.items() if name in shared}
     problem = make_problem(
-        q,
-        k,
-        v,
-        bias=bias if isinstance(bias, Tensor) else None,
-        slopes=slopes,
-        sigmoid_bias=None if isinstance(bias, Tensor) else bias,
-        scale=options.get("scale"),
-        causal=options.get("causal", False),
-        window_left=left,
-        window_right=right,
-        q_offset=options.get("q_offset"),
-        dropout_p=options.get("dropout_p", 0.0),
-        origin=options.get("origin", (0, 0, 0, 0)),
-        sigmoid="exact",
+        q, k, v, bias=bias, slopes=slopes, sigmoid_bias=number, window_left=left, window_right=right, **same
     )
     dtype, group = problem.compute_dtype, problem.group
 
@@ -194,7 +185,7 @@ def _by_hand(
     q_, dout_ = (x.to(dtype).transpose(1, 2) for x in (q, dout))
     k_, v_ = (x.to(dtype).repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
     features = torch.randperm(problem.head_dim, generator=order).to(q.device)
-    a = _weights(problem, q[..., features], k[..., features], bias if isinstance(bias, Tensor) else None, slopes, unit)
+    a = _weights(problem, q[..., features], k[..., features], bias, slopes, unit)
     keep = torch.ones((), dtype=dtype, device=q.device)
     if "seed" in options and problem.dropout_p > 0:
         kept = keep_mask(options["seed"], problem.dropout_p, problem.origin, tuple(a.shape))
@@ -209,7 +200,7 @@ def _by_hand(
     }
     rows = {}
     keys = torch.randperm(problem.seqlen_k, generator=order).to(q.device)
-    if isinstance(bias, Tensor):
+    if bias is not None:
         rows["db"] = ds[..., keys].sum(-1)
     if slopes is not None:
         p = torch.arange(problem.seqlen_q, device=q.device) + problem.q_offset

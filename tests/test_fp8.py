@@ -169,6 +169,8 @@ Q, K, V = sample()
             {"alibi_slopes": torch.zeros(4, requires_grad=True)},
             "alibi_slopes must not require a gradient",
         ),
+        ((Q, K, V, 1.0, torch.ones(2, requires_grad=True), 1.0), {}, "k_scale must not require a gradient"),
+        ((Q.clone().requires_grad_(), K, V, 1.0, 1.0, 1.0), {}, "q must not require a gradient"),
     ],
 )
 def test_bad_input_is_one_clear_error(args, options, message) -> None:

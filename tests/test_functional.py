@@ -44,6 +44,8 @@ BAD = [
     ({"v": V[..., :0]}, r"head_dim and head_dim_v must be at least 1, got 8 and 0"),
     ({"sigmoid_bias": math.nan}, r"sigmoid_bias must be a number below \+inf, got nan"),
     ({"sigmoid_bias": math.inf}, r"sigmoid_bias must be a number below \+inf, got inf"),
+    ({"sigmoid_bias": -1e39}, r"sigmoid_bias must be within float32's 3.403e\+38, got -1e\+39"),
+    ({"scale": 10**400}, r"scale must be within float32's 3.403e\+38, got 1000"),
     ({"sigmoid_bias": "log"}, r"sigmoid_bias must be a number, got 'log'"),
     ({"sigmoid_bias": torch.zeros(3)}, r"sigmoid_bias must have shape .*, got \(3,\) for q \(2, 5, 4, 8\)"),
     ({"sigmoid_bias": torch.zeros(2, 4, 7)}, r"sigmoid_bias must have shape .*, got \(2, 4, 7\)"),
@@ -70,6 +72,7 @@ BAD = [
         r"window_size must be non-negative integers, None for unlimited, got \(-1, -1\)",
     ),
     ({"window_size": (1.5, None)}, r"window_size must be non-negative integers, .*, got \(1.5, None\)"),
+    ({"window_size": (2**63, None)}, r"window_size must be below 2\*\*63, got \(9223372036854775808, None\)"),
     ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
     ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\), got -0.1"),
     ({"dropout_p": math.nan}, r"dropout_p must be in \[0, 1\), got nan"),
@@ -92,11 +95,27 @@ def test_nested_tensors_are_refused() -> None:
         sigmoid_attention(nested, K, V)
 
 
-def test_shard_needs_a_seed_and_a_legal_origin() -> None:
-    with pytest.raises(ValueError, match="seed is required when dropout_p > 0, got seed=None"):
-        sigmoid_attention_shard(Q, K, V, sigmoid_bias=0.0, q_offset=0, dropout_p=0.1)
-    with pytest.raises(ValueError, match="origin must be four non-negative indices"):
-        sigmoid_attention_shard(Q, K, V, sigmoid_bias=0.0, q_offset=0, origin=(0, 0, 0, -1))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": None}, r"seed is required when dropout_p > 0, got seed=None, dropout_p=0.1"),
+        ({"seed": 3}, r"seed must be an int64 tensor of one element, got 3"),
+        ({"seed": torch.tensor([1, 2])}, r"seed must be an int64 tensor of one element, got \(2,\) torch.int64"),
+        ({"seed": torch.tensor([1.5])}, r"seed must be an int64 tensor of one element, got \(1,\) torch.float32"),
+        ({"origin": (0, 0, 0, -1)}, r"origin must be four indices .* from 0 to 2\*\*32 - 1, got \(0, 0, 0, -1\)"),
+        ({"origin": (0, 0, 0, 2**32)}, r"origin must be four indices .*, got \(0, 0, 0, 4294967296\)"),
+        ({"origin": (0, 0, 0)}, r"origin must be four indices .*, got \(0, 0, 0\)"),
+        ({"origin": (0, 0, 0, 0.5)}, r"origin must be four indices .*, got \(0, 0, 0, 0.5\)"),
+        ({"q_offset": 1.5}, r"q_offset must be an integer, got 1.5"),
+        ({"q_offset": True}, r"q_offset must be an integer, got True"),
+        ({"sigmoid_bias": None}, r"sigmoid_bias is required of a block, .* got None"),
+        ({"dropout_p": "a"}, r"dropout_p must be a number, got 'a'"),
+    ],
+)
+def test_a_bad_shard_is_one_clear_error(change, message) -> None:
+    call = {"sigmoid_bias": 0.0, "q_offset": 0, "dropout_p": 0.1, "seed": torch.tensor([1])} | change
+    with pytest.raises(ValueError, match=f"^{message}"):
+        sigmoid_attention_shard(Q, K, V, **call)
 
 
 def test_explain_names_the_choice_and_the_reasons() -> None:
@@ -335,6 +354,12 @@ def test_function_transforms_are_right_or_one_clear_error() -> None:
         torch.func.grad(lambda q: torch.func.grad(loss)(q, k, v, bias, dout).sum())(q)
 
 
+def test_gradients_of_a_transform_compile_by_the_reference() -> None:
+    grad = torch.func.grad(lambda q: sigmoid_attention(q, K, V, backend="reference").square().sum())
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(grad, fullgraph=True, backend="eager")(Q), grad(Q))
+
+
 @pytest.mark.parametrize("backend", NAMES)
 def test_only_wanted_gradients(backend) -> None:
     """Of one tensor alone what it is beside the others, to the bit."""
@@ -367,6 +392,10 @@ def test_autocast_runs_in_its_dtype(backend) -> None:
     assert leaves[0].grad.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert sigmoid_attention(*(x.double() for x in leaves), backend=backend).dtype == torch.float64
+        with pytest.raises(ValueError, match=r"q, k, v must share one dtype .*, got torch.int32, torch.bfloat16,"):
+            sigmoid_attention(Q.int(), K, V)
+        with pytest.raises(ValueError, match=r"k must be a dense tensor .*, got NoneType"):
+            sigmoid_attention(Q, None, V)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("backend", NAMES)

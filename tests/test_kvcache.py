@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashsigmoid import BackendUnsupported, sigmoid_attention, sigmoid_attention_with_kvcache
 from flashsigmoid.backends import cached
+from flashsigmoid.kvcache import explain_with_kvcache
 from flashsigmoid.nn import RotaryEmbedding
 from flashsigmoid.testing import assert_within_budget, make_qkv, oracle, witness
 
@@ -259,7 +260,7 @@ def call(**changed: Any) -> Tensor:
     return sigmoid_attention_with_kvcache(**{**given, **changed})
 
 
-NEW = torch.zeros(2, 1, 2, 16)
+NEW, CACHE = torch.zeros(2, 1, 2, 16), torch.ones(2, 32, 2, 16)
 TABLE = torch.tensor([[0], [1]])
 
 
@@ -278,6 +279,7 @@ TABLE = torch.tensor([[0], [1]])
         ({"v_cache": torch.zeros(2, 31, 2, 16)}, "v_cache must share all but head_dim"),
         ({"k": NEW}, "k and v must be given together, got only k"),
         ({"k_cache": torch.zeros(1, 32, 2, 16).expand(2, -1, -1, -1), "k": NEW, "v": NEW}, "k_cache must have memory"),
+        ({"k_cache": CACHE, "v_cache": CACHE, "k": NEW, "v": NEW}, "k_cache and v_cache must be two tensors where"),
         ({"k": NEW[:1], "v": NEW}, "k must be"),
         ({"k": NEW, "v": NEW[..., :8]}, "v must be"),
         ({"cache_seqlens": torch.tensor([3])}, "cache_seqlens must be an int32 or int64"),
@@ -321,6 +323,11 @@ def test_bad_input_is_one_clear_error_and_nothing_is_written(changed, rule):
     with pytest.raises(ValueError, match=rule):
         call(**changed)
     assert all(torch.equal(x, old) for x, old in zip(tensors, before, strict=True))
+
+
+def test_an_explanation_of_no_tensor_is_one_clear_error():
+    with pytest.raises(ValueError, match=r"q must be a dense tensor .*, got int"):
+        explain_with_kvcache(3, CACHE, CACHE, sigmoid_bias=BIAS)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("length", [-1, 32])

@@ -98,10 +98,7 @@ def draw_seed(seed: int, device: str = "cpu") -> Tensor:
 
 
 def packed_problem(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor):
-    return make_problem(
-        q, k, v, bias=None, slopes=None, sigmoid_bias=0.0, scale=None, causal=False, window_left=None,
-        window_right=None, q_offset=None, dropout_p=0.0, origin=(0, 0, 0, 0), sigmoid="auto", cu_seqlens_q=cu_seqlens_q,
-    )  # fmt: skip
+    return make_problem(q, k, v, sigmoid_bias=0.0, cu_seqlens_q=cu_seqlens_q)
 
 
 def sample(

@@ -144,6 +144,8 @@ def checked(
                 raise ValueError(f"{name} must be {(batch, new, *cache.shape[2:])} for its cache, got {tuple(x.shape)}")
             if batch > 1 and not paged and cache.stride(0) == 0:
                 raise ValueError(f"{name}_cache must have memory for each sequence to be written to, got one for all")
+        if k_cache is v_cache and new:
+            raise ValueError("k_cache and v_cache must be two tensors where k and v are written to them, got one")
     if page_table is not None:
         page_size = k_cache.shape[1]
         if page_size < 16 or page_size & (page_size - 1):

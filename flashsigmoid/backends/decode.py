@@ -43,7 +43,7 @@ def problem_of(
         k, v = (x.new_empty(()).expand(q.shape[0], capacity, *x.shape[2:]) for x in (k, v))
     return make_problem(
         q, k, v, bias=bias, slopes=slopes, sigmoid_bias=sigmoid_bias, scale=scale, causal=causal, window_left=left,
-        window_right=right, q_offset=None, dropout_p=0.0, origin=(0, 0, 0, 0), sigmoid="auto",
+        window_right=right,
     )  # fmt: skip
 
 

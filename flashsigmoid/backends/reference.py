@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .philox import keep_mask
 from .problem import Problem, bias_rows, make_problem
+from .rules import split_bias, validate
 
 NAME = "reference"
 PACKED = False
@@ -77,10 +78,15 @@ def weights(problem: Problem, q: Tensor, k: Tensor, bias: Tensor | None, slopes:
     return a if keep is None else torch.where(keep, a, 0.0)
 
 
-def product(problem: Problem, a: Tensor, v: Tensor, seed: Tensor | None = None) -> Tensor:
-    """A V in the dtype of v, with A dropped out and rescaled by 1 / (1 - dropout_p) where a seed is given."""
-    if seed is not None:
-        a = a * keep_mask(seed, problem.dropout_p, problem.origin, tuple(a.shape)) / (1.0 - problem.dropout_p)
+def dropped(problem: Problem, a: Tensor, seed: Tensor | None) -> Tensor:
+    """A dropped out and rescaled by 1 / (1 - dropout_p) where a seed is given."""
+    if seed is None:
+        return a
+    return a * keep_mask(seed, problem.dropout_p, problem.origin, tuple(a.shape)) / (1.0 - problem.dropout_p)
+
+
+def product(problem: Problem, a: Tensor, v: Tensor) -> Tensor:
+    """A V in the dtype of v."""
     a = a.unflatten(1, (problem.nheads_k, problem.group))
     out = torch.einsum("bkgij,bjkd->bikgd", a, v.to(a.dtype)).flatten(2, 3)
     return out.to(v.dtype).contiguous()
@@ -96,7 +102,7 @@ def forward(
     seed: Tensor | None = None,
 ) -> Tensor:
     """O = A V, with dropout where a seed is given."""
-    return product(problem, weights(problem, q, k, bias, slopes), v, seed)
+    return product(problem, dropped(problem, weights(problem, q, k, bias, slopes), seed), v)
 
 
 def attention_weights(
@@ -113,21 +119,15 @@ def attention_weights(
     """The weights A, before dropout: (batch, nheads, seqlen_q, seqlen_k) in float32 (float64 for float64 inputs).
 
     O(seqlen_q * seqlen_k) memory: for looking at attention, not for training. Arguments as in `sigmoid_attention`.
+
+    Raises:
+        ValueError: as `sigmoid_attention`.
     """
+    validate(q, k, k, sigmoid_bias, scale, causal, window_size, alibi_slopes, 0.0, "auto", NAME)
+    bias, number = split_bias(sigmoid_bias)
+    left, right = window_size
     problem = make_problem(
-        q,
-        k,
-        k,
-        bias=sigmoid_bias if isinstance(sigmoid_bias, Tensor) else None,
-        slopes=alibi_slopes,
-        sigmoid_bias=None if isinstance(sigmoid_bias, Tensor) else sigmoid_bias,
-        scale=scale,
-        causal=causal,
-        window_left=window_size[0],
-        window_right=window_size[1],
-        q_offset=q_offset,
-        dropout_p=0.0,
-        origin=(0, 0, 0, 0),
-        sigmoid="exact",
-    )
-    return weights(problem, q, k, sigmoid_bias if isinstance(sigmoid_bias, Tensor) else None, alibi_slopes)
+        q, k, k, bias=bias, slopes=alibi_slopes, sigmoid_bias=number, scale=scale, causal=causal, window_left=left,
+        window_right=right, q_offset=q_offset,
+    )  # fmt: skip
+    return weights(problem, q, k, bias, alibi_slopes)

@@ -16,6 +16,7 @@ AUTOCAST = {
     device for device in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torch.amp.is_autocast_available(device)
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def split_bias(sigmoid_bias: float | Tensor | None) -> tuple[Tensor | None, float | None]:
@@ -26,14 +27,17 @@ def split_bias(sigmoid_bias: float | Tensor | None) -> tuple[Tensor | None, floa
 
 
 def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v in autocast's dtype where autocast is on; float64 is left alone, as autocast does."""
+    """q, k, v in autocast's dtype where autocast is on; it leaves float64 alone, and what is no float."""
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return q, k, v
+    if not all(isinstance(x, Tensor) for x in (q, k, v)):  # validation says so
+        return q, k, v
     device = q.device.type
-    if device not in AUTOCAST or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    if device not in AUTOCAST or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = (x.to(dtype) if x.dtype in _DTYPES and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v
 
 
 def validate(
@@ -110,6 +114,8 @@ def validate(
     for side in window_size:
         if side is not None and (isinstance(side, bool) or not isinstance(side, int | torch.SymInt) or side < 0):
             raise ValueError(f"window_size must be non-negative integers, None for unlimited, got {window_size!r}")
+        if isinstance(side, int) and side >= 2**63:  # the op's schema has no larger ones
+            raise ValueError(f"window_size must be below 2**63, got {window_size!r}")
     validate_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
@@ -135,9 +141,11 @@ def _validate_cu_seqlens(q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) 
 
 
 def validate_number(name: str, value: object) -> None:
-    """A number, which a bool is not."""
+    """A number, which a bool is not, that float32 does not make infinite; +inf, -inf and NaN are the caller's."""
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise ValueError(f"{name} must be a number, got {value!r}")
+    if _LARGEST < abs(value) < math.inf:
+        raise ValueError(f"{name} must be within float32's {_LARGEST:.4g}, got {value}")
 
 
 def _validate_side(name: str, x: Tensor, q: Tensor, legal: tuple[tuple[int, ...], ...], words: str) -> None:

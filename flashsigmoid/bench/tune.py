@@ -178,10 +178,7 @@ def _problem(shape: Shape, dtype: torch.dtype) -> Problem:
         for seqlen, heads in ((shape.seqlen_q, shape.nheads), (shape.seqlen_k, shape.nheads_k))
     )
     left, right = shape.window_size
-    return make_problem(
-        q, k, k, bias=None, slopes=None, sigmoid_bias=shape.bias, scale=None, causal=shape.causal, window_left=left,
-        window_right=right, q_offset=None, dropout_p=0.0, origin=(0, 0, 0, 0), sigmoid="auto",
-    )  # fmt: skip
+    return make_problem(q, k, k, sigmoid_bias=shape.bias, causal=shape.causal, window_left=left, window_right=right)
 
 
 def _call(shape: Shape, dtype: torch.dtype, kernel: str, tile: Any) -> Callable[[], object]:

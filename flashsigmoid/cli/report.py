@@ -37,6 +37,8 @@ def report(
     )
     if files := studied(runs):
         if others := [run for run in runs if not studied([run])]:
+            if not others[0].exists():
+                raise ValueError(f"a run or a study must be at the path, got {others[0]}")
             raise ValueError(f"a report must be of runs or of studies, got {files[0]} and {others[0]}")
         print(f"report: {write_studied(files, target).absolute()}")
         return

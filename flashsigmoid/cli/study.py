@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import Device, Fields, read_assignments
+from .options import Device, read_assignments
 from .recipes import remove_run
 from .root import app
 from .show import print_table, progress_bar
@@ -52,7 +52,15 @@ def study(
     jobs: Annotated[
         int, typer.Option(help="Trainings at once; they share the machine, and its GPU. Not of vision-ablation.")
     ] = 1,
-    assignments: Fields = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Of vision-ablation: any field of the run, as steps=200; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train the arms of a study and compare them in a table and a figure.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.reference import attention_weights
-from ..backends.rules import Window
+from ..backends.rules import Window, validate
 from ..functional import sigmoid_attention_shard
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def mass_of_keys(
 
     Source: arXiv:2409.04431, section 2.
     """
+    validate(q, k, k, sigmoid_bias, scale, causal, window_size, alibi_slopes, 0.0, "auto", backend)
     bias = -math.log(max(1, k.shape[1])) if sigmoid_bias is None else sigmoid_bias
     left, right = window_size
     if causal:
@@ -121,7 +122,7 @@ def top_weights(
         q, k, sigmoid_bias, scale, causal, window_size, alibi_slopes: as in `sigmoid_attention`.
 
     Raises:
-        ValueError: a count out of range.
+        ValueError: a count out of range; as `sigmoid_attention`.
     """
     n = k.shape[1]
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= n:

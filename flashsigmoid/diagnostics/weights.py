@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..backends import reference
 from ..backends.problem import make_problem
-from ..backends.reference import visible
+from ..backends.rules import validate
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -119,32 +120,15 @@ def softmax_weights(
     Returns:
         (batch, nheads, seqlen_q, seqlen_k) in float32, float64 for float64 inputs.
     """
+    validate(q, k, k, None, scale, causal, window_size, alibi_slopes, 0.0, "auto", "reference")
+    left, right = window_size
     problem = make_problem(
-        q,
-        k,
-        k,
-        bias=None,
-        slopes=alibi_slopes,
-        sigmoid_bias=0.0,
-        scale=scale,
-        causal=causal,
-        window_left=window_size[0],
-        window_right=window_size[1],
-        q_offset=None,
-        dropout_p=0.0,
-        origin=(0, 0, 0, 0),
-        sigmoid="exact",
+        q, k, k, slopes=alibi_slopes, sigmoid_bias=0.0, scale=scale, causal=causal, window_left=left, window_right=right
     )
-    # (batch, seqlen_k, nheads, head_dim)
-    k = _wide(k).repeat_interleave(problem.group, dim=2)
     # (batch, nheads, seqlen_q, seqlen_k)
-    scores = problem.scale * torch.einsum("bihd,bjhd->bhij", _wide(q), k)
-    if alibi_slopes is not None:
-        p = torch.arange(problem.seqlen_q, device=q.device) + problem.q_offset
-        distance = (p[:, None] - torch.arange(problem.seqlen_k, device=q.device)).abs()
-        scores = scores - alibi_slopes.to(scores.dtype)[..., None, None] * distance
+    scores = reference.scores(problem, q, k, None, alibi_slopes)
     keep = torch.ones_like(scores, dtype=torch.bool)
-    seen = visible(problem, q.device)
+    seen = reference.visible(problem, q.device)
     if seen is not None:
         keep = keep & seen
     if key_mask is not None:

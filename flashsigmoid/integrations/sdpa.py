@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import backends, functional
-from ..backends import BackendUnsupported, Explanation, op
-from ..backends.philox import keep_mask
-from ..backends.problem import bias_rows
-from ..backends.rules import autocast, validate, validate_number
+from ..backends import BackendUnsupported, Explanation, op, reference
+from ..backends.problem import bias_rows, make_problem
+from ..backends.rules import autocast, split_bias, validate, validate_number
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Shaped
@@ -222,19 +221,14 @@ def _prepare(
 
 def _masked(call: _Call, mask: Tensor, scale: float | None, dropout_p: float, seed: Tensor | None) -> Tensor:
     """O = A V, A = sigmoid(scale * Q K^T + b + mask), with the dropout of every backend."""
-    q, k, v = call.q, call.k, call.v
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    groups = (k.shape[2], q.shape[2] // k.shape[2])
-    factor = float(q.shape[3] ** -0.5) if scale is None else scale
-    with op.full_precision(q.device.type):
-        # (batch, nheads, seqlen_q, seqlen_k)
-        s = torch.einsum("bikgd,bjkd->bkgij", q.to(dtype).unflatten(2, groups), k.to(dtype)).flatten(1, 2)
-        s = factor * s + _rows(call)[..., None].to(dtype)
-        a = torch.where(mask, torch.sigmoid(s), 0.0) if mask.dtype == torch.bool else torch.sigmoid(s + mask.to(dtype))
-        if seed is not None:
-            a = a * keep_mask(seed, dropout_p, (0, 0, 0, 0), tuple(a.shape)) / (1.0 - dropout_p)
-        out = torch.einsum("bkgij,bjkd->bikgd", a.unflatten(1, groups), v.to(dtype)).flatten(2, 3)
-        return out.to(q.dtype).contiguous()
+    bias, number = split_bias(call.sigmoid_bias)
+    problem = make_problem(
+        call.q, call.k, call.v, bias=bias, sigmoid_bias=number, scale=scale, q_offset=0, dropout_p=dropout_p
+    )
+    with op.full_precision(problem.device):
+        s = reference.scores(problem, call.q, call.k, bias, None)
+        a = torch.where(mask, torch.sigmoid(s), 0.0) if mask.dtype == torch.bool else torch.sigmoid(s + mask.to(s))
+        return reference.product(problem, reference.dropped(problem, a, seed), call.v)
 
 
 def _rows(call: _Call) -> Tensor:

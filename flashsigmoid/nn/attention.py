@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..backends.cached import Cache
 from ..backends.problem import make_problem
 from ..backends.reference import visible
+from ..backends.rules import autocast, validate
 from ..functional import sigmoid_attention, sigmoid_attention_varlen
 from ..kvcache import sigmoid_attention_with_kvcache
 from .norm import RMSNorm
@@ -131,6 +132,8 @@ class SigmoidAttention(nn.Module):
         if not isinstance(dim, int) or dim <= 0 or (head_dim is None and dim % nheads):
             rule = "dim must be positive, and a multiple of nheads unless head_dim is given"
             raise ValueError(f"{rule}, got dim={dim!r}, nheads={nheads}")
+        if head_dim is not None and (not isinstance(head_dim, int) or head_dim <= 0):
+            raise ValueError(f"head_dim must be a positive integer, got {head_dim!r}")
         if position not in (None, "rope", "alibi"):
             raise ValueError(f"position must be 'rope', 'alibi' or None, got {position!r}")
         if bias_mode not in ("fixed", "learnable", "per_head"):
@@ -140,6 +143,8 @@ class SigmoidAttention(nn.Module):
                 f"sigmoid_bias must be given with bias_mode={bias_mode!r}, where it is the initial value "
                 "(-log of the training context length), got None"
             )
+        if sigmoid_bias is not None and bias_mode != "fixed" and not sigmoid_bias < math.inf:
+            raise ValueError(f"sigmoid_bias must be a number below +inf, got {sigmoid_bias}")
         if alibi_bias:
             check_alibi_bias(position, sigmoid_bias, bias_mode)
         if not 0.0 <= dropout_p < 1.0:
@@ -204,14 +209,16 @@ class SigmoidAttention(nn.Module):
 
         Raises:
             ValueError: x or key_mask is of another shape or dtype; a cache in training or where `takes_cache` is False;
-                packing with a key_mask or a cache, without sigmoid_bias, or with another attention_fn than the
-                module's own.
+                packing of more than one row, with a key_mask or a cache, without sigmoid_bias, or with another
+                attention_fn than the module's own.
         """
         if x.dim() != 3 or x.shape[2] != self.q_proj.in_features:
             raise ValueError(f"x must be (batch, seqlen, dim={self.q_proj.in_features}), got {tuple(x.shape)}")
         if packing is not None:
             if key_mask is not None or cache is not None:
                 raise ValueError("packing must be alone, got a key_mask or a cache beside it")
+            if x.shape[0] != 1:
+                raise ValueError(f"x must be one row (1, total, dim) with packing, got {tuple(x.shape)}")
             if self.attention_fn not in (sigmoid_attention, softmax_attention):
                 raise ValueError(f"packing needs the module's own attention_fn, got {self.attention_fn}")
         if cache is not None and (not self.takes_cache or self.training):
@@ -366,9 +373,19 @@ def softmax_attention(
         key_mask: (batch, seqlen_k) bool, True for a key that may be attended to. Default: all.
 
     Returns:
-        (batch, seqlen_q, nheads, head_dim_v) in the dtype of q.
+        (batch, seqlen_q, nheads, head_dim_v) in the dtype of q, under autocast in autocast's.
+
+    Raises:
+        ValueError: as `sigmoid_attention`; key_mask is of another shape or dtype.
     """
+    q, k, v = autocast(q, k, v)
+    validate(q, k, v, None, scale, causal, window_size, alibi_slopes, dropout_p, "auto", "auto")
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) != (q.shape[0], seqlen_k)):
+        raise ValueError(
+            f"key_mask must be bool (batch, seqlen_k) = {(q.shape[0], seqlen_k)}, "
+            f"got {key_mask.dtype} {tuple(key_mask.shape)}"
+        )
     # (batch, heads, seqlen, head_dim)
     softmax = functools.partial(
         F.scaled_dot_product_attention,
@@ -381,22 +398,8 @@ def softmax_attention(
     if square_or_full and window_size == (None, None) and alibi_slopes is None and key_mask is None:
         return softmax(is_causal=causal).transpose(1, 2)
 
-    problem = make_problem(
-        q,
-        k,
-        v,
-        bias=None,
-        slopes=alibi_slopes,
-        sigmoid_bias=0.0,
-        scale=scale,
-        causal=causal,
-        window_left=window_size[0],
-        window_right=window_size[1],
-        q_offset=None,
-        dropout_p=dropout_p,
-        origin=(0, 0, 0, 0),
-        sigmoid="exact",
-    )
+    left, right = window_size
+    problem = make_problem(q, k, v, causal=causal, window_left=left, window_right=right)
     keep = visible(problem, q.device)
     # (batch or 1, 1, seqlen_q, seqlen_k)
     keep = q.new_ones(1, 1, seqlen_q, seqlen_k, dtype=torch.bool) if keep is None else keep[None, None]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import backends, functional
-from ..backends import BackendUnsupported, Explanation
-from ..backends.philox import keep_mask
+from ..backends import BackendUnsupported, Explanation, op, reference
+from ..backends.problem import make_problem
+from ..backends.rules import split_bias
 from .attention import kept_keys_bias
 
 
@@ -342,23 +343,17 @@ class MultiheadAttention(nn.Module):
 
     def _reference(self, call: _Call, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor]:
         """O = A V and A = sigmoid(scale * Q K^T + b + mask) with the columns of A in torch's order."""
-        dtype = torch.promote_types(call.q.dtype, torch.float32)
-        b = call.sigmoid_bias
-        b = b.to(dtype) if isinstance(b, Tensor) else call.q.new_full((), b, dtype=dtype)
-        b = b[..., None, None]
+        bias, number = split_bias(call.sigmoid_bias)
+        problem = make_problem(call.q, call.k, call.v, bias=bias, sigmoid_bias=number, q_offset=0, dropout_p=dropout_p)
         assert call.mask is not None
-        # autocast would round the scores
-        with torch.autocast(call.q.device.type, enabled=False):
-            scores = torch.einsum("bihd,bjhd->bhij", call.q.to(dtype), call.k.to(dtype)) * self.head_dim**-0.5
-            a = torch.sigmoid(scores + b + call.mask)
-            if seed is not None:
-                batch, nheads, rows, columns = a.shape
-                kept = keep_mask(seed, dropout_p, (0, 0, 0, 0), (batch, nheads, rows, columns))
-                a = a * kept / (1.0 - dropout_p)
-            out = torch.einsum("bhij,bjhd->bihd", a, call.v.to(dtype)).to(call.v.dtype)
+        with op.full_precision(problem.device):
+            a = torch.sigmoid(reference.scores(problem, call.q, call.k, bias, None) + call.mask)
+            a = reference.dropped(problem, a, seed)
+            out = reference.product(problem, a, call.v)
             in_torch_order = [a[..., self._in_front :], a[..., : self._in_front]]
             if self.add_zero_attn:
-                in_torch_order.append(torch.sigmoid(b).expand(*a.shape[:-1], 1))
+                b = a.new_tensor(number) if bias is None else bias.to(a.dtype)
+                in_torch_order.append(torch.sigmoid(b)[..., None, None].expand(*a.shape[:-1], 1))
         return out, torch.cat(in_torch_order, dim=-1).to(call.q.dtype)
 
     def _forward_nested(self, x: Tensor, is_causal: bool) -> Tensor:

@@ -39,6 +39,11 @@ def _remembered(make: Callable[_Sizes, _Tables]) -> Callable[_Sizes, _Tables]:
     return call
 
 
+def _check_base(base: float) -> None:
+    if not 0.0 < base < math.inf:
+        raise ValueError(f"base must be positive and finite, got {base}")
+
+
 def _wide(device: torch.device) -> torch.dtype:
     """float64 where the device has it: an angle at position 1e5 is off by 6e-3 in float32."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -72,7 +77,7 @@ class RotaryEmbedding(nn.Module):
         base: the longest wavelength is 2 pi base. Default: 10,000.
 
     Raises:
-        ValueError: head_dim is odd.
+        ValueError: head_dim is odd, base is not positive, or x has another head_dim.
 
     Source: arXiv:2104.09864, equation 34, with the halves paired as GPT-NeoX pairs them.
     """
@@ -81,12 +86,15 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         if head_dim <= 0 or head_dim % 2:
             raise ValueError(f"head_dim must be positive and even for rotary embeddings, got {head_dim}")
+        _check_base(base)
         self.head_dim, self.base = head_dim, float(base)
 
     def forward(
         self, x: Float[Tensor, "batch seqlen nheads head_dim"], offset: int | Int[Tensor, " batch"] = 0
     ) -> Float[Tensor, "batch seqlen nheads head_dim"]:
         """x turned, token t at position t + offset (of each sequence its own if it is a tensor), in the dtype of x."""
+        if x.dim() != 4 or x.shape[-1] != self.head_dim:
+            raise ValueError(f"x must be (batch, seqlen, nheads, head_dim={self.head_dim}), got {tuple(x.shape)}")
         dtype = torch.promote_types(x.dtype, torch.float32)
         if isinstance(offset, Tensor):
             # (batch, seqlen, 1, head_dim / 2): made anew, since a table's length would be read from the device
@@ -199,13 +207,14 @@ def sincos_positions(
         device, dtype: of the result; computed in float64 where the device has it. Default: torch's, float32.
 
     Raises:
-        ValueError: dim does not divide as above.
+        ValueError: dim does not divide as above, or base is not positive.
 
     Source: arXiv:1706.03762, section 3.5; the 2D form as in arXiv:2111.06377 (MAE).
     """
     axes = 1 if isinstance(size, int) else 2
     if dim <= 0 or dim % (2 * axes):
         raise ValueError(f"dim must be a positive multiple of {2 * axes} for {axes}D positions, got {dim}")
+    _check_base(base)
     where = torch.get_default_device() if device is None else torch.device(device)
     wide = _wide(where)
     width = dim // axes
@@ -270,6 +279,7 @@ class CAPE(nn.Module):
                 raise ValueError(f"{name} must be at least {least:g} and finite, got {value}")
         if not 0.0 < step < math.inf:
             raise ValueError(f"step must be positive and finite, got {step}")
+        _check_base(base)
         self.dim, self.step, self.base = dim, float(step), float(base)
         self.max_shift, self.max_jitter, self.max_scale = float(max_shift), float(max_jitter), float(max_scale)
         # in a process that has some sequences of a batch: number of the first, how many and how long all are

@@ -50,12 +50,20 @@ class Pretrained:
     def __post_init__(self) -> None:
         if type(self.seqlen) is not int or self.seqlen < 1:
             raise ValueError(f"seqlen must be a positive integer, got {self.seqlen!r}")
-        if Path(self.path).is_dir() and not Path(self.path, "config.json").exists():
-            raise ValueError(f"checkpoint must be a folder of transformers, with a config.json, got {self.path}")
+        if Path(self.path).is_dir():
+            config = Path(self.path, "config.json")
+            if not config.exists():
+                raise ValueError(f"checkpoint must be a folder of transformers, with a config.json, got {self.path}")
+            # before transformers asks on the terminal whether to run the checkpoint's own code
+            self._check_layout(json.loads(config.read_text("utf-8")).get("model_type"))
         if self.attention not in ("sigmoid", "softmax"):
             raise ValueError(f"attention must be 'sigmoid' or 'softmax', got {self.attention!r}")
         if self.sigmoid_bias is not None and not math.isfinite(self.sigmoid_bias):
             raise ValueError(f"sigmoid_bias must be a finite number or None, got {self.sigmoid_bias}")
+
+    def _check_layout(self, model_type: str | None) -> None:
+        if model_type != LAYOUT:
+            raise ValueError(f"model_type of {self.path} must be {LAYOUT!r}, got {model_type!r}")
 
     @property
     def bias(self) -> float:
@@ -70,8 +78,7 @@ class Pretrained:
         """
         register()
         config = AutoConfig.from_pretrained(self.path)
-        if config.model_type != LAYOUT:
-            raise ValueError(f"model_type of {self.path} must be {LAYOUT!r}, got {config.model_type!r}")
+        self._check_layout(config.model_type)
         if self.seqlen > config.max_position_embeddings:
             most = config.max_position_embeddings
             raise ValueError(f"seqlen must be at most max_position_embeddings={most}, got {self.seqlen}")

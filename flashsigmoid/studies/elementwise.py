@@ -84,6 +84,6 @@ def elementwise_attention(fn: Callable[[Tensor], Tensor], *, divide_by_seqlen: b
                 a = torch.where(keep, a, 0.0)
             if divide_by_seqlen:
                 a = a / max(1, problem.seqlen_k)
-            return reference.product(problem, a, v, seed)
+            return reference.product(problem, reference.dropped(problem, a, seed), v)
 
     return attend

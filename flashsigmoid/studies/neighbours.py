@@ -71,7 +71,7 @@ def row_attention(weigh: Weigh) -> AttentionFn:
             keep = reference.visible(problem, q.device)
             keep = torch.ones_like(scores, dtype=torch.bool) if keep is None else keep.expand_as(scores)
             weights = torch.where(keep, weigh(problem, scores, keep), 0.0)
-            return reference.product(problem, weights, v, seed)
+            return reference.product(problem, reference.dropped(problem, weights, seed), v)
 
     return attend
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..diagnostics.theory import bias as biases
 from ..diagnostics.theory import regularity as regular
+from ..diagnostics.theory import worst
 from ..diagnostics.theory.formulas import FORMULAS
 from ..diagnostics.theory.universal import Approximator, ContextualMap, SelectiveShift, collisions, token_sets
 from ..record import RecordWriter
@@ -98,7 +99,7 @@ def regularity(out_dir: str | Path, *, quick: bool = False, command: str | None 
         for seed in range(20 if quick else 100):
             n = (2, 4, 8, 12)[seed % 4]
             weights = regular.random_weights(4, 2, 2, -math.log(n), seed)
-            x = regular.starts(n, 4, 1.0, 100, seed) * torch.logspace(-1, 1.5, 100, dtype=torch.float64)[:, None, None]
+            x = worst.starts(n, 4, 1.0, 100, seed) * torch.logspace(-1, 1.5, 100, dtype=torch.float64)[:, None, None]
             ratios += (regular.jacobian_norms(x, weights) / regular.jacobian_bound(x, weights, "scores")).tolist()
         writer.write("norm_over_bound/max", max(ratios), count=len(ratios))
         writer.write("norm_over_bound/median", statistics.median(ratios), count=len(ratios))
@@ -106,7 +107,7 @@ def regularity(out_dir: str | Path, *, quick: bool = False, command: str | None 
             for n in lengths:
                 weights = regular.random_weights(4, 1, 4, -math.log(n), seed)
                 for kind in ("sigmoid", "softmax"):
-                    norms = regular.worst_norms(weights, n, radii, kind, seed=seed, **budget)
+                    norms = worst.worst_norms(weights, n, radii, kind, seed=seed, **budget)
                     for radius, norm in zip(radii, norms, strict=True):
                         x = torch.full((n, 4), radius / 2.0, dtype=torch.float64)  # tokens of norm R
                         if kind == "sigmoid":
@@ -162,7 +163,7 @@ def tightness(out_dir: str | Path, *, quick: bool = False, command: str | None =
     for seed in range(adversarial):
         (n, dim, nheads, head_dim), b = SHAPES[1 + seed % (len(SHAPES) - 1)], BIASES[seed % len(BIASES)]
         weights = regular.random_weights(dim, nheads, head_dim, -math.log(n) if b is None else b, seed)
-        norm, x = regular.worst_point(weights, n, 0.5 * 2.0 ** (seed % 6), restarts=4, steps=60, seed=seed)
+        norm, x = worst.worst_point(weights, n, 0.5 * 2.0 ** (seed % 6), restarts=4, steps=60, seed=seed)
         compare("adversarial", torch.tensor([norm.value], dtype=torch.float64), x[None], weights)
 
     settings = {"theory": "tightness", "quick": quick, "radius": "0.5 to 16"}

@@ -215,11 +215,7 @@ def test_products_of_float32_by_each_of_torchs_switches() -> None:
     from flashsigmoid.backends.triton.launch import _precision
 
     q = torch.zeros(1, 1, 1, 16)
-    problem = make_problem(
-        q, q, q, bias=None, slopes=None, sigmoid_bias=0.0, scale=None, causal=False, window_left=None,
-        window_right=None, q_offset=None, dropout_p=0.0, origin=(0, 0, 0, 0), sigmoid="auto",
-    )  # fmt: skip
-    problem = replace(problem, arch="sm_90", device="cuda")
+    problem = replace(make_problem(q, q, q, sigmoid_bias=0.0), arch="sm_90", device="cuda")
     try:
         for precision, expected in (("highest", "bf16x6"), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(precision)

@@ -73,11 +73,7 @@ def test_the_default_problems_exist() -> None:
 def problem_on(shape: Shape, dtype: torch.dtype, **changes: Any):
     """What the shape is on a CPU, with changes."""
     inputs = make_inputs(replace(shape, batch=1, seqlen_q=4, seqlen_k=4), dtype, "cpu")
-    problem = make_problem(
-        inputs.q, inputs.k, inputs.v, bias=None, slopes=None, sigmoid_bias=shape.bias, scale=None,
-        causal=shape.causal, window_left=None, window_right=None, q_offset=None, dropout_p=0.0, origin=(0, 0, 0, 0),
-        sigmoid="auto",
-    )  # fmt: skip
+    problem = make_problem(inputs.q, inputs.k, inputs.v, sigmoid_bias=shape.bias, causal=shape.causal)
     return replace(problem, batch=shape.batch, seqlen_q=shape.seqlen_q, seqlen_k=shape.seqlen_k, **changes)
 
 

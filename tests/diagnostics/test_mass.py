@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import pytest
 import torch
 from backends.here import FUSED, interpret_in_tiles
@@ -11,6 +14,7 @@ from flashsigmoid import sigmoid_attention_with_kvcache
 from flashsigmoid.backends.reference import attention_weights
 from flashsigmoid.diagnostics import mass
 from flashsigmoid.diagnostics.mass import mass_of_keys, mass_of_rows, top_weights
+from flashsigmoid.diagnostics.weights import softmax_weights
 from flashsigmoid.testing import make_qkv
 
 OPTIONS = {
@@ -107,3 +111,21 @@ def test_a_planted_sink_has_the_mass():
     q, k, _, _ = make_qkv(1, 50, 50, 2, 2, 16)
     q, k[:, 0] = q + 1.0, 3.0  # all queries have a direction in common, which the first key points to
     assert (mass_of_keys(q, k, causal=True).argmax(-1) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "look", [attention_weights, softmax_weights, mass_of_rows, mass_of_keys, functools.partial(top_weights, count=1)]
+)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_size": (-3, None)}, r"window_size must be non-negative integers, .*, got \(-3, None\)"),
+        ({"scale": math.nan}, "scale must be finite, got nan"),
+        ({"alibi_slopes": torch.ones(1)}, r"alibi_slopes must have shape .*, got \(1,\)"),
+        ({"causal": 1}, "causal must be True or False, got 1"),
+    ],
+)
+def test_what_looks_at_attention_takes_what_attention_takes(look, options, message) -> None:
+    q, k, _, _ = make_qkv(2, 5, 7, 4, 2, 8)
+    with pytest.raises(ValueError, match=message):
+        look(q, k, **options)

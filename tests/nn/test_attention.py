@@ -7,14 +7,13 @@ import math
 
 import pytest
 import torch
+from nn.formula import DIM, NHEADS, sigmoid_weights, slope_bias, softmax_weights, written_out
 from rounding import assert_rounded
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flashsigmoid import sigmoid_attention
-from flashsigmoid.nn import SigmoidAttention, SoftmaxAttention, alibi_slopes, softmax_attention
-
-DIM, NHEADS = 24, 4
+from flashsigmoid.nn import SigmoidAttention, SoftmaxAttention, alibi_slopes
+from flashsigmoid.nn.attention import Packing
 
 # one feature at a time, then together; seqlen 1 (one key), 7 and 65 (no multiple of any block)
 OPTIONS = [
@@ -47,82 +46,6 @@ OPTIONS = [
     {"out_norm": True},
     {"out_norm": True, "sigmoid_bias": -math.log(65) - 3.0, "position": "alibi", "causal": True, "gate": True},
 ]
-
-
-def rms(x, weight, eps=1e-5):
-    return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
-
-
-def turned(x, base):
-    """RoPE by complex numbers: token t turns (x_i, x_{i + d/2}) by t * base ** (-2 i / d)."""
-    half = x.shape[-1] // 2
-    pairs = torch.complex(x[..., :half], x[..., half:])
-    angle = torch.arange(x.shape[1])[:, None] * torch.tensor([base ** (-i / half) for i in range(half)], dtype=x.dtype)
-    pairs = pairs * torch.polar(torch.ones_like(angle), angle)[:, None]
-    return torch.cat((pairs.real, pairs.imag), -1)
-
-
-def visible(i, j, causal=False, window_size=(None, None)):
-    left, right = window_size
-    return not ((causal and j > i) or (left is not None and j < i - left) or (right is not None and j > i + right))
-
-
-def written_out(module, x, options, weights_of_scores):
-    """The module's docstring in plain loops over heads; weights_of_scores(scores, head, keep) gives A."""
-    nheads_k, head_dim = module.nheads_k, module.head_dim
-    q = module.q_proj(x).view(*x.shape[:2], NHEADS, head_dim)
-    k = module.k_proj(x).view(*x.shape[:2], nheads_k, head_dim)
-    v = module.v_proj(x).view(*x.shape[:2], nheads_k, head_dim)
-    if options.get("qk_norm", True):
-        q, k = rms(q, module.q_norm.weight), rms(k, module.k_norm.weight)
-    if options.get("position") == "rope":
-        base = options.get("rope_base", 10_000.0)
-        q, k = turned(q, base), turned(k, base)
-    seqlen = x.shape[1]
-    sees = {key: options[key] for key in ("causal", "window_size") if key in options}
-    keep = torch.tensor([[visible(i, j, **sees) for j in range(seqlen)] for i in range(seqlen)])
-    distance = torch.tensor([[abs(i - j) for j in range(seqlen)] for i in range(seqlen)])
-    heads = []
-    for h in range(NHEADS):
-        h_k = h // (NHEADS // nheads_k)
-        scores = q[:, :, h] @ k[:, :, h_k].mT / math.sqrt(head_dim)
-        if options.get("position") == "alibi":
-            scores = scores - 2.0 ** (-8.0 * (h + 1) / NHEADS) * distance
-        out = weights_of_scores(scores, h, keep) @ v[:, :, h_k]
-        heads.append(rms(out, module.out_norm.weight, 1e-12) if options.get("out_norm") else out)
-    out = torch.cat(heads, -1)
-    if options.get("gate"):
-        out = out * module.gate_proj(x).sigmoid()
-    return module.out_proj(out)
-
-
-def slope_bias(h, n, causal):
-    """-log of the sum over a row of what ALiBi leaves of a weight: its last row of causal ones, else its middle one."""
-    slope = 2.0 ** (-8.0 * (h + 1) / NHEADS)
-    here = n - 1 if causal else (n - 1) // 2
-    # float32, as the op gets it
-    return torch.tensor(-math.log(sum(math.exp(-slope * abs(here - j)) for j in range(n)))).item()
-
-
-def sigmoid_weights(module, options):
-    def weights(scores, h, keep):
-        b = options.get("sigmoid_bias")
-        mode = options.get("bias_mode", "fixed")
-        if mode == "learnable":
-            b = module.sigmoid_bias
-        elif mode == "per_head":
-            b = module.sigmoid_bias[h]
-        elif options.get("alibi_bias"):
-            b = slope_bias(h, round(math.exp(-b)), options.get("causal", False))
-        elif b is None:
-            b = -math.log(scores.shape[-1])
-        return torch.sigmoid(scores + b) * keep
-
-    return weights
-
-
-def softmax_weights(scores, h, keep):
-    return scores.masked_fill(~keep, -math.inf).softmax(-1)
 
 
 def make(cls, **options):
@@ -319,6 +242,10 @@ def test_dropout_acts_in_training_only(cls):
             {"alibi_bias": True, "position": "alibi", "sigmoid_bias": -3.0, "bias_mode": "learnable"},
             "bias_mode must be 'fixed' or 'per_head' with alibi_bias=True, got 'learnable'",
         ),
+        ({"head_dim": 0}, "head_dim must be a positive integer, got 0"),
+        ({"head_dim": 8.0}, "head_dim must be a positive integer, got 8.0"),
+        ({"position": "rope", "rope_base": 0.0}, "base must be positive and finite, got 0.0"),
+        ({"bias_mode": "per_head", "sigmoid_bias": math.nan}, r"sigmoid_bias must be a number below \+inf, got nan"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
     ],
     ids=str,
@@ -408,95 +335,13 @@ def test_deepcopy_is_equal_and_independent():
     assert torch.equal(module(x), before)
 
 
-# ---- softmax_attention ----
-
-
-def softmax_written_out(q, k, v, keep, slopes):
-    group = q.shape[2] // k.shape[2]
-    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
-    if slopes is not None:
-        offset = k.shape[1] - q.shape[1]
-        distance = torch.tensor([[abs(i + offset - j) for j in range(k.shape[1])] for i in range(q.shape[1])])
-        scores = scores - slopes[:, None, None] * distance
-    weights = scores.masked_fill(~keep, -math.inf).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bhij,bjhd->bihd", weights, v)
-
-
-@pytest.mark.parametrize("seqlens", [(7, 7), (3, 8), (8, 3), (1, 5)])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("window_size", [(None, None), (2, None), (1, 1)])
-@pytest.mark.parametrize("nheads_k", [4, 2])
-@pytest.mark.parametrize("alibi", [False, True])
-@pytest.mark.parametrize("masked", [False, True])
-def test_softmax_attention_sees_what_sigmoid_attention_sees(seqlens, causal, window_size, nheads_k, alibi, masked):
-    seqlen_q, seqlen_k = seqlens
-    q, k, v = (
-        torch.randn(2, seqlen, heads, dim, dtype=torch.float64, requires_grad=True)
-        for seqlen, heads, dim in ((seqlen_q, 4, 6), (seqlen_k, nheads_k, 6), (seqlen_k, nheads_k, 5))
-    )
-    slopes = alibi_slopes(4).double() if alibi else None
-    key_mask = torch.rand(2, seqlen_k) < 0.6 if masked else None
-    offset = seqlen_k - seqlen_q
-    keep = torch.tensor(
-        [[visible(i + offset, j, causal, window_size) for j in range(seqlen_k)] for i in range(seqlen_q)]
-    )[None, None]
-    if key_mask is not None:
-        keep = keep & key_mask[:, None, None]
-    options = {"causal": causal, "window_size": window_size, "alibi_slopes": slopes, "key_mask": key_mask}
-    actual = softmax_attention(q, k, v, **options)
-    expected = softmax_written_out(q, k, v, keep, slopes)
-    dout = torch.randn_like(expected)
-    gradients = torch.autograd.grad(actual, (q, k, v), dout)
-    seen = keep.any(-1).mT[..., None]
-    # the oracle's own gradient is NaN in rows without keys; their dout reaches nothing
-    safe = softmax_written_out(q, k, v, keep | ~keep.any(-1, keepdim=True), slopes)
-    expected_gradients = torch.autograd.grad(safe, (q, k, v), dout * seen)
-    assert_rounded(actual, expected)
-    for name, a, e in zip("qkv", gradients, expected_gradients, strict=True):
-        assert_rounded(a, e, name=f"d{name}")
-
-
-@pytest.mark.parametrize(
-    ("causal", "seqlen_q", "options", "plain"),
-    [
-        (False, 6, {}, True),
-        (False, 4, {}, True),
-        (True, 6, {}, True),
-        (True, 4, {}, False),
-        (True, 6, {"window_size": (1, None)}, False),
-        (True, 6, {"alibi_slopes": alibi_slopes(2)}, False),
-        (True, 6, {"key_mask": torch.ones(1, 6, dtype=torch.bool)}, False),
-    ],
-    ids=str,
-)
-def test_no_mask_tensor_where_torch_has_a_fast_kernel(monkeypatch, causal, seqlen_q, options, plain):
-    calls = []
-    sdpa = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **kw: calls.append(kw) or sdpa(*a, **kw))
-    q, kv = torch.randn(1, seqlen_q, 2, 8), torch.randn(1, 6, 2, 8)
-    softmax_attention(q, kv, kv, causal=causal, **options)
-    assert [call.get("attn_mask") is None for call in calls] == [plain]
-    if plain:
-        assert calls[0]["is_causal"] is causal
-
-
-def test_a_row_that_sees_nothing_is_zero_whatever_torchs_kernel_leaves_there(monkeypatch):
-    """cuDNN's leaves something else than zero."""
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **kw: torch.ones(*q.shape[:3], v.shape[3]))
-    q, kv = torch.randn(1, 5, 2, 8), torch.randn(1, 2, 2, 8)
-    out = softmax_attention(q, kv, kv, causal=True)
-    assert (out[:, :3] == 0).all()
-    assert (out[:, 3:] == 1).all()
-
-
 @pytest.mark.parametrize("attention_class", [SigmoidAttention, SoftmaxAttention])
-def test_packing_beside_a_mask_is_one_clear_error(attention_class):
-    from flashsigmoid.nn.attention import Packing
-
+def test_packing_beside_a_mask_or_another_row_is_one_clear_error(attention_class):
     attention = attention_class(16, 2, sigmoid_bias=-2.0)
     packing = Packing(torch.tensor([0, 3, 7], dtype=torch.int32), 4)
     x, key_mask = torch.randn(1, 7, 16), torch.ones(1, 7, dtype=torch.bool)
     with pytest.raises(ValueError, match="packing must be alone, got a key_mask or a cache beside it"):
         attention(x, key_mask, packing=packing)
+    with pytest.raises(ValueError, match=r"x must be one row \(1, total, dim\) with packing, got \(2, 7, 16\)"):
+        attention(x.expand(2, -1, -1), packing=packing)
     assert attention(x, packing=packing).shape == x.shape

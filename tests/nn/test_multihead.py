@@ -1,4 +1,4 @@
-"""MultiheadAttention against torch's own code with its softmax exchanged, alone and inside torch's layers."""
+"""MultiheadAttention against torch's own code with its softmax exchanged for a sigmoid."""
 
 from __future__ import annotations
 
@@ -8,118 +8,13 @@ import math
 
 import pytest
 import torch
+from nn.multihead import DIM, FORMS, HEADS, assert_agree, assert_same, inputs, padding, pair
 from rounding import assert_rounded
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import flashsigmoid
 from flashsigmoid import BackendUnsupported, backends
 from flashsigmoid.nn import MultiheadAttention
-
-DIM, HEADS = 24, 4
-FORMS = [
-    {},
-    {"bias": False},
-    {"add_bias_kv": True},
-    {"add_zero_attn": True},
-    {"add_bias_kv": True, "add_zero_attn": True},
-    {"kdim": 10, "vdim": 7},
-    {"kdim": 10, "vdim": 7, "bias": False, "add_bias_kv": True},
-]
-
-
-class TorchWithSigmoid(torch.nn.Module):
-    """torch.nn.MultiheadAttention, its O(n^2) path, with sigmoid(scores + b) where its softmax stands."""
-
-    def __init__(self, *args, sigmoid_bias=None, **options):
-        super().__init__()
-        self.torch_mha = torch.nn.MultiheadAttention(*args, **options)
-        self.batch_first = self.torch_mha.batch_first
-        self.sigmoid_bias = sigmoid_bias
-        # what torch's layers read before they leave for the fast path
-        self._qkv_same_embed_dim, self.in_proj_bias, self.num_heads = False, 0, HEADS
-
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-                average_attn_weights=True, is_causal=False):  # fmt: skip
-        sequence = 0 if query.dim() == 2 or not self.batch_first else 1
-        if is_causal and attn_mask is None:
-            attn_mask = torch.ones(query.shape[sequence], key.shape[sequence], dtype=torch.bool).triu(1)
-        seqlen_k = torch.tensor([key.shape[sequence]])
-        if key_padding_mask is not None:
-            padding = key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask != 0
-            seqlen_k = (~torch.atleast_2d(padding)).sum(-1)
-            if attn_mask is not None and attn_mask.dtype != key_padding_mask.dtype:
-                attn_mask = F._canonical_mask(attn_mask, "", None, "", query.dtype, False)
-                key_padding_mask = F._canonical_mask(key_padding_mask, "", None, "", query.dtype, False)
-        n = seqlen_k + (self.torch_mha.bias_k is not None) + self.torch_mha.add_zero_attn
-        b = -n.clamp(min=1).to(query.dtype).log()[:, None, None].repeat_interleave(HEADS, 0)
-        if len(n) == 1:
-            b = b[:1]
-        if self.sigmoid_bias is not None:
-            b = self.sigmoid_bias
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(F, "softmax", lambda scores, dim: torch.sigmoid(scores + b))
-            # never its fast path: weights are wanted
-            training = self.torch_mha.training
-            self.torch_mha.train()
-            out = self.torch_mha(query, key, value, key_padding_mask, True, attn_mask, average_attn_weights)
-            self.torch_mha.train(training)
-        return out if need_weights else (out[0], None)
-
-
-def pair(form=None, **options):
-    """The oracle and ours, with the same random weights, in float64."""
-    form = dict(form or {}, **options)
-    torch_form = {name: value for name, value in form.items() if name != "backend"}
-    oracle = TorchWithSigmoid(DIM, HEADS, **torch_form, dtype=torch.float64)
-    weights = oracle.torch_mha.state_dict()
-    for weight in weights.values():
-        torch.nn.init.normal_(weight, std=0.4)
-    ours = MultiheadAttention(DIM, HEADS, **form, dtype=torch.float64)
-    ours.load_state_dict(weights, strict=True)
-    return oracle, ours
-
-
-def inputs(form=None, seqlen_q=5, seqlen_k=7, batch=3, batch_first=True):
-    form = form or {}
-    sizes = ((seqlen_q, DIM), (seqlen_k, form.get("kdim", DIM)), (seqlen_k, form.get("vdim", DIM)))
-    shapes = [(batch, n, d) if batch_first else (n, batch, d) for n, d in sizes]
-    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-
-
-def assert_same(actual, expected):
-    """(out, weights or None) of two computations."""
-    assert (actual[1] is None) == (expected[1] is None)
-    for name, a, e in zip(("out", "weights"), actual, expected, strict=True):
-        if e is not None:
-            assert_rounded(a, e, name=name)
-
-
-def assert_agree(oracle, ours, tensors, **call):
-    """Outputs, weights and every gradient."""
-    (expected, expected_weights), (actual, actual_weights) = oracle(*tensors, **call), ours(*tensors, **call)
-    assert_same((actual, actual_weights), (expected, expected_weights))
-    dout = torch.randn_like(expected)
-    results = []
-    for module, out in ((oracle.torch_mha, expected), (ours, actual)):
-        names, parameters = zip(*module.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(out, (*tensors, *parameters), dout, allow_unused=True)
-        results.append(dict(zip(("query", "key", "value", *names), gradients, strict=True)))
-    assert results[0].keys() == results[1].keys()
-    for name, gradient in results[0].items():
-        assert gradient is not None, name
-        assert_rounded(results[1][name], gradient, name=name)
-
-
-def padding(batch=3, seqlen_k=7, dtype=torch.bool):
-    """Nothing, the right end, and scattered keys ignored."""
-    mask = torch.zeros(batch, seqlen_k, dtype=torch.bool)
-    mask[1, 4:] = True
-    mask[2, [0, 3]] = True
-    return mask if dtype == torch.bool else torch.zeros(mask.shape, dtype=dtype).masked_fill(mask, -math.inf)
-
-
-# ---- torch's face ----
 
 
 def test_signatures_are_torchs():
@@ -147,9 +42,6 @@ def test_initialisation_is_torchs_and_state_dicts_load_strictly_both_ways(form):
     ours.load_state_dict(theirs.state_dict(), strict=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
     assert {name for name, _ in ours.named_parameters()} == {name for name, _ in theirs.named_parameters()}
-
-
-# ---- agreement ----
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -278,9 +170,6 @@ def test_dropout_is_the_same_with_and_without_weights_and_off_in_eval():
     assert torch.equal(ours(*tensors, need_weights=False)[0], plain(*tensors, need_weights=False)[0])
 
 
-# ---- which backend ----
-
-
 def test_explain_tells_what_forward_does(monkeypatch):
     _, ours = pair(batch_first=True)
     tensors = inputs()
@@ -329,9 +218,6 @@ def test_an_explicit_fused_backend_computes_or_raises(form):
     assert_rounded(reference(*tensors)[0], ours(*tensors, need_weights=False)[0])
 
 
-# ---- errors ----
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -372,148 +258,6 @@ def test_wrong_inputs_are_one_clear_error(change, words):
         MultiheadAttention(DIM, HEADS, batch_first=True)(**call)
 
 
-# ---- inside torch's layers ----
-
-
-def sentinel(monkeypatch):
-    """Every way torch computes softmax from a layer's weights by itself now raises."""
-
-    def reached(*args, **kwargs):
-        raise AssertionError("torch's fast path was reached")
-
-    for name in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention"):
-        monkeypatch.setattr(torch, name, reached)
-
-
-def layer(attention=None, kind=torch.nn.TransformerEncoderLayer, **options):
-    module = kind(DIM, HEADS, 40, dropout=0.0, batch_first=True, dtype=torch.float64, **options)
-    if attention is not None:
-        module.self_attn = attention
-        if kind is torch.nn.TransformerDecoderLayer:
-            module.multihead_attn = copy.deepcopy(attention)
-    return module
-
-
-def stacks(before, norm_first, nlayers=2):
-    """Two equal encoders, one with the oracle and one with ours, exchanged before or after stacking."""
-    oracle, ours = pair(batch_first=True)
-    result = []
-    for attention in (oracle, ours):
-        torch.manual_seed(7)
-        one = layer(attention if before else None, norm_first=norm_first)
-        # torch warns where its own fast path is out from the start
-        stack = torch.nn.TransformerEncoder(one, nlayers, enable_nested_tensor=not before and not norm_first)
-        for each in stack.layers:
-            each.self_attn = copy.deepcopy(attention)
-        result.append(stack)
-    return result
-
-
-def test_the_sentinel_fires_on_torchs_own_attention(monkeypatch):
-    """Else the tests below could not fail."""
-    sentinel(monkeypatch)
-    x = torch.randn(2, 5, DIM, dtype=torch.float64)
-    for module in (layer(), torch.nn.TransformerEncoder(layer(), 2)):
-        with torch.inference_mode(), pytest.raises(AssertionError, match="fast path was reached"):
-            module.eval()(x)
-
-
-@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("masked", ["", "padding", "causal", "padding and causal"])
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_encoder_layer_agrees_and_never_takes_the_fast_path(monkeypatch, norm_first, masked, training, grad_mode):
-    sentinel(monkeypatch)
-    oracle, ours = (stack.layers[0] for stack in stacks(True, norm_first, 1))
-    x = torch.randn(3, 7, DIM, dtype=torch.float64)
-    call = {}
-    if "padding" in masked:
-        call["src_key_padding_mask"] = padding(dtype=torch.bool)
-    if "causal" in masked:
-        call["src_mask"] = torch.ones(7, 7, dtype=torch.bool).triu(1)
-        call["is_causal"] = True
-    expected = oracle.train()(x, **call)
-    with grad_mode():
-        assert_rounded(ours.train(training)(x, **call), expected)
-    # the same without the hint: a general mask
-    if "causal" in masked:
-        call["is_causal"] = False
-        with grad_mode():
-            assert_rounded(ours(x, **call), expected)
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("masked", ["", "left aligned", "scattered", "causal", "padding and causal", "one empty"])
-@pytest.mark.parametrize("before", [True, False], ids=["replaced before stacking", "replaced after stacking"])
-def test_encoder_agrees_and_never_takes_the_fast_path(monkeypatch, before, masked, training, grad_mode):
-    sentinel(monkeypatch)
-    nested = []
-    pack = torch._nested_tensor_from_mask
-    monkeypatch.setattr(torch, "_nested_tensor_from_mask", lambda *a, **kw: nested.append(1) or pack(*a, **kw))
-    oracle, ours = stacks(before, norm_first=False)
-    x = torch.randn(3, 7, DIM, dtype=torch.float64)
-    call = {}
-    ignore = padding()
-    if masked in ("left aligned", "one empty"):
-        ignore[2] = torch.arange(7) >= (0 if masked == "one empty" else 2)
-    if masked not in ("", "causal"):
-        call["src_key_padding_mask"] = ignore
-    if "causal" in masked:
-        # no hint: the encoder finds out by itself that the mask is causal; both masks must be of one dtype
-        if "padding" in masked:
-            call["src_key_padding_mask"] = padding(dtype=torch.float64)
-        call["mask"] = torch.nn.Transformer.generate_square_subsequent_mask(7, dtype=torch.float64)
-    expected = oracle.train()(x, **call)
-    with grad_mode():
-        actual = ours.train(training)(x, **call)
-    # a stack built with torch's attention packs left-aligned padding in eval; padded rows come back as 0
-    packs = not before and not training and grad_mode is not torch.enable_grad
-    assert bool(nested) is (packs and masked in ("left aligned", "one empty"))
-    rows = ~ignore if nested else torch.ones(3, 7, dtype=torch.bool)
-    assert_rounded(actual[rows], expected[rows])
-    assert (actual[~rows] == 0).all()
-
-
-def test_a_stack_built_around_it_says_that_it_will_not_pack():
-    with pytest.warns(UserWarning, match="enable_nested_tensor is True, but self.use_nested_tensor is False"):
-        torch.nn.TransformerEncoder(layer(MultiheadAttention(DIM, HEADS, batch_first=True)), 1)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_decoder_layer_agrees(monkeypatch, norm_first, causal, training):
-    sentinel(monkeypatch)
-    modules = []
-    for attention in pair(batch_first=True):
-        torch.manual_seed(7)
-        modules.append(layer(attention, torch.nn.TransformerDecoderLayer, norm_first=norm_first).train(training))
-    tgt, memory = (torch.randn(3, n, DIM, dtype=torch.float64) for n in (5, 7))
-    call = {"memory_key_padding_mask": padding(), "tgt_key_padding_mask": padding()[:, :5]}
-    if causal:
-        call |= {"tgt_mask": torch.ones(5, 5, dtype=torch.bool).triu(1), "tgt_is_causal": True}
-    with torch.no_grad():
-        assert_rounded(modules[1](tgt, memory, **call), modules[0](tgt, memory, **call))
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-def test_nested_inputs_other_than_torchs_own_are_one_clear_error():
-    _, ours = pair(batch_first=True)
-    x = torch.nested.nested_tensor([torch.randn(n, DIM, dtype=torch.float64) for n in (2, 5)])
-    out = ours(x, x, x, need_weights=False)[0]
-    for one, other in zip(x.unbind(), out.unbind(), strict=True):
-        assert_rounded(other, ours(one, one, one, need_weights=False)[0])
-    y = torch.nested.nested_tensor(list(x.unbind()))
-    for args, call in (((x, x, x), {}), ((x, y, y), {"need_weights": False})):
-        with pytest.raises(ValueError, match="a nested query must be key and value too"):
-            ours(*args, **call)
-
-
-# ---- life with torch ----
-
-
 @pytest.mark.parametrize(
     ("need_weights", "mask"), [(False, None), (False, torch.bool), (False, torch.float32), (True, torch.float32)]
 )
@@ -546,6 +290,14 @@ def test_bf16_autocast(need_weights):
         assert (weights.float() - expected_weights).norm() < 4 * 2**-8 * expected_weights.norm()
     out.float().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_meta_tensors_give_the_shapes(need_weights):
+    x = torch.empty(2, 5, DIM, device="meta")
+    out, weights = MultiheadAttention(DIM, HEADS, batch_first=True, device="meta")(x, x, x, need_weights=need_weights)
+    assert out.shape == x.shape
+    assert weights is None or weights.shape == (2, 5, 5)
 
 
 def test_scores_are_not_rounded_under_autocast():

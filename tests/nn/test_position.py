@@ -65,6 +65,19 @@ def test_rotary_needs_an_even_head_dim(head_dim):
         RotaryEmbedding(head_dim)
 
 
+@pytest.mark.parametrize("shape", [(5, 5, 8), (1, 5, 2, 6)])
+def test_rotary_needs_the_dimensions_of_heads(shape):
+    with pytest.raises(ValueError, match=r"x must be \(batch, seqlen, nheads, head_dim=8\), got \("):
+        RotaryEmbedding(8)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("base", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("make", [RotaryEmbedding, CAPE, lambda dim, base: sincos_positions(3, dim, base=base)])
+def test_a_base_without_wavelengths_is_one_clear_error(make, base):
+    with pytest.raises(ValueError, match=f"base must be positive and finite, got {base}"):
+        make(4, base=base)
+
+
 @pytest.mark.parametrize("nheads", [1, 2, 8, 16])
 def test_alibi_slopes_are_geometric(nheads):
     assert_rounded(alibi_slopes(nheads), torch.tensor([2.0 ** (-8.0 * h / nheads) for h in range(1, nheads + 1)]), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -180,3 +181,17 @@ def test_a_llama_trained_on_text(tmp_path):
         kept = RESULTS / "conversion" / arm / RECORDS_NAME
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes((folder / RECORDS_NAME).read_bytes())
+
+
+def test_code_of_a_checkpoint_is_not_asked_about(tmp_path, capfd):
+    """transformers would ask on the terminal whether to run it, before anyone knows that it is no Llama."""
+    fresh_llama(tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    config |= {"model_type": "other", "auto_map": {"AutoConfig": "other.OtherConfig"}}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        main(["convert", str(tmp_path / "other"), "--seqlen", "16", "--steps", "1", "--out", str(tmp_path / "out")])
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"error: model_type of .* must be 'llama', got 'other'\n", err), err
