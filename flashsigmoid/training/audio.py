@@ -241,19 +241,16 @@ def log_mel(samples: np.ndarray, rate: int, mels: int) -> Float[Tensor, "frames 
     return ((x - x.mean(0)) / x.std(0, correction=0).clamp(min=_FLOOR)).float()
 
 
-def collate(samples: Sequence[Sample | None], frames: int = 0) -> AudioBatch:
-    """What is left, padded; for a DataLoader.
+def collate(samples: Sequence[Sample | None], frames: int = 0) -> AudioBatch | None:
+    """What is left, padded; for a DataLoader. None if nothing is left; `part.what_is_left` passes over it.
 
     Args:
         samples: features and tokens, None for what is left out.
         frames: of the batch, unless an utterance has more. Default: 0.
-
-    Raises:
-        ValueError: nothing is left.
     """
     kept = [sample for sample in samples if sample is not None]
     if not kept:
-        raise ValueError(f"a batch must have at least one usable utterance, got {len(samples)} that are not")
+        return None
     features, tokens = [x for x, _ in kept], [x for _, x in kept]
     pad = torch.nn.utils.rnn.pad_sequence
     padded = pad(features, batch_first=True)
