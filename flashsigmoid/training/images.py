@@ -331,7 +331,9 @@ def _load_tar(config: ImageConfig) -> ImageData:
         if not len(parts[-1]):
             raise ValueError(f"shards must hold images, got none in {root / f'{split}-*.tar'}")
     names = root / "classes.txt"
-    classes = tuple(names.read_text("utf-8").splitlines() if names.is_file() else map(str, range(_classes(parts[:1]))))
+    classes = tuple(
+        names.read_text("utf-8-sig").splitlines() if names.is_file() else map(str, range(_classes(parts[:1])))
+    )
     if _classes(parts) > len(classes):
         raise ValueError(f"labels must be below the number of classes, {len(classes)}, got {_classes(parts) - 1}")
     digest = hashlib.sha256(repr((config.img_size, classes)).encode())
