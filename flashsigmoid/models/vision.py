@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.layers.attention import Attention
 from timm.layers.drop import DropPath, drop_path
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
@@ -207,7 +208,9 @@ class ViTConfig:
     position: Literal["learned", "sincos"] = "learned"
     pool: Literal["token", "avg"] = "token"  # class token, or the mean over patches without one
     drop_path: float = 0.0  # stochastic depth of the last block, in [0, 1)
-    pretrained: bool = False  # timm's weights of this name; what they lack starts fresh
+    # timm's weights of this name, true, or a file of such; what they lack starts fresh: for them to keep their meaning,
+    # layer_scale and qk_norm must be as they had them, mostly none and false
+    pretrained: bool | str = False
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -228,11 +231,9 @@ class ViTConfig:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
         if self.sigmoid_bias is not None and not self.sigmoid_bias < math.inf:
             raise ValueError(f"sigmoid_bias must be a number below inf, or None, got {self.sigmoid_bias}")
-        if self.pretrained and self.nheads_k is not None:
-            raise ValueError(
-                f"nheads_k must be None with pretrained weights, which have a key head for each query head, "
-                f"got {self.nheads_k}"
-            )
+        for field in ("dim", "depth", "nheads", "nheads_k"):
+            if self.pretrained and (size := getattr(self, field)) is not None:
+                raise ValueError(f"{field} must be None with pretrained weights, whose own it is, got {size}")
         if not timm.is_model(self.name):
             near = difflib.get_close_matches(self.name, timm.list_models("vit*"), n=3)
             such = ", ".join(near) or "vit_base_patch16_224"
@@ -250,7 +251,8 @@ def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> 
         attention_fn: called instead of the config's attention; see `nn.SigmoidAttention`.
 
     Raises:
-        ValueError: the name is no VisionTransformer, or its constructor refuses a field.
+        ValueError: the name is no VisionTransformer, or its constructor refuses a field; pretrained weights are not
+            there, are another model's, or have what the config leaves out.
 
     Source: arXiv:2409.04431 (b = -log n; LayerScale 1e-4 and QK-norm for vision).
     """
@@ -263,14 +265,14 @@ def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> 
     }
     options: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
     options |= {"class_token": config.pool == "token", "global_pool": config.pool, "qk_norm": config.qk_norm}
-    options |= {"init_values": config.layer_scale, "drop_path_rate": config.drop_path}
+    # 0 is none; timm takes None for what the name has, as DeiT-III and DINOv2 have a LayerScale
+    options |= {"init_values": config.layer_scale or 0.0, "drop_path_rate": config.drop_path}
     if config.position == "sincos":
         options["no_embed_class"] = True
     create: Callable[..., nn.Module] = timm.create_model
     try:
         model = create(
             config.name,
-            pretrained=config.pretrained,
             num_classes=config.num_classes,
             in_chans=config.in_chans,
             attn_layer=VisionAttention,
@@ -281,6 +283,8 @@ def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> 
     attentions = [module for module in model.modules() if isinstance(module, VisionAttention)]
     if not isinstance(model, VisionTransformer) or not attentions:
         raise ValueError(f"name must be a VisionTransformer of timm, got {config.name}, a {type(model).__name__}")
+    if config.pretrained:
+        _load_pretrained(model, config)
     if config.position == "sincos":
         _fix_positions(model)
     b = -math.log(tokens(model)) if config.sigmoid_bias is None else config.sigmoid_bias
@@ -291,6 +295,36 @@ def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> 
         if config.nheads_k is not None:
             attention.share_keys(config.nheads_k)
     return model
+
+
+def _load_pretrained(model: VisionTransformer, config: ViTConfig) -> None:
+    """Put timm's weights, which timm's loader has fitted to the image's size and channels, into a model of ours.
+
+    They stay without a class token, a last norm, a head and a pooling where the model has none of that shape.
+    """
+    options: dict[str, Any] = {"img_size": config.img_size, "patch_size": config.patch_size}
+    if isinstance(config.pretrained, str):
+        is_npz = config.pretrained.endswith(".npz")
+        options["pretrained_cfg_overlay"] = {"file": config.pretrained, "custom_load": is_npz}
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        theirs = timm.create_model(config.name, pretrained=True, in_chans=config.in_chans, **options)
+    except (RuntimeError, OSError, SafetensorError, KeyError) as error:
+        what = config.pretrained if isinstance(config.pretrained, str) else config.name
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        raise ValueError(f"pretrained weights must be there and be those of the model, got {what}: {reason}") from error
+    state = model.state_dict()
+    for name, x in theirs.state_dict().items():
+        if name == "pos_embed" and name in state:  # prefix tokens come first, and may be fewer or more
+            rows = min(x.shape[1], state[name].shape[1])
+            state[name][:, -rows:] = x[:, -rows:]
+        elif name in state and state[name].shape == x.shape:
+            state[name].copy_(x)
+        elif not name.startswith(("cls_token", "pos_embed", "norm.", "fc_norm.", "head", "attn_pool.")):
+            raise ValueError(
+                f"the model must have a place for each pretrained weight, as by layer_scale and qk_norm, "
+                f"got none for {name}"
+            )
 
 
 def tokens(model: VisionTransformer) -> int:

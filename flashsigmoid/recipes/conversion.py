@@ -19,7 +19,7 @@ from typing import Any, Literal, Unpack
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..integrations.transformers import NAME, register
 from ..record import RecordWriter
@@ -69,11 +69,9 @@ class Pretrained:
             ValueError: its layout is not Llama's, or its positions are fewer than seqlen.
         """
         register()
-        # before transformers asks on a terminal whether to run the checkpoint's own code
-        kind = PreTrainedConfig.get_config_dict(self.path)[0].get("model_type")
-        if kind != LAYOUT:
-            raise ValueError(f"model_type of {self.path} must be {LAYOUT!r}, got {kind!r}")
         config = AutoConfig.from_pretrained(self.path)
+        if config.model_type != LAYOUT:
+            raise ValueError(f"model_type of {self.path} must be {LAYOUT!r}, got {config.model_type!r}")
         if self.seqlen > config.max_position_embeddings:
             most = config.max_position_embeddings
             raise ValueError(f"seqlen must be at most max_position_embeddings={most}, got {self.seqlen}")

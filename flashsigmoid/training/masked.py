@@ -118,7 +118,8 @@ class MaskedModule(PretrainingModule):
             num_patches=patches, embed_dim=dim, depth=0, num_heads=nheads, num_prefix_tokens=prefix
         )
         # lightly's own blocks have timm's attention
-        decoder.blocks = build_vit(replace(run.model, dim=dim, depth=run.decoder_depth, nheads=nheads)).blocks
+        drawn = replace(run.model, pretrained=False, dim=dim, depth=run.decoder_depth, nheads=nheads)
+        decoder.blocks = build_vit(drawn).blocks
         super().__init__(
             run,
             data,
