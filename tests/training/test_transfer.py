@@ -160,7 +160,7 @@ def test_what_cannot_be_begun_with_says_why(tmp_path) -> None:
     error("a checkpoint, or a run with one, must be at the path, got nowhere", init="nowhere")
     error("model.num_classes must be that of the data, 10, got 7", model=replace(PROBE.model, num_classes=7))
     with pytest.raises(ValueError, match="init must be None with timm's weights"):
-        replace(PROBE, init="x", model=replace(PROBE.model, pretrained=True))
+        replace(PROBE, init="x", model=replace(PROBE.model, pretrained=True, dim=None, depth=None, nheads=None))
     weights = find_checkpoint(tmp_path / "pretrained") / WEIGHTS
     whole = load_file(weights)
     (weights.parent / MANIFEST).unlink()  # which would tell of what follows
