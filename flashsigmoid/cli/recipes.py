@@ -44,11 +44,15 @@ def _rooms() -> Iterator[tuple[dict[str, Callable[[], Run]], str]]:
     from ..recipes import language
 
     yield dict(language.RECIPES), ""
-    for room, what in (("vision", "images"), ("speech", "speech")):
+    rooms = (
+        *(("vision", "images", "vision"), ("pretraining", "images without labels", "vision")),
+        ("speech", "speech", "speech"),
+    )
+    for room, what, extra in rooms:
         try:
             yield importlib.import_module(f"..recipes.{room}", __package__).RECIPES, ""
         except ModuleNotFoundError as error:
-            yield {}, f"recipes for {what} need {error.name}: pip install 'flashsigmoid[{room}]'"
+            yield {}, f"recipes for {what} need {error.name}: pip install 'flashsigmoid[{extra}]'"
 
 
 def remove_run(folder: Path) -> None:

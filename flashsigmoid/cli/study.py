@@ -99,12 +99,10 @@ def _vision_ablation(
     from ..recipes.vision import RECIPES
     from ..report.ablation import NOTE, ablation_rows
     from ..studies.vision_ablation import chosen, vision_ablation
-    from ..training.classification import ImageRun
 
-    classifiers = {key: run for key, make in RECIPES.items() if isinstance(run := make(), ImageRun)}
-    if recipe not in classifiers:
-        raise ValueError(f"--recipe must be one of {', '.join(classifiers)}, got {recipe}")
-    base = override(classifiers[recipe], read_assignments(assignments))
+    if recipe not in RECIPES:
+        raise ValueError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe}")
+    base = override(RECIPES[recipe](), read_assignments(assignments))
     folder = out or Path("runs") / "vision-ablation" / recipe
     for variant in chosen(base, only) if fresh else ():
         remove_run(folder / variant)

@@ -11,7 +11,28 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-_Prefixes = dict[tuple[int, ...], tuple[float, float]]  # to (log b, log n)
+
+class _Prefix:
+    """A prefix as its last token behind another prefix: to grow by a token costs the same however long it is."""
+
+    __slots__ = ("before", "grown", "token")
+
+    def __init__(self, before: _Prefix | None = None, token: int | None = None) -> None:
+        self.before, self.token = before, token
+        self.grown: dict[int, _Prefix] = {}  # those that a beam has held, so that each text is one object
+
+    def tokens(self) -> list[int]:
+        found, prefix = [], self
+        while prefix.before is not None:
+            found.append(prefix.token)
+            prefix = prefix.before
+        return found[::-1]
+
+    def __lt__(self, other: _Prefix) -> bool:
+        return self.tokens() < other.tokens()
+
+
+_Prefixes = dict[_Prefix, tuple[float, float]]  # to (log b, log n)
 
 
 def greedy(
@@ -116,24 +137,28 @@ def prefix_beam(
         raise ValueError(f"beam must be at least 1, got {beam}")
     if log_probs.dim() != 2:
         raise ValueError(f"log_probs must be (positions, vocab_size), got {tuple(log_probs.shape)}")
-    prefixes: _Prefixes = {(): (0.0, -math.inf)}
+    prefixes: _Prefixes = {_Prefix(): (0.0, -math.inf)}
     for scores in log_probs.double().tolist():
         grown: _Prefixes = {}
         for prefix, (b, n) in prefixes.items():
             both = _log_add(b, n)
-            _add(grown, prefix, both + scores[blank], n + scores[prefix[-1]] if prefix else -math.inf)
+            _add(grown, prefix, both + scores[blank], -math.inf if prefix.token is None else n + scores[prefix.token])
             for token, score in enumerate(scores):
                 if token != blank:
-                    repeats = bool(prefix) and token == prefix[-1]
-                    _add(grown, (*prefix, token), -math.inf, score + (b if repeats else both))
+                    longer = prefix.grown.get(token) or _Prefix(prefix, token)
+                    _add(grown, longer, -math.inf, score + (b if token == prefix.token else both))
+        ranked = {prefix: -_log_add(*ends) for prefix, ends in grown.items()}
+        least = sorted(ranked.values())[:beam][-1]
         # of equal ones the smaller tokens, so that the result is a function of the numbers only
-        kept = sorted(grown.items(), key=lambda pair: (-_log_add(*pair[1]), pair[0]))[:beam]
-        prefixes = dict(kept)
-    ranked = ((list(prefix), _log_add(*ends)) for prefix, ends in prefixes.items())
-    return sorted(ranked, key=lambda pair: (-pair[1], pair[0]))
+        kept = sorted((score, prefix) for prefix, score in ranked.items() if score <= least)[:beam]
+        prefixes = {prefix: grown[prefix] for _, prefix in kept}
+        for prefix in prefixes:
+            if prefix.before is not None and prefix.token is not None:
+                prefix.before.grown[prefix.token] = prefix
+    return [(prefix.tokens(), _log_add(*ends)) for prefix, ends in prefixes.items()]
 
 
-def _add(prefixes: _Prefixes, prefix: tuple[int, ...], in_blank: float, in_token: float) -> None:
+def _add(prefixes: _Prefixes, prefix: _Prefix, in_blank: float, in_token: float) -> None:
     b, n = prefixes.get(prefix, (-math.inf, -math.inf))
     prefixes[prefix] = _log_add(b, in_blank), _log_add(n, in_token)
 

@@ -271,8 +271,10 @@ def _loss_limits(arms: Sequence[Arm]) -> tuple[float, float] | None:
     ends = max([least, *_baselines(arms, BIGRAM), *(value for arm in arms for value in arm.finals.values)])
     legend = 0.35 + 0.15 * len(arms)  # room for its lines above the curves
     top = ends + legend * (ends - least or 1.0)
-    if are_of_images(arms):  # it begins near log(classes), in sight of the end
-        top = max([top, *(arm.losses[0].mean for arm in arms if arm.losses and math.isfinite(arm.losses[0].mean))])
+    if are_of_images(arms) or not _baselines(arms, BIGRAM):
+        # of images it begins near log(classes), in sight of the end; else the second validation is
+        first = 0 if are_of_images(arms) else 1
+        top = max([top, *(p.mean for arm in arms for p in arm.losses[first : first + 1] if math.isfinite(p.mean))])
     top = min(top, most)
     margin = 0.06 * (top - least or 1.0)
     return least - margin, top + margin

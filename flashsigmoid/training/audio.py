@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,10 @@ class AudioConfig:
         for name, least in (("rate", 1000), ("mels", 1), ("hold_out", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        try:
+            _bank(self.rate, self.mels)
+        except ValueError as error:  # of a band without a frequency
+            raise ValueError(f"mels must be as few as rate={self.rate} has bands for, got {self.mels}") from error
         if self.hold_out == 1:
             raise ValueError("hold_out must be 0 or at least 2, so that a speaker is left to train on, got 1")
 
@@ -194,7 +199,7 @@ def read_audio(path: str | Path, rate: int, start: int = 0, frames: int = -1) ->
         ValueError: the file is not there, empty, damaged or cut short, of another rate, or holds what is no number.
     """
     if not Path(path).is_file():
-        raise ValueError("there is no such file")
+        raise ValueError("it is a folder" if Path(path).is_dir() else "there is no such file")
     try:
         with soundfile.SoundFile(path) as file:
             if file.samplerate != rate:
@@ -204,7 +209,8 @@ def read_audio(path: str | Path, rate: int, start: int = 0, frames: int = -1) ->
                 raise ValueError(f"it has {file.frames} samples, the part ends at {start + wanted}")
             file.seek(start)
             samples = file.read(wanted, dtype="float32", always_2d=True).mean(1)
-    except (OSError, RuntimeError) as error:  # soundfile's own are RuntimeErrors, and name the file first
+    # soundfile's own are RuntimeErrors, and name the file first; a damaged header may promise terabytes
+    except (OSError, RuntimeError, MemoryError) as error:
         text = str(error).partition(": ")[2] or str(error) or type(error).__name__
         raise ValueError(text.splitlines()[0]) from error
     if len(samples) < wanted:
@@ -231,29 +237,30 @@ def log_mel(samples: np.ndarray, rate: int, mels: int) -> Float[Tensor, "frames 
     Returns:
         (frames, mels) float32, frames = 1 + (samples - window) // shift.
     """
-    options = knf.FbankOptions()
-    options.frame_opts.samp_freq, options.frame_opts.dither = rate, 0.0
-    options.mel_opts.num_bins = mels
-    bank = knf.OnlineFbank(options)
+    bank = _bank(rate, mels)
     bank.accept_waveform(rate, (samples * _SCALE).tolist())
     bank.input_finished()
     x = torch.from_numpy(np.stack([bank.get_frame(i) for i in range(bank.num_frames_ready)])).double()
     return ((x - x.mean(0)) / x.std(0, correction=0).clamp(min=_FLOOR)).float()
 
 
-def collate(samples: Sequence[Sample | None], frames: int = 0) -> AudioBatch:
-    """What is left, padded; for a DataLoader.
+def _bank(rate: int, mels: int) -> knf.OnlineFbank:
+    options = knf.FbankOptions()
+    options.frame_opts.samp_freq, options.frame_opts.dither = rate, 0.0
+    options.mel_opts.num_bins = mels
+    return knf.OnlineFbank(options)
+
+
+def collate(samples: Sequence[Sample | None], frames: int = 0) -> AudioBatch | None:
+    """What is left, padded; for a DataLoader. None if nothing is left; `part.what_is_left` passes over it.
 
     Args:
         samples: features and tokens, None for what is left out.
         frames: of the batch, unless an utterance has more. Default: 0.
-
-    Raises:
-        ValueError: nothing is left.
     """
     kept = [sample for sample in samples if sample is not None]
     if not kept:
-        raise ValueError(f"a batch must have at least one usable utterance, got {len(samples)} that are not")
+        return None
     features, tokens = [x for x, _ in kept], [x for _, x in kept]
     pad = torch.nn.utils.rnn.pad_sequence
     padded = pad(features, batch_first=True)
@@ -361,22 +368,32 @@ def load_audio(config: AudioConfig, positions: Callable[[int], int]) -> AudioDat
     return AudioData(Utterances(train, config, positions), Utterances(val, config, positions), digest.hexdigest())
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")  # spreadsheets put a byte order mark before the first column
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a text must be UTF-8, got {path}: {error}") from error
+
+
 def _manifest(path: Path, splits: str) -> list[Utterance]:
     if not path.is_file():
         raise FileNotFoundError(f"root must be a manifest, a file of tab-separated lines, got none at {path}")
-    with path.open(encoding="utf-8", newline="") as file:
+    with io.StringIO(_text_of(path), newline="") as file:
         reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         columns = reader.fieldnames or []
         for name in ("path", "text"):
             if name not in columns:
-                raise ValueError(f"a manifest must have the columns path and text, got {', '.join(columns)} in {path}")
+                raise ValueError(
+                    f"a manifest must have the columns path and text, got {', '.join(columns) or 'none'} in {path}"
+                )
         found = []
         for number, row in enumerate(reader, 2):
             if "split" in columns and row["split"] not in splits.split(","):
                 continue
             text = " ".join((row["text"] or "").upper().split())
-            if not text:
-                raise ValueError(f"a line of a manifest must have a text, got none in line {number} of {path}")
+            for name, given in (("path", row["path"]), ("text", text)):
+                if not given:
+                    raise ValueError(f"a line of a manifest must have a {name}, got none in line {number} of {path}")
             try:
                 start, frames = (int(row.get(name) or default) for name, default in (("start", 0), ("frames", -1)))
             except ValueError as error:
@@ -393,7 +410,7 @@ def _librispeech(root: Path, parts: str) -> list[Utterance]:
         if not (root / part).is_dir():
             raise FileNotFoundError(f"root must hold the folder {part} of LibriSpeech, got none in {root}")
         for transcript in sorted((root / part).glob("*/*/*.trans.txt")):
-            for line in transcript.read_text("utf-8").splitlines():
+            for line in _text_of(transcript).splitlines():
                 name, _, text = line.partition(" ")
                 if not text.strip():
                     raise ValueError(f"a line of a transcript must have a text, got {line!r} in {transcript}")

@@ -24,19 +24,21 @@ from ..models.vision import VisionAttention, ViTConfig, build_vit, initial_bias,
 from ..record import RecordWriter
 from .attention_maps import write_attention_maps, write_image_snapshot
 from .augment import Augment, AugmentConfig, normalised
-from .data import shuffled_all
 from .images import ImageConfig, ImageData, collate, load_images
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .optim import adamw
 from .part import (
     NO_LABEL,
+    Order,
     Part,
     agree_on_skipped,
     check_data_parallel,
+    first_left,
     here,
     part_of,
     share_batch_norm,
     val_numbers,
+    what_is_left,
 )
 from .run import Run, check_cuda_graphs, check_snapshots
 from .snapshots import is_due
@@ -179,8 +181,8 @@ class ImageModule(RunModule):
 
     def _train_batches(self) -> Iterator[ImageBatch]:
         start = 0 if self.position is None else self.position["sample"]
-        loader = self._loader(self.data.train, batches=_Order(self.run, self.data, start, *self.place))
-        for number, (images, labels) in enumerate(loader, 1):
+        loader = self._loader(self.data.train, batches=Order(self.run, self.data.train, start, *self.place))
+        for number, (images, labels) in what_is_left(loader, self.data.train, self.place[1]):
             yield ImageBatch(images, labels, {"sample": start + number * self.run.batch})
 
     def val_dataloader(self) -> Feed:
@@ -190,8 +192,13 @@ class ImageModule(RunModule):
         mine, further = val_numbers(count, self.run.batch // ranks, rank, ranks)
         loader = self._loader(data.val, None if ranks == 1 else mine)
         nothing = torch.zeros(1, data.in_chans, data.img_size, data.img_size, dtype=torch.uint8)
-        rest = [(nothing, torch.tensor([NO_LABEL]))] * further
-        return Feed(lambda: (ImageBatch(images, labels, {}) for images, labels in itertools.chain(loader, rest)))
+        spare = nothing, torch.tensor([NO_LABEL])
+
+        def batches() -> Iterator[ImageBatch]:
+            for _, (images, labels) in what_is_left(itertools.chain(loader, [spare] * further), data.val, ranks, spare):
+                yield ImageBatch(images, labels, {})
+
+        return Feed(batches)
 
     def share(self, count: int) -> Part:
         """Of the micro-batch of which this rank has `count` images."""
@@ -227,8 +234,7 @@ class ImageModule(RunModule):
             for attention in attentions
         ]
         try:
-            val: Any = self.data.val
-            images, _ = collate([val[i] for i in range(min(self.run.batch, len(val), 64))])
+            images = torch.stack([image for image, _ in first_left(self.data.val, min(self.run.batch, 64))])
             with torch.no_grad():
                 self.encoder(normalised(images.to(self.device), self.data.mean, self.data.std))
         finally:
@@ -278,7 +284,8 @@ class ClassificationModule(ImageModule):
         initial: weights of the encoder. Default: random ones, or timm's.
 
     Raises:
-        ValueError: the model has another number of classes or channels than the data; weights of another model.
+        ValueError: the model has another number of classes or channels than the data, or there is one class; weights of
+            another model.
     """
 
     loss_unit = "nats_per_image"
@@ -288,6 +295,8 @@ class ClassificationModule(ImageModule):
             raise ValueError(
                 f"model.num_classes must be that of the data, {len(data.classes)}, got {run.model.num_classes}"
             )
+        if len(data.classes) < 2:
+            raise ValueError(f"data must have at least two classes to tell apart, got {', '.join(data.classes)} alone")
         model: Any = run.build()
         if initial is not None:
             initial.load_into(model)
@@ -389,27 +398,6 @@ class ClassificationModule(ImageModule):
     def baselines(self) -> Iterator[Metric]:
         """What the most frequent class alone gets."""
         yield "baseline/majority", self.data.majority, ""
-
-
-class _Order:
-    """Batches of numbers of training images without an end, shuffled anew in every epoch; of one rank its part of each.
-
-    A function of (seed, position) only.
-    """
-
-    def __init__(self, run: Run, data: ImageData, start: int, rank: int = 0, ranks: int = 1) -> None:
-        self.seed, self.batch, self.size = run.seed, run.batch, run.batch // ranks
-        self.start = start + rank * self.size
-        self.count = len(data.train)  # pyright: ignore[reportArgumentType]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for s in itertools.count(self.start, self.batch):
-            found: list[int] = []
-            while len(found) < self.size:
-                epoch, index = divmod(s + len(found), self.count)
-                indices = range(index, min(self.count, index + self.size - len(found)))
-                found += shuffled_all(indices, self.count, seed=self.seed, epoch=epoch)
-            yield found
 
 
 def train_classifier(run: ImageRun, out_dir: str | Path, **options: Unpack[Options]) -> dict[str, float]:

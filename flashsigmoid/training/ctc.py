@@ -40,10 +40,19 @@ from .audio import (
 )
 from .baseline import best_constant
 from .checkpoint import find_checkpoint, load_config, load_weights
-from .data import shuffled
 from .hearing import write_hearing
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
-from .part import Part, agree_on_skipped, check_data_parallel, own_draws, part_of, val_numbers
+from .part import (
+    Order,
+    Part,
+    agree_on_skipped,
+    check_data_parallel,
+    first_left,
+    own_draws,
+    part_of,
+    val_numbers,
+    what_is_left,
+)
 from .run import Run, check_cuda_graphs
 
 FINAL = ("val/cer", "val/cer_se", "val/wer", "val/wer_se", "val/loss", "baseline/constant_cer")
@@ -158,9 +167,9 @@ class SpeechModule(RunModule):
 
     def _train_batches(self) -> Iterator[SpeechBatch]:
         start = 0 if self.position is None else self.position["sample"]
-        order = _Order(self.run.seed, len(self.data.train), start, self.run.batch, *self.place)
-        loader = self._loader(self.data.train, order, self.run.pad_frames or 0)
-        for number, audio in enumerate(loader, 1):
+        order = Order(self.run, self.data.train, start, *self.place)
+        loader = self._loader(self.data.train, batches=order, frames=self.run.pad_frames or 0)
+        for number, audio in what_is_left(loader, self.data.train, self.place[1]):
             position = {"sample": start + number * self.run.batch}
             yield SpeechBatch(audio, audio.lengths, audio.token_lengths, position)
 
@@ -173,16 +182,18 @@ class SpeechModule(RunModule):
         nothing = AudioBatch(silence, torch.tensor([100]), torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]))
 
         def batches() -> Iterator[SpeechBatch]:
-            for audio in itertools.chain(loader, [nothing] * further):
+            for _, audio in what_is_left(itertools.chain(loader, [nothing] * further), self.data.val, ranks, nothing):
                 yield SpeechBatch(audio, audio.lengths, audio.token_lengths, {})
 
         return Feed(batches)
 
-    def _loader(self, dataset: Any, order: Any, frames: int = 0) -> DataLoader:
+    def _loader(self, dataset: Any, order: Any = None, batches: Any = None, frames: int = 0) -> DataLoader:
+        """Batches of an order of the utterances, all by default, or batches that are given as their numbers."""
         return DataLoader(
             dataset,
-            batch_size=self.run.batch // self.place[1],
+            batch_size=1 if batches else self.run.batch // self.place[1],
             sampler=order,
+            batch_sampler=batches,
             num_workers=self.run.workers,
             collate_fn=functools.partial(collate, frames=frames),
             pin_memory=self.device.type == "cuda",
@@ -263,8 +274,9 @@ class SpeechModule(RunModule):
         """Mean norm of A v of a position, before the output projection, of each block, on some utterances."""
         norms: list[float] = []
         model: Any = self.model
-        samples = (self.data.val[i] for i in range(min(self.run.batch, len(self.data.val), 16)))
-        audio = AudioBatch(*(x.to(self.device) for x in collate(list(samples))))
+        batch = collate(first_left(self.data.val, min(self.run.batch, 16)))
+        assert batch is not None
+        audio = AudioBatch(*(x.to(self.device) for x in batch))
 
         def watch(_: nn.Module, inputs: tuple[Tensor]) -> None:
             longest = inputs[0].shape[1]
@@ -306,23 +318,6 @@ class SpeechModule(RunModule):
         """Take it back."""
         super().on_load_checkpoint(checkpoint)
         self.data.skip(checkpoint["flashsigmoid"]["skipped"])
-
-
-class _Order:
-    """Numbers of training utterances without an end, shuffled anew in every epoch: a function of (seed, position).
-
-    Of one rank its part of every micro-batch.
-    """
-
-    def __init__(self, seed: int, count: int, start: int, batch: int, rank: int = 0, ranks: int = 1) -> None:
-        self.seed, self.count, self.batch, self.size = seed, count, batch, batch // ranks
-        self.start = start + rank * self.size
-
-    def __iter__(self) -> Iterator[int]:
-        for first in itertools.count(self.start, self.batch):
-            for s in range(first, first + self.size):
-                epoch, index = divmod(s, self.count)
-                yield shuffled(index, self.count, seed=self.seed, epoch=epoch)
 
 
 def _in_turn(of_ranks: Sequence[list[str]]) -> list[str]:

@@ -158,8 +158,9 @@ class Files(Dataset["Sample | None"]):
         path, label = self.files[index]
         try:
             with path.open("rb") as file:
-                image = transforms.pil_to_tensor(Image.open(file).convert("RGB"))
-        except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's readers raise
+                image = transforms.pil_to_tensor(_rgb(Image.open(file)))
+        # what Pillow's readers raise, the last at a size that is absurd
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             text = str(error).partition(" <_io.")[0].strip()  # Pillow shows the open file too
             reason = text.splitlines()[0] if text else type(error).__name__
             if self.on_corrupt == "fail":
@@ -176,17 +177,30 @@ class Files(Dataset["Sample | None"]):
         return int(self.skipped.sum())
 
 
-def collate(samples: Sequence[Sample | None] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Images (batch, channels, size, size) uint8 and labels (batch,) int64 of what is left; for a DataLoader.
+def _rgb(image: Image.Image) -> Image.Image:
+    """An image as RGB; Pillow itself cuts grey values of more than 8 bits off at 255.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: its values have no range that is known.
+    """
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float32) / 257.0
+        image = Image.fromarray(values.round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its values have more than 16 bits, mode {image.mode}")
+    return image.convert("RGB")
+
+
+def collate(samples: Sequence[Sample | None] | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Images (batch, channels, size, size) uint8 and labels (batch,) int64 of what is left; for a DataLoader.
+
+    None if nothing is left; `part.what_is_left` passes over it.
     """
     if isinstance(samples, tuple) and isinstance(samples[0], Tensor):
         return samples  # pyright: ignore[reportReturnType]
     kept: list[Any] = [sample for sample in samples if sample is not None]
     if not kept:
-        raise ValueError(f"a batch must have at least one readable image, got {len(samples)} corrupt ones")
+        return None
     images, labels = zip(*kept, strict=True)
     return torch.stack(images), torch.tensor(labels)
 
@@ -317,7 +331,9 @@ def _load_tar(config: ImageConfig) -> ImageData:
         if not len(parts[-1]):
             raise ValueError(f"shards must hold images, got none in {root / f'{split}-*.tar'}")
     names = root / "classes.txt"
-    classes = tuple(names.read_text("utf-8").splitlines() if names.is_file() else map(str, range(_classes(parts[:1]))))
+    classes = tuple(
+        names.read_text("utf-8-sig").splitlines() if names.is_file() else map(str, range(_classes(parts[:1])))
+    )
     if _classes(parts) > len(classes):
         raise ValueError(f"labels must be below the number of classes, {len(classes)}, got {_classes(parts) - 1}")
     digest = hashlib.sha256(repr((config.img_size, classes)).encode())

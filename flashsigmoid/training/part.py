@@ -1,11 +1,12 @@
-"""Data parallel beyond language: which items of a micro-batch a rank has, and what it takes of draws for all of them.
+"""Items of images and speech: their order, those left out, which a rank has, and its part of draws for all of them.
 
 Laying a model over the ranks is distributed/plans.py's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from ..distributed.context_parallel import unshard
 from ..distributed.processes import MeshSizes
+from .data import shuffled_all
 
 NO_LABEL = -100  # of an image that fills up a validation batch: torch's cross entropy leaves it out
 
@@ -117,6 +119,67 @@ def agree_on_skipped(module: Any) -> None:
     """Have a module's data take what other ranks left out as left out."""
     for skipped in module.of_all(module.data.skipped):
         module.data.skip(skipped)
+
+
+class Order:
+    """Batches of numbers of training items without an end, shuffled anew in every epoch; of one rank its part of each.
+
+    A function of (seed, position) only.
+
+    Args:
+        run: whose seed and micro-batches.
+        dataset: whose items.
+        start: position of the first.
+        rank, ranks: along dp.
+    """
+
+    def __init__(self, run: Any, dataset: Any, start: int, rank: int = 0, ranks: int = 1) -> None:
+        self.seed, self.batch, self.size = run.seed, run.batch, run.batch // ranks
+        self.start, self.count = start + rank * self.size, len(dataset)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for first in itertools.count(self.start, self.batch):
+            found: list[int] = []
+            while len(found) < self.size:
+                epoch, index = divmod(first + len(found), self.count)
+                indices = range(index, min(self.count, index + self.size - len(found)))
+                found += shuffled_all(indices, self.count, seed=self.seed, epoch=epoch)
+            yield found
+
+
+def what_is_left(batches: Iterable[Any], dataset: Any, ranks: int, spare: Any = None) -> Iterator[tuple[int, Any]]:
+    """Batches of a DataLoader and their numbers, from 1 on, without those of which every item was left out.
+
+    Args:
+        batches: None where nothing is left.
+        dataset: whose `skipped` says what was left out so far.
+        ranks: along dp.
+        spare: of no item, in place of None. Default: None is passed over.
+
+    Raises:
+        ValueError: nothing of the dataset can be used, or of several ranks one has no batch, for which the others wait.
+    """
+    for number, batch in enumerate(batches, 1):
+        if batch is None:
+            if dataset.skipped.all():
+                raise ValueError(f"data must have something that can be used, got {len(dataset)} that cannot")
+            if spare is None and ranks > 1:
+                raise ValueError("a rank's part of a batch must have something that can be used, got nothing")
+            batch = spare
+        if batch is not None:
+            yield number, batch
+
+
+def first_left(dataset: Any, count: int) -> list[Any]:
+    """The first `count` items of a dataset, or as many as there are, without those that are left out.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = list(itertools.islice((item for i in range(len(dataset)) if (item := dataset[i]) is not None), count))
+    if not found:
+        raise ValueError(f"data must have something that can be used, got {len(dataset)} that cannot")
+    return found
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from .augment import normalised
 from .classification import ImageBatch, ImageModule, VisionRun
 from .images import ImageData, load_images
 from .module import Feed, Metric, Options, Prepared, train_run
-from .part import NO_LABEL, Part, part_of, val_shares
+from .part import NO_LABEL, Part, part_of, val_shares, what_is_left
 from .transfer import ENCODER
 
 _CHUNK = 256  # features whose neighbours are sought at once
@@ -160,7 +160,7 @@ class PretrainingModule(ImageModule):
         loader = self._loader(dataset, batches=shares)
 
         def batches() -> Iterator[ImageBatch]:
-            for number, (images, labels) in enumerate(loader, 1):
+            for number, (images, labels) in what_is_left(loader, dataset, self.place[1]):
                 is_last = is_spare and number == len(shares)
                 yield ImageBatch(images, torch.full_like(labels, NO_LABEL) if is_last else labels, {})
 

@@ -100,7 +100,7 @@ def test_version(flashsigmoid):
         (["study", "sinks", "--quick", "--seed", "7"], 1, "a seed of the study must be one of 0, got 7"),
         (["study", "sinks", "--recipe", "digits"], 1, "--recipe and --set are of vision-ablation only"),
         (["study", "vision-ablation", "--quick"], 1, "vision-ablation has no --quick, --seed and --jobs"),
-        (["study", "vision-ablation", "--recipe", "demo"], 1, "--recipe must be one of digits, probe_digits, "),
+        (["study", "vision-ablation", "--recipe", "demo"], 1, "--recipe must be one of digits, cifar10, "),
         (["study", "vision-ablation", "--only", "swish"], 1, "a variant must be one of base, softmax, "),
         (["explain", "--backend", "warp"], 1, "backend must be one of auto, "),
         (

@@ -218,15 +218,13 @@ def planted(fault: str) -> Iterator[None]:
     patch: Any = contextlib.nullcontext()
     if os.environ.get("RANK") == "1":
         if fault == "others-part":  # it reads what rank 0 reads
-            order = classification._Order
-            first = lambda run, data, start, *place: order(run, data, start, 0, 2)  # noqa: E731
-            patch = mock.patch.object(classification, "_Order", first)
+            first = lambda run, data, start, *place: part.Order(run, data, start, 0, 2)  # noqa: E731
+            patch = mock.patch.object(classification, "Order", first)
         elif fault == "others-draws":
             patch = mock.patch.object(part.Part, "of", lambda self, drawn, dim=0: drawn.narrow(dim, 0, self.count))
         elif fault == "others-utterances":
-            utterances = ctc._Order
-            theirs = lambda seed, count, start, batch, *place: utterances(seed, count, start, batch, 0, 2)  # noqa: E731
-            patch = mock.patch.object(ctc, "_Order", theirs)
+            first = lambda run, data, start, *place: part.Order(run, data, start, 0, 2)  # noqa: E731
+            patch = mock.patch.object(ctc, "Order", first)
     if fault == "own-characters":  # each rank divides by those of its utterances
         share = ctc.SpeechModule._share
 
@@ -265,5 +263,5 @@ def planted(fault: str) -> Iterator[None]:
 
 def reads(ranks: int, run: ImageRun, data: Any, batches: int) -> list[list[int]]:
     """Numbers of the images of the first micro-batches, from all ranks."""
-    orders = [classification._Order(run, data, 0, rank, ranks) for rank in range(ranks)]
+    orders = [part.Order(run, data.train, 0, rank, ranks) for rank in range(ranks)]
     return [[*itertools.chain(*each)] for each in itertools.islice(zip(*orders, strict=True), batches)]

@@ -67,10 +67,12 @@ def test_hooks_stay() -> None:
 
 def test_what_cannot_be_exchanged_says_so_and_stays() -> None:
     resnet = timm.create_model("resnet10t")
-    with pytest.raises(ValueError, match=r"model must have modules of the class timm.layers.Attention, got none"):
+    with pytest.raises(ValueError, match=r"attentions of the class timm.layers.Attention only, got none$"):
         swap_attention(resnet)
     swin = timm.create_model("swin_tiny_patch4_window7_224", embed_dim=24, depths=(1, 1), num_heads=(2, 2))
-    with pytest.raises(ValueError, match=r"got WindowAttention"):
+    with pytest.raises(
+        ValueError, match=r"got timm.models.swin_transformer.WindowAttention at layers.0.blocks.0.attn$"
+    ):
         swap_attention(swin)
     vit = model()
     expected = vit(images())
@@ -78,3 +80,47 @@ def test_what_cannot_be_exchanged_says_so_and_stays() -> None:
         swap_attention(vit, "linear")
     assert not any(isinstance(module, VisionAttention) for module in vit.modules())
     assert_rounded(vit(images()), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("beit_base_patch16_224", r"got timm.models.beit.Attention at blocks.0.attn$"),
+        ("eva02_tiny_patch14_224", r"got timm.models.eva.EvaAttention at blocks.0.attn$"),
+        (
+            "vit_relpos_small_patch16_224",
+            r"got timm.models.vision_transformer_relpos.RelPosAttention at blocks.0.attn$",
+        ),
+        ("convit_tiny", r"got timm.models.convit.GPSA at blocks.0.attn$"),
+        ("cait_xxs24_224", r"got timm.models.cait.TalkingHeadAttn at blocks.0.attn$"),
+        ("crossvit_9_240", r"got timm.models.crossvit.CrossAttention at blocks.0.fusion.0.attn; a part"),
+        ("vit_base_patch16_siglip_224", r"got timm.layers.attention_pool.AttentionPoolLatent at attn_pool; a part"),
+    ],
+)
+def test_what_would_stay_softmax_is_named(name, message) -> None:
+    """Also beside attentions that could be exchanged, which then stay as well."""
+    with torch.device("meta"):
+        other = timm.create_model(name)
+    with pytest.raises(ValueError, match=message):
+        swap_attention(other)
+    assert not any(isinstance(module, VisionAttention) for module in other.modules())
+    if name.endswith("siglip_224"):
+        assert swap_attention(other.blocks) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("deit_tiny_distilled_patch16_224", 12),
+        ("vit_small_patch14_reg4_dinov2", 12),
+        ("vit_small_patch16_18x2_224", 36),
+        ("pit_ti_224", 12),
+        ("mobilevit_xxs", 9),
+        ("naflexvit_base_patch16_gap", 12),
+    ],
+)
+def test_other_models_of_timms_attention_are_exchanged_whole(name, count) -> None:
+    with torch.device("meta"):
+        other = timm.create_model(name)
+        assert swap_attention(other) == count
+        assert other(torch.empty(2, *other.default_cfg["input_size"])).shape[0] == 2

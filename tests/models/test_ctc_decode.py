@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from rounding import assert_rounded
@@ -72,6 +73,40 @@ def test_a_narrow_beam_keeps_that_many_and_never_overstates() -> None:
     assert len(found) == 3
     for tokens, score in found:
         assert math.exp(score) <= expected[tuple(tokens)] * (1 + 1e-9)
+
+
+def beam_of_tuples(log_probs: torch.Tensor, beam: int, blank: int) -> list[tuple[list[int], float]]:
+    """The same search over whole prefixes, at a cost that grows with their length."""
+    minus, add = -math.inf, np.logaddexp
+    prefixes: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, minus)}
+    for scores in log_probs.double().tolist():
+        grown: dict[tuple[int, ...], tuple[float, float]] = {}
+        for prefix, (b, n) in prefixes.items():
+            for token, score in enumerate(scores):
+                repeats = prefix[-1:] == (token,)
+                parts = [(prefix, (add(b, n) + score, minus))] if token == blank else []
+                parts += [(prefix, (minus, n + score))] if repeats else []
+                parts += [((*prefix, token), (minus, score + (b if repeats else add(b, n))))] if token != blank else []
+                for text, (in_blank, in_token) in parts:
+                    ends = grown.get(text, (minus, minus))
+                    grown[text] = float(add(ends[0], in_blank)), float(add(ends[1], in_token))
+        prefixes = dict(sorted(grown.items(), key=lambda pair: (-add(*pair[1]), pair[0]))[:beam])
+    return [(list(prefix), float(add(*ends))) for prefix, ends in prefixes.items()]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_prefixes_that_fall_out_and_come_back_and_equal_ones_are_those_of_whole_tuples(seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    positions, vocab_size, beam, blank = (
+        int(torch.randint(1, most, (), generator=generator)) for most in (30, 6, 9, 6)
+    )
+    scores = 3 * torch.randn(positions, vocab_size + 1, generator=generator)
+    log_probs = (scores.round() if seed % 2 else scores).log_softmax(-1)
+    log_probs[:, -1] -= math.inf if seed % 3 else 0.0
+    found = prefix_beam(log_probs, beam=beam, blank=blank % (vocab_size + 1))
+    expected = beam_of_tuples(log_probs, beam, blank % (vocab_size + 1))
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected], rel=1e-12)
 
 
 def test_no_position_is_the_empty_text() -> None:

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from rounding import assert_rounded
+from safetensors.torch import save_file
 from timm.layers.attention import Attention
 
 from flashsigmoid.models.vision import VisionAttention, ViTConfig, build_vit, tokens
@@ -221,7 +222,11 @@ def test_papers_sizes_on_the_meta_device() -> None:
         ({"sigmoid_bias": math.nan}, "sigmoid_bias must be a number below inf, or None, got nan"),
         ({"nheads_k": 0}, "nheads_k must be a positive integer, got 0"),
         ({"nheads_k": 3}, "nheads_k must be a divisor of the key heads, 4, got 3"),
-        ({"nheads_k": 1, "pretrained": True}, "nheads_k must be None with pretrained weights, .*, got 1"),
+        ({"pretrained": True}, "dim must be None with pretrained weights, whose own it is, got 48"),
+        (
+            {"pretrained": "a.npz", "dim": None, "depth": None, "nheads": None, "nheads_k": 1},
+            "nheads_k must be None with",
+        ),
         ({"nheads": 5}, "name must be a VisionTransformer of timm that takes these fields"),
         ({"position": "sincos", "dim": 50, "nheads": 5}, "dim must be a multiple of 4 for position='sincos', got 50"),
     ],
@@ -242,3 +247,72 @@ def test_bad_settings_are_one_clear_error() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             attention.configure(**settings)
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize(("value", "count"), [(None, 0), (0.3, 1)])
+def test_layer_scale_is_the_configs_whatever_the_name_has(name, value, count) -> None:
+    config = ViTConfig(name=name, layer_scale=value, img_size=28, patch_size=14, dim=32, nheads=2, depth=1)
+    gammas = [x for key, x in build_vit(config).state_dict().items() if key.endswith("ls1.gamma")]
+    assert len(gammas) == count
+    assert all(torch.equal(x, torch.full((32,), value)) for x in gammas)
+
+
+PLAIN = ViTConfig(name="test_vit", attention="softmax", qk_norm=False, layer_scale=None)
+
+
+def weights_of(name: str, path) -> torch.nn.Module:
+    """timm's model of this name with random weights, which are in the file."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    save_file(model.state_dict(), path)
+    return model
+
+
+def test_pretrained_weights_are_timms(tmp_path) -> None:
+    """From a file, as from the hub by timm's loader: the twin is timm's model, and sigmoid has the same weights."""
+    path = tmp_path / "weights.safetensors"
+    theirs = weights_of("test_vit", path)
+    x = torch.randn(2, 3, *theirs.default_cfg["input_size"][1:])
+    config = dataclasses.replace(PLAIN, pretrained=str(path))
+    assert_rounded(build_vit(config).eval()(x), theirs(x))
+    ours = build_vit(dataclasses.replace(config, attention="sigmoid")).state_dict()
+    assert ours.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(ours[name], weight) for name, weight in theirs.state_dict().items())
+
+
+def test_pretrained_weights_lack_what_our_practices_add(tmp_path) -> None:
+    path = tmp_path / "weights.safetensors"
+    theirs = weights_of("test_vit", path).state_dict()
+    config = ViTConfig(name="test_vit", pretrained=str(path), num_classes=3, pool="avg", out_norm=True)
+    ours = build_vit(config).state_dict()
+    fresh = {name for name in ours if name not in theirs}
+    assert {name.split(".")[-2] for name in fresh} == {"q_norm", "k_norm", "ls1", "ls2", "out_norm", "fc_norm"}
+    assert all(torch.equal(ours[name], torch.full((64,), 1e-4)) for name in fresh if name.endswith("gamma"))
+    kept = [name for name in theirs if name.startswith("blocks.")]
+    assert all(torch.equal(ours[name], theirs[name]) for name in kept)
+    assert torch.equal(ours["pos_embed"], theirs["pos_embed"][:, 1:])  # no class token
+    small = build_vit(dataclasses.replace(config, pool="token", img_size=64, in_chans=1)).state_dict()
+    assert torch.equal(small["cls_token"], theirs["cls_token"])
+    assert torch.equal(small["pos_embed"][:, :1], theirs["pos_embed"][:, :1])
+    assert small["pos_embed"].shape[1] == 17
+    assert torch.equal(small["patch_embed.proj.bias"], theirs["patch_embed.proj.bias"])
+    fixed = build_vit(dataclasses.replace(config, position="sincos")).state_dict()
+    assert not torch.allclose(fixed["pos_embed"], ours["pos_embed"])
+
+
+def test_pretrained_weights_that_do_not_fit_are_one_clear_error(tmp_path) -> None:
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(
+        ValueError, match=r"pretrained weights must be there .*, got .*weights.safetensors: FileNotFound"
+    ):
+        build_vit(dataclasses.replace(PLAIN, pretrained=str(path)))
+    path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"got .*weights.safetensors: .*header"):
+        build_vit(dataclasses.replace(PLAIN, pretrained=str(path)))
+    weights_of("test_vit2", path)  # with LayerScale, and of another depth
+    with pytest.raises(ValueError, match=r"got .*weights.safetensors: Error.* in loading state_dict") as error:
+        build_vit(dataclasses.replace(PLAIN, pretrained=str(path)))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"a place for each pretrained weight, .*, got none for blocks.0.ls1.gamma"):
+        build_vit(dataclasses.replace(PLAIN, name="test_vit2", pretrained=str(path)))

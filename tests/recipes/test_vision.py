@@ -9,12 +9,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 from flashsigmoid.models.vision import build_vit
-from flashsigmoid.recipes.vision import RECIPES, demo
+from flashsigmoid.recipes import pretraining, vision
+from flashsigmoid.recipes.vision import demo
 from flashsigmoid.training.contrastive import BYOLModule, SimCLRModule
 from flashsigmoid.training.images import ImageData
 from flashsigmoid.training.masked import MaskedModule
 from flashsigmoid.training.pretraining import PretrainingRun
 
+RECIPES = {**vision.RECIPES, **pretraining.RECIPES}
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES.keys())
 
 

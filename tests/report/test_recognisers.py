@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from flashsigmoid.record import RecordWriter
 from flashsigmoid.report import accuracy_statement, summary_rows, write_report
 from flashsigmoid.report.arms import group_arms, load_runs
+from flashsigmoid.report.figures import _loss_limits
 from flashsigmoid.report.hearing import spans
 from flashsigmoid.report.long_audio import long_drawing
 from flashsigmoid.report.recognisers import position_rows
@@ -158,3 +159,11 @@ def test_the_page_is_of_speech_and_names_what_was_left_out(tmp_path) -> None:
         assert word not in page
     assert "sigmoid: two unusable utterances left out." in warnings(group_arms(load_runs(folders)))
     assert "sigmoid: two unusable utterances left out." in page
+
+
+def test_the_loss_is_shown_from_its_second_validation_on(tmp_path) -> None:
+    """The first is far above; a range of what is between the arms' ends shows nothing of their way."""
+    arms = group_arms(load_runs([make(tmp_path / "a", 0.27), make(tmp_path / "b", 0.269, attention="softmax")]))
+    limits = _loss_limits(arms)
+    assert limits is not None
+    assert 7 * 0.5 < limits[1] < 7

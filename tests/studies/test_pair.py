@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from flashsigmoid.recipes.language import RECIPES
+from flashsigmoid.recipes.pretraining import RECIPES as PRETRAININGS
 from flashsigmoid.recipes.vision import RECIPES as IMAGES
 from flashsigmoid.record import RecordWriter, find_runs, read_records
 from flashsigmoid.studies.jobs import Schedule
@@ -22,7 +23,7 @@ from flashsigmoid.studies.pair import LOG, Watch, compared, last_lines, plan, tr
 from flashsigmoid.training.callbacks import Progress
 from flashsigmoid.training.checkpoint import CONFIG, TRAINER, WEIGHTS, checkpoint_path
 
-ALL = {**RECIPES, **IMAGES}
+ALL = {**RECIPES, **IMAGES, **PRETRAININGS}
 
 
 def test_a_pair_is_planned_seed_by_seed() -> None:

@@ -154,8 +154,7 @@ def test_what_cannot_be_used_is_named_in_one_line(tmp_path, capsys, how, suffix)
     assert line.startswith(f"left out, not usable audio: {tmp_path / f'1.{suffix}'}: ")
     assert data.skipped == [[1], []]
     assert len(collate([data.train[i] for i in range(3)]).lengths) == 2
-    with pytest.raises(ValueError, match="a batch must have at least one usable utterance, got 1 that are not"):
-        collate([data.train[1]])
+    assert collate([data.train[1]]) is None
 
 
 @pytest.mark.parametrize(
@@ -166,6 +165,8 @@ def test_what_cannot_be_used_is_named_in_one_line(tmp_path, capsys, how, suffix)
         (["train|a.wav| "], "split path text", "a line of a manifest must have a text, got none in line 2"),
         (["a.wav|YES"], "path text", "validation must be on other utterances than training, got .*a.wav in both"),
         (["train|a.wav|4"], "split path text", "text must consist of .*, got '4' in '4'"),
+        (["YES|train", "NO|val|a.wav"], "text split path", "a line of a manifest must have a path, got none in line 2"),
+        (["train||YES"], "split path text", "a line of a manifest must have a path, got none in line 2"),
         (["train|a.wav|x|YES"], "split path start text", "start and frames must be whole numbers, got line 2"),
     ],
 )  # fmt: skip
@@ -175,6 +176,36 @@ def test_a_bad_manifest_is_one_clear_error(tmp_path, lines, columns, message) ->
     root = manifest(tmp_path, *lines, columns=columns)
     with pytest.raises(ValueError, match=message):
         load_audio(AudioConfig(source="manifest", root=str(root)), quarter)
+
+
+def test_a_manifest_of_a_spreadsheet(tmp_path) -> None:
+    """With a byte order mark; in another encoding it is named."""
+    for name in ("a", "b"):
+        tone(tmp_path / f"{name}.wav")
+    root = manifest(tmp_path, "train|a.wav|ÉTÉ", "val|b.wav|NO")
+    text = root.read_text("utf-8")
+    root.write_text(text, "utf-8-sig")
+    config = AudioConfig(source="manifest", root=str(root), characters="ÉTNO")
+    assert [each.text for each in load_audio(config, quarter).train.utterances] == ["ÉTÉ"]
+    root.write_text(text, "latin-1")
+    with pytest.raises(ValueError, match=r"a text must be UTF-8, got .*manifest.tsv: .*can't decode"):
+        load_audio(config, quarter)
+
+
+def test_a_folder_is_no_audio(tmp_path) -> None:
+    with pytest.raises(ValueError, match="it is a folder"):
+        read_audio(tmp_path, 16_000)
+
+
+def test_a_header_that_promises_too_much_is_corrupt(tmp_path, monkeypatch) -> None:
+    tone(tmp_path / "a.wav")
+
+    def read(*args, **options):
+        raise MemoryError("Unable to allocate 4 TiB")
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", read)
+    with pytest.raises(ValueError, match="Unable to allocate 4 TiB"):
+        read_audio(tmp_path / "a.wav", 16_000)
 
 
 def test_no_manifest_is_one_clear_error(tmp_path) -> None:
@@ -190,6 +221,7 @@ def test_no_manifest_is_one_clear_error(tmp_path) -> None:
         ({"on_corrupt": "cry"}, "on_corrupt must be 'fail' or 'skip', got 'cry'"),
         ({"characters": "AA"}, "characters must be different ones, at least one, got 'AA'"),
         ({"characters": "a"}, "characters must be in upper case, as the text becomes, got 'a'"),
+        ({"mels": 200, "rate": 8000}, "mels must be as few as rate=8000 has bands for, got 200"),
         ({"mels": 0}, "mels must be at least 1, got 0"),
         ({"hold_out": 1}, "hold_out must be 0 or at least 2, so that a speaker is left to train on, got 1"),
     ],

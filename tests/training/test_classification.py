@@ -25,6 +25,7 @@ from flashsigmoid.training.checkpoint import TRAINER, WEIGHTS, checkpoints, find
 from flashsigmoid.training.classification import ClassificationModule, ImageRun, train_classifier
 from flashsigmoid.training.images import ImageConfig
 from flashsigmoid.training.optim import OptimConfig
+from flashsigmoid.training.part import Order
 
 MODEL = ViTConfig(
     name="vit_tiny_patch16_224", num_classes=10, in_chans=1, img_size=14, patch_size=7, dim=16, depth=2, nheads=2,
@@ -136,16 +137,14 @@ def test_it_learns_thirty_digits(tmp_path, attention) -> None:
 
 
 def test_the_optimizer_sees_every_image_once_an_epoch() -> None:
-    from flashsigmoid.training.classification import _Order
-
-    data = digits(RUN.data)
-    batches = _Order(RUN, data, 0)
+    data = digits(RUN.data).train
+    batches = Order(RUN, data, 0)
     order = itertools.chain.from_iterable(batches)
     first, second = (list(itertools.islice(order, 8000)) for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(8000))
     assert first != second
-    assert next(iter(_Order(RUN, data, 8003))) == second[3 : 3 + RUN.batch]
-    assert next(iter(_Order(RUN, data, 7999))) == [first[-1], *second[: RUN.batch - 1]]
+    assert next(iter(Order(RUN, data, 8003))) == second[3 : 3 + RUN.batch]
+    assert next(iter(Order(RUN, data, 7999))) == [first[-1], *second[: RUN.batch - 1]]
     assert {len(batch) for batch in itertools.islice(batches, 1000)} == {RUN.batch}
 
 
@@ -260,3 +259,33 @@ def test_the_average_follows_as_torchs_does_without_reading_the_device(head_norm
     module.to("meta").follow(module.average, False)  # where there is no value to be read
     with pytest.raises(RuntimeError, match="meta"):
         module.average.update_parameters(module.model)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_batch_of_corrupt_images_only_is_left_out(tmp_path, batch) -> None:
+    """In training the next one takes its place, in a validation it counts nowhere; a run of nothing else ends."""
+    for number in range(4):
+        for split in ("train", "val"):
+            draw(tmp_path / split / "ab"[number % 2] / f"{number}.png", colour=(60 * number, 0, 0))
+    for split in ("train", "val"):  # the last of its split, so that three and one are batches
+        (tmp_path / split / "b" / "3.png").write_bytes(b"no image")
+    data = ImageConfig(source="folder", root=str(tmp_path), img_size=14, on_corrupt="skip")
+    run = replace(
+        RUN, model=replace(MODEL, in_chans=3, num_classes=2), data=data, batch=batch, steps=4, augment=AugmentConfig()
+    )
+    final = train_classifier(run, tmp_path / "run", device="cpu", show=quiet)
+    assert final["val/accuracy"] in (0.0, 1 / 3, 2 / 3, 1.0)
+    assert numbers(tmp_path / "run", "data/skipped") == [(4, 2)]
+    for path in (tmp_path / "val").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="data must have something that can be used, got 4 that cannot"):
+        train_classifier(run, tmp_path / "other", device="cpu", show=quiet)
+
+
+def test_one_class_is_nothing_to_learn(tmp_path) -> None:
+    draw(tmp_path / "train" / "cat" / "1.png")
+    draw(tmp_path / "val" / "cat" / "1.png")
+    data = ImageConfig(source="folder", root=str(tmp_path), img_size=14)
+    run = replace(RUN, model=replace(MODEL, in_chans=3, num_classes=1), data=data)
+    with pytest.raises(ValueError, match="data must have at least two classes to tell apart, got cat alone"):
+        train_classifier(run, tmp_path / "run", device="cpu", show=quiet)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import pickle
 import struct
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -194,9 +196,41 @@ def test_a_corrupt_image_is_left_out_named_once_and_counted(folder, workers, cap
     assert "cut.jpg" in lines[0] + lines[1]
 
 
-def test_nothing_readable_is_an_error() -> None:
-    with pytest.raises(ValueError, match="a batch must have at least one readable image, got 2 corrupt ones"):
-        collate([None, None])
+def bomb(path) -> None:
+    """A PNG of a few bytes whose header promises 10^10 pixels."""
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")))
+    parts = (struct.pack(">I", len(x)) + name + x + struct.pack(">I", zlib.crc32(name + x)) for name, x in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (bomb, r"Image size \(10000000000 pixels\) exceeds limit"),
+        (lambda path: Image.fromarray(np.zeros((8, 8), np.float32)).save(path, "TIFF"), "more than 16 bits, mode F"),
+        (lambda path: Image.fromarray(np.zeros((8, 8), np.int32)).save(path, "TIFF"), "more than 16 bits, mode I"),
+    ],
+)
+def test_an_absurd_size_and_values_without_a_range_are_corrupt_too(folder, write, reason, capsys) -> None:
+    write(folder / "val" / "cat" / "1.png")
+    config = ImageConfig(source="folder", root=str(folder), img_size=8)
+    with pytest.raises(ValueError, match=rf"images must be readable, got .*1.png: .*{reason}"):
+        load_images(config).val[0]
+    assert load_images(replace(config, on_corrupt="skip")).val[0] is None
+    assert "left out, not a readable image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_grey_values_of_16_bits_are_not_cut_off(folder, suffix) -> None:
+    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(folder / "val" / "cat" / f"0.{suffix}")
+    image, _ = load_images(ImageConfig(source="folder", root=str(folder), img_size=8)).val[0]
+    assert torch.equal(image, torch.from_numpy((grey / 257).round().astype(np.uint8)).expand(3, -1, -1))
+
+
+def test_nothing_readable_is_no_batch() -> None:
+    assert collate([None, None]) is None
 
 
 def test_idx_files(tmp_path) -> None:
