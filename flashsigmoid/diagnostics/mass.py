@@ -1,19 +1,22 @@
 """Where the mass of attention lies, of sequences whose A is too large to write down: of rows, of keys, the largest.
 
-Sums of A are attention with ones for values, so they come out of the fused kernels; the largest weights do not. What
-one layer of a model does during a forward is the business of probes.py.
+Sums of A are attention with ones for values, so they come out of the fused kernels; the largest weights have a kernel
+of their own. What one layer of a model does during a forward is the business of probes.py.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..backends.reference import attention_weights
-from ..backends.rules import Window, validate
+from ..backends import BackendUnsupported, Problem, triton
+from ..backends.problem import make_problem
+from ..backends.reference import weights
+from ..backends.rules import Window, split_bias, validate
 from ..functional import sigmoid_attention_shard
 
 if TYPE_CHECKING:
@@ -111,49 +114,68 @@ def top_weights(
     causal: bool = False,
     window_size: Window = (None, None),
     alibi_slopes: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Float[Tensor, "batch nheads seqlen_q count"], Int64[Tensor, "batch nheads seqlen_q count"]]:
-    """The largest weights of every query, falling, and their keys: plain torch, no gradient, on a GPU not by a kernel.
+    """The largest weights of every query, falling, and their keys: O(seqlen * count) memory, no gradient.
 
-    A is written down in blocks of 1024 queries and keys, whatever a window hides. The weights are float32 (float64 for
-    float64 inputs). Where a query sees fewer keys, weights of 0 follow.
+    Of equal weights the earlier key comes first. Where a query sees fewer keys, weights of 0 follow, whose key is -1,
+    as that of any weight of 0. The weights are float32 (float64 for float64 inputs).
+
+    By "triton" a kernel finds 64 of them in a pass over the keys that are seen; "blocked" is plain torch, which writes
+    A down in blocks of 1024 queries and keys, whatever a window hides.
 
     Args:
         count: how many, from 1 to seqlen_k.
         q, k, sigmoid_bias, scale, causal, window_size, alibi_slopes: as in `sigmoid_attention`.
+        backend: "triton", "blocked", or "auto": on a GPU the first where it can (float32 only up to head_dim 128, since
+            beyond registers spill), else the second.
 
     Raises:
-        ValueError: a count out of range; as `sigmoid_attention`.
+        ValueError: a count out of range, another backend, or as `sigmoid_attention`.
+        BackendUnsupported: "triton" was asked for and cannot, with its reason.
     """
     n = k.shape[1]
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= n:
         raise ValueError(f"count must be an integer from 1 to seqlen_k = {n}, got {count!r}")
-    bias = -math.log(n) if sigmoid_bias is None else sigmoid_bias
-    found = []
+    if backend not in ("auto", "triton", "blocked"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'blocked', got {backend!r}")
+    validate(q, k, k, sigmoid_bias, scale, causal, window_size, alibi_slopes, 0.0, "exact", "auto")
+    bias, b = split_bias(sigmoid_bias)
+    problem = make_problem(
+        q, k, k, bias=bias, slopes=alibi_slopes, sigmoid_bias=b, scale=scale, causal=causal,
+        window_left=window_size[0], window_right=window_size[1], q_offset=None, dropout_p=0.0, origin=(0, 0, 0, 0),
+        sigmoid="exact",
+    )  # fmt: skip
+    reason = triton.unsupported(problem)
+    if backend == "triton" and reason is not None:
+        raise BackendUnsupported(f"triton: {reason}")
+    spills = problem.dtype == torch.float32 and problem.head_dim > 128
     with torch.no_grad():
-        for first in range(0, max(1, q.shape[1]), _BLOCK):
-            rows = slice(first, first + _BLOCK)
-            b = bias[..., rows] if isinstance(bias, Tensor) and bias.dim() == 3 else bias
-            offset = n - q.shape[1] + first
-            found.append(_top_of_rows(q[:, rows], k, count, b, scale, causal, window_size, alibi_slopes, offset))
-    values, keys = zip(*found, strict=True)
-    return torch.cat(values, dim=2), torch.cat(keys, dim=2)
+        if backend == "triton" or (backend == "auto" and reason is None and problem.device != "cpu" and not spills):
+            return triton.top_weights(problem, q, k, count, bias, alibi_slopes)
+        return _top_in_blocks(problem, q, k, count, bias, alibi_slopes)
 
 
-def _top_of_rows(
-    q: Tensor, k: Tensor, count: int, bias: float | Tensor, scale: float | None, causal: bool, window_size: Window,
-    alibi_slopes: Tensor | None, offset: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    best = where = None
-    for start in range(0, k.shape[1], _BLOCK):
-        a = attention_weights(
-            q, k[:, start : start + _BLOCK], sigmoid_bias=bias, scale=scale, causal=causal, window_size=window_size,
-            alibi_slopes=alibi_slopes, q_offset=offset - start,
-        )  # fmt: skip
-        keys = torch.arange(start, start + a.shape[3], device=q.device).expand(a.shape)
-        if best is not None and where is not None:
-            a, keys = torch.cat((best, a), dim=-1), torch.cat((where, keys), dim=-1)
-        best, index = a.topk(min(count, a.shape[3]), dim=-1)
-        where = keys.gather(-1, index)
-    assert best is not None
-    assert where is not None
-    return best, where
+def _top_in_blocks(
+    problem: Problem, q: Tensor, k: Tensor, count: int, bias: Tensor | None, slopes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    found = []
+    for first in range(0, max(1, q.shape[1]), _BLOCK):
+        rows = q[:, first : first + _BLOCK]
+        b = bias[..., first : first + _BLOCK] if bias is not None and bias.dim() == 3 else bias
+        best = k.new_zeros(q.shape[0], q.shape[2], rows.shape[1], 0, dtype=problem.compute_dtype)
+        keys = torch.zeros_like(best, dtype=torch.int64)
+        for start in range(0, k.shape[1], _BLOCK):
+            columns = k[:, start : start + _BLOCK]
+            part = replace(
+                problem, seqlen_q=rows.shape[1], seqlen_k=columns.shape[1], q_offset=problem.q_offset + first - start,
+                bias_shape=None if b is None else tuple(b.shape),
+            )  # fmt: skip
+            a = weights(part, rows, columns, b, slopes)
+            where = torch.arange(start, start + a.shape[3], device=q.device).expand(a.shape)
+            # stable: of equal ones those found first stay first
+            best, index = torch.cat((best, a), dim=-1).sort(dim=-1, descending=True, stable=True)
+            best, keys = best[..., :count], torch.cat((keys, where), dim=-1).gather(-1, index[..., :count])
+        found.append((best, keys.masked_fill(best == 0.0, -1)))
+    best, keys = zip(*found, strict=True)
+    return torch.cat(best, dim=2), torch.cat(keys, dim=2)

@@ -24,7 +24,7 @@ from ..models.gpt import GPT, GPTConfig, parameter_count
 from ..nn import Block, SigmoidAttention
 
 if TYPE_CHECKING:
-    from jaxtyping import Int
+    from jaxtyping import Float, Int
 
 # transformers 5.24 has renamed the argument and the output
 _CACHE = next(x.name for x in dataclasses.fields(CausalLMOutputWithPast) if x.name in ("cache", "past_key_values"))
@@ -90,6 +90,10 @@ class SigmoidGPTConfig(PreTrainedConfig):
         self.num_key_value_heads, self.head_dim = gpt.kv_heads, gpt.dim // gpt.nheads
         if options.setdefault("tie_word_embeddings", False):
             raise ValueError("tie_word_embeddings must be False, a SigmoidGPT has a head of its own, got True")
+        # transformers reads them of every language model, and takes one without use_cache for one without caches
+        self.use_cache = options.pop("use_cache", True)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            options.setdefault(name, None)
         super().__init__(**options)
 
     def gpt(self) -> GPTConfig:
@@ -141,6 +145,7 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = SigmoidGPTConfig  # pyright: ignore[reportAssignmentType]
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    _can_compile_fullgraph = True
     _no_split_modules = ["_Block"]  # noqa: RUF012 - transformers reads a list
 
     def __init__(self, config: SigmoidGPTConfig) -> None:
@@ -178,8 +183,9 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embedding
 
     def set_input_embeddings(self, value: torch.nn.Embedding) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Replace it."""
+        """Replace it; its rows are the vocabulary."""
         self.model.embedding = value
+        self.model.config = dataclasses.replace(self.model.config, vocab_size=value.num_embeddings)
 
     def get_output_embeddings(self) -> torch.nn.Module:
         """The head."""
@@ -196,19 +202,29 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
     @staticmethod
     def create_masks_for_generate(
         inputs_embeds: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> Tensor | None:
-        """Which of the new tokens are padding, for caches of a fixed size: the earlier ones were told before."""
-        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+    ) -> Tensor:
+        """Which of the new tokens count, for caches of a fixed size: the earlier ones were told before.
+
+        Of one shape, stride and dtype at every token, with padding and without (transformers leaves a mask of ones
+        out): a compiler compiles anew for any other, and for each length of a view's strides.
+        """
+        batch, seqlen = inputs_embeds.shape[:2]
+        if attention_mask is None:
+            return torch.ones(batch, seqlen, dtype=torch.bool, device=inputs_embeds.device)
+        return attention_mask[:, -seqlen:].to(torch.bool, copy=True, memory_format=torch.contiguous_format)
 
     @can_return_tuple  # return_dict=False
     def forward(
         self,
-        input_ids: Int[Tensor, "batch seqlen"],
+        input_ids: Int[Tensor, "batch seqlen"] | None = None,
         attention_mask: Int[Tensor, "batch seen"] | None = None,
+        position_ids: Int[Tensor, "batch seqlen"] | None = None,
         cache: Any = None,
         past_key_values: Any = None,
+        inputs_embeds: Float[Tensor, "batch seqlen dim"] | None = None,
         labels: Int[Tensor, "batch seqlen"] | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **options: Any,
     ) -> CausalLMOutputWithPast:
@@ -217,23 +233,31 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (batch, seqlen) int64.
             attention_mask: (batch, tokens before and these), 0 for padding on any side. Default: no padding.
+            position_ids: may start anywhere, since distances are all that counts, but must rise by one: there are no
+                packed sequences.
             cache, past_key_values: a cache of transformers, by its newer or its older name.
+            inputs_embeds: (batch, seqlen, dim) in place of input_ids.
             labels: (batch, seqlen), -100 where there is none; shifted here.
-            use_cache: make a cache where none is given, in eval mode. Default: True.
+            use_cache: make a cache where none is given, in eval mode. Default: config.use_cache.
+            output_hidden_states: also what enters each block, and what enters the head. Default: the config's, False.
             logits_to_keep: of so many last tokens only, 0 is all; or a tensor of their places. Default: 0.
-            options: of the loss, num_items_in_batch say. position_ids may start anywhere, since distances are all that
-                counts, but must rise by one: there are no packed sequences.
+            options: of the loss, num_items_in_batch say.
 
         Raises:
-            ValueError: an input longer than the context, a mask of another shape, packed sequences, or an option
-                without meaning here.
+            ValueError: neither or both of input_ids and inputs_embeds, an input longer than the context, a mask of
+                another shape, packed sequences, or an option without meaning here.
         """
-        for name in ("output_attentions", "output_hidden_states", "inputs_embeds", "cu_seq_lens_q", "seq_idx"):
+        for name in ("output_attentions", "cu_seq_lens_q", "seq_idx"):
             if options.get(name) is not None and options[name] is not False:
                 raise ValueError(f"{name} must not be given to a SigmoidGPT, got {type(options[name]).__name__}")
-        batch, seqlen = input_ids.shape
+        if (input_ids is None) == (inputs_embeds is None):
+            how_many = "neither" if input_ids is None else "both"
+            raise ValueError(f"one of input_ids and inputs_embeds must be given, got {how_many}")
+        x = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, seqlen = x.shape[:2]
         cache = past_key_values if cache is None else cache
-        if cache is None and not self.training and use_cache is not False:
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if cache is None and not self.training and use_cache:
             cache = DynamicCache()
         key_mask = None
         if attention_mask is not None:
@@ -243,25 +267,39 @@ class SigmoidGPTForCausalLM(PreTrainedModel, GenerationMixin):
                     f"got {tuple(attention_mask.shape)}"
                 )
             key_mask = attention_mask[:, -seqlen:].bool()
-        _check_positions(options.pop("position_ids", None), key_mask, seqlen)
-        hidden = self.model(input_ids, self._past(cache, batch, seqlen), key_mask)
-        logits = hidden[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)]
+        _check_positions(position_ids, key_mask, seqlen)
+        past = self._past(cache, batch, seqlen)
+        x = self.model.dropout(x)
+        states = [x]
+        for i, block in enumerate(self.model.blocks):
+            x = block(x, key_mask) if past is None else block(x, key_mask, cache=past.layer(i))
+            states.append(x)
+        states[-1] = x = self.model.norm(x)
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        logits = self.model.head(x[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **options)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{_CACHE: cache})
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states: Any = tuple(states) if output_hidden_states else None
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=hidden_states, **{_CACHE: cache})
 
     def _past(self, cache: Any, batch: int, seqlen: int) -> Any:
         if cache is None:
+            self._check_length(seqlen)
             return None
         start = cache.get_seq_length()
         keys, _ = cache.get_mask_sizes(seqlen, 0)
         grows = not isinstance(start, Tensor) and keys == start + seqlen
         longest = keys if isinstance(start, Tensor) else start + seqlen
-        if longest > self.config.seqlen:
-            raise ValueError(f"input and cache must have at most seqlen={self.config.seqlen} tokens, got {longest}")
+        self._check_length(longest)
         seqlens = torch.as_tensor(start, device=self.device).expand(batch).clone()
         return _Past(cache, seqlens, grows)
+
+    def _check_length(self, longest: int) -> None:
+        if longest > self.config.seqlen:
+            raise ValueError(f"input and cache must have at most seqlen={self.config.seqlen} tokens, got {longest}")
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As any model, and a modelling file, so that a process that has not called `register` can load it.

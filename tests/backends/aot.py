@@ -30,7 +30,7 @@ import flashsigmoid.backends.hopper as hopper_backend
 from flashsigmoid.backends.decode import problem_of
 from flashsigmoid.backends.hopper import launch as hopper
 from flashsigmoid.backends.problem import make_problem
-from flashsigmoid.backends.triton import decode_launch, fp8, launch
+from flashsigmoid.backends.triton import decode_launch, fp8, launch, top
 from flashsigmoid.backends.triton.tiles import Tile, choose_tile
 
 TARGETS = {
@@ -53,8 +53,10 @@ NAMES = {
     "_sum_kernel": decode_launch,
     "_append_kernel": decode_launch,
     "_fp8_kernel": fp8,
+    "_top_kernel": top,
 }
-CACHED = {"_decode_kernel": "decode", "_sum_kernel": "sum", "_append_kernel": "append", "_fp8_kernel": "fp8"}
+CACHED = {"_decode_kernel": "decode", "_sum_kernel": "sum", "_append_kernel": "append"}
+CACHED |= {"_fp8_kernel": "fp8", "_top_kernel": "top"}
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 
 
@@ -82,7 +84,8 @@ class Call:
     dropout_p: float = 0.0
     origin: tuple[int, ...] = (0, 0, 0, 0)
     sigmoid: str = "auto"
-    backend: str = "triton"  # "fp8", "hopper", or "decode": against a cache with room for `seqlen` keys
+    count: int = 8  # of "top"
+    backend: str = "triton"  # "fp8", "top", "hopper", or "decode": against a cache with room for `seqlen` keys
     seqlen_q: int = 1  # of "decode", as what follows
     page_size: int = 0
     num_splits: int = 0
@@ -215,6 +218,9 @@ class Compiler:
             scales = [torch.empty(call.batch, heads) for heads in (call.nheads, call.nheads_k, call.nheads_k)]
             fp8.forward(problem, q, k, v, (scales[0], scales[1], scales[2]), bias, slopes, torch.bfloat16)
             return self.launched
+        if call.backend == "top":
+            top.top_weights(problem, q, k, call.count, bias, slopes)
+            return self.launched
         if call.backend == "hopper":
             reason = hopper_backend.unsupported(problem)
             assert reason is None, reason
@@ -267,7 +273,7 @@ class Compiler:
 
 def _in(name: str) -> str:
     """What the kernel is called in its module."""
-    return name.replace("_hopper", "").replace("_fp8", "")
+    return name.replace("_hopper", "").replace("_fp8", "").replace("_top", "")
 
 
 class _Launcher:

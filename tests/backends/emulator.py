@@ -114,7 +114,7 @@ class Machine:
 
 
 def _places(shape: list[int], dtype: torch.dtype) -> Tensor:
-    """Addresses as the swizzled layouts have them, but for the swizzle within 128 bytes: slabs of 128 bytes' columns."""
+    """Addresses as the swizzled layouts have them, but for the swizzle within 128 bytes: slabs of 128 bytes a row."""
     *lead, rows, columns = shape
     width = min(columns, 128 // dtype.itemsize)
     at = torch.arange(prod(shape)).reshape(*lead, columns // width, rows, width)

@@ -215,6 +215,25 @@ def test_the_kernel_of_8_bits(compiled, arch) -> None:
         assert one["tma_loads"] > 0
 
 
+ROWS: dict[str, Any] = {"causal": True, "bias": "row", "has_slopes": True, "window_left": 100, "nheads_k": 1}
+TOP: list[dict[str, Any]] = [
+    {"head_dim": 64, "causal": True},
+    {"head_dim": 128, "count": 64, **ROWS},
+    {"head_dim": 256, "dtype": "float16", "count": 100},  # two launches
+    {"head_dim": 64, "dtype": "float32", "count": 64},
+    {"head_dim": 128, "dtype": "float32", "count": 64},
+]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_the_kernel_of_the_largest_weights(compiled, arch) -> None:
+    kernels = compiled(arch, *(json.dumps({"backend": "top", **call}) for call in TOP))
+    assert [one["kernel"] for one in kernels] == ["top"] * (len(TOP) + 1)
+    for one in kernels:
+        is_float32 = one["call"].get("dtype") == "float32"
+        check(arch, {**one, "products": 1} if is_float32 else one)
+
+
 CACHES: dict[str, dict[str, Any]] = {
     "decode": {"nheads": 32, "nheads_k": 8, "head_dim": 128, "causal": True, "rotary_dim": 128},
     "pages": {"nheads": 32, "nheads_k": 8, "head_dim": 128, "causal": True, "page_size": 16, "seqlen_q": 2},

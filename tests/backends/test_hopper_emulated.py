@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -104,7 +104,7 @@ def check(name: str, head_dim: int, shape: tuple[int, ...], dtype: torch.dtype =
     return set(found)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, pytest.param(256, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_inside_the_budget(emulated, name, head_dim) -> None:
     emulated({})
@@ -114,62 +114,79 @@ def test_inside_the_budget(emulated, name, head_dim) -> None:
     assert found == {"out"} | ({"dq", "dk", "dv"} if has_backward else set())
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("tiles", [tiles for tiles in TILES if tiles != "table"])
+@pytest.mark.parametrize(
+    ("tiles", "head_dim"),
+    [
+        *(("two places", dim) for dim in (64, 128)),
+        *(("turns", dim) for dim in (64, 128)),
+        *(pytest.param("from the end", dim, marks=pytest.mark.long) for dim in (64, 128)),
+        ("dQ is added", 256),
+        ("table", 256),
+    ],
+)
 def test_every_kind_of_tile(emulated, tiles, head_dim) -> None:
-    if (tiles == "dQ is added") != (head_dim == 256):
-        pytest.skip("a tile of another head_dim")
     emulated(TILES[tiles])
     for name in ("full", "causal", "window"):
         check(name, head_dim, SHAPES[1], torch.float16)
 
 
-# file, what stands in it, what stands there instead, head_dim, tiles
-FAULTS: dict[str, tuple[str, str, str, int, str]] = {
-    "a key too many": ("partitions", "gl.where(j <= p + right", "gl.where(j <= p + right + 1", 64, "table"),
-    "a key too few": ("bwd", "gl.where(i <= j, y", "gl.where(i < j, y", 64, "table"),
-    "a block too few": ("partitions", "last = gl.minimum(m + BLOCK, rows) - 1", "last = m", 128, "table"),
-    "the wrong head": ("partitions", "other = head // sizes[3]", "other = head % sizes[3]", 64, "table"),
-    "K before it came": (
-        "fwd", "    mbarrier.wait(full.index(stage), (it // STAGES) & 1)\n    s = ", "    s = ", 64, "table",
-    ),
-    "V while it is read": (
-        "fwd", "    a = weights(s, m, n, c, b, slope", "    mbarrier.arrive(empty.index(before), count=1)\n"
-        "    a = weights(s, m, n, c, b, slope", 64, "table",
-    ),
-    "Q of two turns": ("fwd", "        tma.store_wait(0)\n        mbarrier.arrive(empty, count=1)",
-                       "        mbarrier.arrive(empty, count=1)", 64, "two places"),
-    "out while it is copied": ("fwd", "            if OWN_OUT:\n                tma.store_wait(0)\n", "", 64, "turns"),
-    "the wrong phase": ("bwd", "mbarrier.wait(dq_empty, it & 1)", "mbarrier.wait(dq_empty, (it & 1) ^ 1)", 128, "table"),
-    "dS before it came": (
-        "bwd", "        mbarrier.wait(ds_full.index((it - 1) & 1), ((it - 1) // 2) & 1)\n", "        pass\n", 64, "table",
-    ),
-    "dS while it is read": (
-        "bwd", "    mbarrier.wait(ds_empty.index(it & 1), ((it // 2) & 1) ^ 1)\n    dss", "    dss", 64, "table",
-    ),
-    "dK while it is copied": ("bwd", "    tma.store_wait(0)\n    if DIM != 64:", "    if DIM != 64:", 64, "turns"),
-    "dQ twice": ("bwd", "    if it > start:\n        mbarrier.arrive(ds_empty", "    if it > -1:\n        mbarrier.arrive(ds_empty",
-                 64, "table"),
-    "dP of another block": ("grad", "mbarrier.arrive(w_empty, count=1)\n        ds", "ds", 256, "table"),
-    "dS of one warpgroup": ("dqdk", "        mbarrier.wait(ds_full, it & 1)\n", "", 256, "dQ is added"),
-    "dQ where dS is read": (
-        "dqdk", "        if WARPGROUP == 1:\n            mbarrier.wait(ds_read, it & 1)\n", "", 256, "dQ is added",
-    ),
-    "dQ where dQ is read": ("dqdk", "        mbarrier.wait(empty, 1)\n", "", 256, "dQ is added"),
-    "half of dQ": ("dqdk", "keys.slice(128 * WARPGROUP + 64,", "keys.slice(128 * WARPGROUP,", 256, "dQ is added"),
-    "no last half": ("dqdk", "    if count > 0:\n        mbarrier.wait(empty, 0)", "    if count < 0:\n        mbarrier.wait(empty, 0)",
-                     256, "dQ is added"),
-}  # fmt: skip
+@dataclass(frozen=True)
+class Fault:
+    """In a kernel's file `new` stands where `old` stood."""
+
+    file: str
+    old: str
+    new: str = ""
+    head_dim: int = 64
+    tiles: str = "table"
+    marks: Any = ()
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_a_kernel_is_caught(emulated, monkeypatch, fault) -> None:
-    file, old, new, head_dim, tiles = FAULTS[fault]
+LONG = pytest.mark.long
+WAIT_K = "    mbarrier.wait(full.index(stage), (it // STAGES) & 1)\n    s = "
+WEIGHTS = "    a = weights(s, m, n, c, b, slope"
+RELEASE_Q = "        mbarrier.arrive(empty, count=1)"
+WAIT_DS = "    mbarrier.wait(ds_empty.index(it & 1), ((it // 2) & 1) ^ 1)\n    dss"
+READ_DS = "        if WARPGROUP == 1:\n            mbarrier.wait(ds_read, it & 1)\n"
+WAIT_REST = "        if it > 0:\n            mbarrier.wait(empty, 0)\n"
+LAST_REST = "    if count > 0:\n        mbarrier.wait(empty, 0)"
+WIDE: dict[str, Any] = {"head_dim": 256, "tiles": "dQ is added"}
+FAULTS = {
+    "a key too many": Fault("partitions", "gl.where(j <= p + right", "gl.where(j <= p + right + 1"),
+    "a key too few": Fault("bwd", "gl.where(i <= j, y", "gl.where(i < j, y"),
+    "a block too few": Fault("partitions", "last = gl.minimum(m + BLOCK, rows) - 1", "last = m", 128, marks=LONG),
+    "the wrong head": Fault("partitions", "other = head // sizes[3]", "other = head % sizes[3]", marks=LONG),
+    "K before it came": Fault("fwd", WAIT_K, "    s = ", marks=LONG),
+    "V while it is read": Fault("fwd", WEIGHTS, f"    mbarrier.arrive(empty.index(before), count=1)\n{WEIGHTS}"),
+    "Q of two turns": Fault("fwd", f"        tma.store_wait(0)\n{RELEASE_Q}", RELEASE_Q, tiles="two places"),
+    "out while it is copied": Fault(
+        "fwd", "            if OWN_OUT:\n                tma.store_wait(0)\n", tiles="turns"
+    ),
+    "the wrong phase": Fault("bwd", "wait(dq_empty, it & 1)", "wait(dq_empty, (it & 1) ^ 1)", 128, marks=LONG),
+    "dS while it is read": Fault("bwd", WAIT_DS, "    dss"),
+    "dK while it is copied": Fault(
+        "bwd", "    tma.store_wait(0)\n    if DIM != 64:", "    if DIM != 64:", tiles="turns"
+    ),
+    "a dQ of nothing": Fault(
+        "bwd", "    if it > start:\n        mbarrier.arrive(ds", "    if it >= 0:\n        mbarrier.arrive(ds"
+    ),
+    "W while it is read": Fault("grad", "mbarrier.arrive(w_empty, count=1)\n        ds", "ds", 256, marks=LONG),
+    "dS of one warpgroup": Fault("dqdk", "        mbarrier.wait(ds_full, it & 1)\n", **WIDE, marks=LONG),
+    "dQ where dS is read": Fault("dqdk", READ_DS, **WIDE),
+    "dQ where dQ is read": Fault("dqdk", WAIT_REST, "        if it > 0:\n", **WIDE, marks=LONG),
+    "half of dQ": Fault("dqdk", "keys.slice(128 * WARPGROUP + 64,", "keys.slice(128 * WARPGROUP,", **WIDE, marks=LONG),
+    "no last half": Fault("dqdk", LAST_REST, LAST_REST.replace(">", "<"), **WIDE, marks=LONG),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=fault.marks) for name, fault in FAULTS.items()])
+def test_a_fault_in_a_kernel_is_caught(emulated, monkeypatch, name) -> None:
+    fault = FAULTS[name]
     monkeypatch.setattr(emulator, "PATIENCE_S", 1.0)
     monkeypatch.setattr(emulator, "PAUSE_S", 0.002)
-    emulated(TILES[tiles], {file: (old, new)})
+    emulated(TILES[fault.tiles], {fault.file: (fault.old, fault.new)})
     with pytest.raises((AssertionError, TimeoutError)):
-        check("causal", head_dim, (1, 700, 600, 4, 2))
+        check("causal", fault.head_dim, (1, 700, 600, 4, 2))
 
 
 def test_the_emulator_sees_what_it_is_for() -> None:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from flashsigmoid import backends
 from flashsigmoid.backends import Problem
+from flashsigmoid.backends.reference import attention_weights
+from flashsigmoid.diagnostics.mass import top_weights
 from flashsigmoid.record import RecordWriter
 from flashsigmoid.testing import Options, compute, errors_over_budget, make_qkv, oracle, witness
 
@@ -107,6 +109,43 @@ def table(
     return rows
 
 
+def table_of_largest(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, *, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """The same of the 64 largest weights of the last 64 rows, found by Triton's kernel."""
+    module, count, rows = backends.load("triton"), 64, {}
+    for causal in (False, True):
+        q, k, _, _ = make_qkv(1, 64, SEQLEN, 1, 1, 64, dtype=dtype, device=device)
+        options = {"causal": causal, "window_size": (WINDOW if causal else None, None)}
+
+        def largest(q: Tensor, k: Tensor, options=options, count=count) -> Tensor:
+            return attention_weights(q, k, **options).topk(count).values
+
+        orders = [torch.randperm(64, device=device) for _ in range(4)]
+        seen = torch.stack([largest(q[..., order].float(), k[..., order].float()) for order in orders])
+        expected, call = largest(q.double(), k.double()), module.top_weights
+
+        def over_budget(q=q, k=k, options=options, expected=expected, seen=seen, count=count) -> dict[str, float]:
+            found = top_weights(q, k, count, backend="triton", **options)[0]
+            return {"weights": max(errors_over_budget(found, expected, seen))}
+
+        rows["none, masked" if causal else "none"] = over_budget()
+        for name, fault in FAULTS.items():
+            if causal != (name == "mask off by one"):
+                continue
+
+            def planted(problem, q, k, count, bias, slopes, fault=fault, call=call):
+                def forward(problem, q, k, v, bias, slopes, seed):
+                    return call(problem, q, k, count, bias, slopes)[0]
+
+                return fault(problem, forward, q, k, k, bias, slopes, None), None
+
+            with monkeypatch.context() as patch:
+                patch.setattr(module, "top_weights", planted)
+                rows[name] = over_budget()
+    return rows
+
+
 def show(backend: str, dtype: torch.dtype, rows: dict[str, dict[str, float]]) -> None:
     print(f"\n{backend}, {dtype}, n = {SEQLEN}, b = -log n: error over budget, caught above 1")
     print(f"{'':22}" + "".join(f"{tensor:>10}" for tensor in rows["none"]))
@@ -133,6 +172,13 @@ def test_every_fault_is_caught_in_every_tensor(backend: str, monkeypatch: pytest
     rows = table(backend, torch.float32, monkeypatch, seqlen_q=512)  # the last ones; all in make test-long
     show(backend, torch.float32, rows)
     assert_every_fault_is_caught(rows)
+
+
+@pytest.mark.skipif("triton" not in FUSED, reason="needs Triton's interpreter")
+def test_every_fault_is_caught_in_the_largest_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = table_of_largest(monkeypatch, torch.float32)
+    show("triton", torch.float32, rows)
+    assert_every_fault_is_caught(rows, ("weights",))
 
 
 @pytest.mark.long

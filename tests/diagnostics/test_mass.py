@@ -7,15 +7,16 @@ import math
 
 import pytest
 import torch
-from backends.here import FUSED, interpret_in_tiles
+from backends.here import FUSED, IS_INTERPRETED, interpret_in_tiles
 from rounding import assert_rounded
 
 from flashsigmoid import sigmoid_attention_with_kvcache
+from flashsigmoid.backends import BackendUnsupported
 from flashsigmoid.backends.reference import attention_weights
 from flashsigmoid.diagnostics import mass
 from flashsigmoid.diagnostics.mass import mass_of_keys, mass_of_rows, top_weights
 from flashsigmoid.diagnostics.weights import softmax_weights
-from flashsigmoid.testing import make_qkv
+from flashsigmoid.testing import assert_within_budget, make_qkv
 
 OPTIONS = {
     "plain": {},
@@ -67,15 +68,85 @@ def test_row_masses_of_a_cache(backend):
         assert_rounded(mass[s, ..., 0].mT, a[0].sum(-1).float())
 
 
+BACKENDS = ["blocked", *["triton"] * IS_INTERPRETED]
+
+
+def assert_largest(found, exact, witness):
+    """Every row's largest weights in order, of the keys that have them, and no key twice; -1 for weights of 0."""
+    values, keys = found
+    count = keys.shape[-1]
+    largest = exact.topk(count)
+    assert_within_budget("weights", values, largest.values, torch.stack([x.topk(count).values for x in witness]))
+    assert torch.equal(keys == -1, values == 0)
+    assert (values.diff(dim=-1) <= 0).all()
+    at = exact.gather(-1, keys.clamp(min=0)).where(keys >= 0, 0.0)
+    assert_within_budget("keys", at, largest.values, torch.stack([x.topk(count).values for x in witness]))
+    times = torch.zeros(exact.shape, dtype=torch.int64).scatter_add(-1, keys.clamp(min=0), (keys >= 0).long())
+    assert times.max() <= 1
+
+
+def weights_of(q, k, **options):
+    """In float64, and in float32 four times, each with the sums of its scores in another order."""
+    orders = [torch.randperm(q.shape[-1]) for _ in range(4)]
+    return attention_weights(q.double(), k.double(), **options), [
+        attention_weights(q[..., order].float(), k[..., order].float(), **options) for order in orders
+    ]
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("count", [1, 4, 9])
-def test_the_largest_weights_are_those_of_the_whole(options, count, monkeypatch):
+@pytest.mark.parametrize("count", [1, 4, 9, 70])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_largest_weights_are_those_of_the_whole(options, count, backend, monkeypatch):
+    """Also of more than a launch finds, and of fewer visible keys than were asked for."""
     monkeypatch.setattr(mass, "_BLOCK", 7)
-    q, k, _, _ = make_qkv(2, 9, 40, 4, 2, 16, dtype=torch.float64)
-    a = attention_weights(q, k, **options)
-    values, keys = top_weights(q, k, count, **options)
-    assert_rounded(values, a.topk(count).values)
-    assert_rounded(a.gather(-1, keys), values)
+    q, k, _, _ = make_qkv(2, 9, 80, 4, 2, 16, dtype=torch.float32)
+    exact, witness = weights_of(q, k, **options)
+    assert_largest(top_weights(q, k, count, backend=backend, **options), exact, witness)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k", "head_dim"), [(70, 70, 40), (40, 9, 16), (33, 130, 64), (1, 1, 8)])
+def test_the_largest_weights_of_odd_sizes(backend, seqlen_q, seqlen_k, head_dim):
+    """Rows that see nothing (40 queries, 9 keys), short last blocks, rows that do not lie in order."""
+    q, k, _, _ = make_qkv(1, seqlen_q, seqlen_k, 2, 1, head_dim, dtype=torch.float16)
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    exact, witness = weights_of(q, k, causal=True)
+    found = top_weights(q, k, min(5, seqlen_k), causal=True, backend=backend)
+    assert found[0].dtype == torch.float32
+    assert_largest(found, exact, witness)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_equal_weights_the_earlier_key_comes_first(backend, monkeypatch):
+    monkeypatch.setattr(mass, "_BLOCK", 7)
+    q, k = torch.randn(1, 3, 1, 16), torch.randn(1, 4, 1, 16).repeat(1, 30, 1, 1)
+    values, keys = top_weights(q, k, 120, backend=backend)
+    assert (values.diff(dim=-1) <= 0).all()
+    for row, where in zip(values[0, 0], keys[0, 0], strict=True):
+        for value in row.unique():
+            same = where[row == value]
+            assert torch.equal(same, same.sort().values)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_of_zero_have_no_key_and_nan_comes_first(backend):
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 6, 1, 16)
+    values, keys = top_weights(q, k, 6, sigmoid_bias=-math.inf, backend=backend)
+    assert (values == 0).all()
+    assert (keys == -1).all()
+    k[0, 4] = math.nan
+    values, keys = top_weights(q, k, 2, backend=backend)
+    assert values[..., 0].isnan().all()
+    assert not values[..., 1].isnan().any()
+    assert (keys[..., 0] == 4).all()
+
+
+def test_who_finds_the_largest_weights():
+    q, k, _, _ = make_qkv(1, 2, 3, 1, 1, 16, dtype=torch.float64)
+    with pytest.raises(BackendUnsupported, match="triton: dtype must be float16, bfloat16 or float32, got float64"):
+        top_weights(q, k, 1, backend="triton")
+    with pytest.raises(ValueError, match="backend must be 'auto', 'triton' or 'blocked', got 'hopper'"):
+        top_weights(q, k, 1, backend="hopper")
 
 
 def test_a_bias_of_rows(monkeypatch):
@@ -91,13 +162,13 @@ def test_a_bias_of_rows(monkeypatch):
 
 def test_the_largest_weights_are_found_block_by_block(monkeypatch):
     """Also of many queries: A as a whole is what does not fit."""
-    seen, weights = [], mass.attention_weights
+    seen, weights = [], mass.weights
     monkeypatch.setattr(mass, "_BLOCK", 16)
-    monkeypatch.setattr(mass, "attention_weights", lambda *x, **y: seen.append(weights(*x, **y)) or seen[-1])
+    monkeypatch.setattr(mass, "weights", lambda *x, **y: seen.append(weights(*x, **y)) or seen[-1])
     q, k, _, _ = make_qkv(1, 70, 70, 2, 1, 16, dtype=torch.float64)
     values, _ = top_weights(q, k, 5, causal=True)
     assert max(a.shape[2] * a.shape[3] for a in seen) <= 16 * 16
-    assert_rounded(values, weights(q, k, causal=True).topk(5).values)
+    assert_rounded(values, attention_weights(q, k, causal=True).topk(5).values)
 
 
 @pytest.mark.parametrize("count", [0, 41, True, 2.0])

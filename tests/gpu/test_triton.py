@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backends.test_planted_faults import assert_every_fault_is_caught, table_of_largest
 from gpu.cases import (
     BIASES,
     CASES,
@@ -31,6 +32,8 @@ from gpu.cases import (
 )
 from gpu.machine import assert_faults_are_caught
 
+from flashsigmoid.backends.reference import attention_weights
+from flashsigmoid.diagnostics.mass import top_weights
 from flashsigmoid.testing import (
     Options,
     assert_within_budget,
@@ -162,6 +165,33 @@ def test_elements_beyond_2_to_the_31(name, start) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_planted_fault_is_caught_in_every_tensor(dtype, monkeypatch, record_property) -> None:
     assert_faults_are_caught("triton", dtype, monkeypatch, record_property, label="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
+@pytest.mark.parametrize("count", [1, 7, 64, 150])
+def test_the_largest_weights(dtype, head_dim, count) -> None:
+    """Against the whole of A: the weights in the budget, the keys those that have them, equal ones in order."""
+    for seqlen_q, seqlen_k, options in (
+        (300, 300, {"causal": True}),
+        (65, 1000, {"window_size": (200, 3), "sigmoid_bias": torch.randn(2, 4, 65, device=DEVICE)}),
+        (1, 4097, {"causal": True, "alibi_slopes": torch.linspace(0.0, 0.1, 4, device=DEVICE)}),
+    ):
+        q, k, _, _ = make_qkv(2, seqlen_q, seqlen_k, 4, 2, head_dim, dtype=dtype, device=DEVICE)
+        orders = [torch.randperm(head_dim, device=DEVICE) for _ in range(4)]
+        exact = attention_weights(q.double(), k.double(), **options)
+        seen = [attention_weights(q[..., x].float(), k[..., x].float(), **options).topk(count).values for x in orders]
+        values, keys = top_weights(q, k, count, backend="triton", **options)
+        largest, seen = exact.topk(count).values, torch.stack(seen)
+        assert_within_budget("weights", values, largest, seen)
+        assert_within_budget("keys", exact.gather(-1, keys.clamp(min=0)).where(keys >= 0, 0.0), largest, seen)
+        assert (values.diff(dim=-1) <= 0).all()
+        assert (keys.diff(dim=-1) > 0).logical_or(values.diff(dim=-1) < 0).logical_or(values[..., 1:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_planted_fault_is_caught_in_the_largest_weights(dtype, monkeypatch) -> None:
+    assert_every_fault_is_caught(table_of_largest(monkeypatch, dtype, device=DEVICE), ("weights",))
 
 
 def test_every_case_is_a_class_of_its_own() -> None:

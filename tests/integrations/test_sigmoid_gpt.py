@@ -183,6 +183,55 @@ def test_logits_of_chosen_places():
     assert torch.equal(model(tokens, logits_to_keep=torch.tensor([1, 4])).logits, logits[:, [1, 4]])
 
 
+def test_hidden_states_and_embeddings_in_place_of_tokens():
+    model = SigmoidGPTForCausalLM.from_gpt(gpt(nlayers=2).double())
+    tokens = torch.randint(257, (2, 6))
+    plain = model(tokens)
+    assert plain.hidden_states is None
+    seen = model(tokens, output_hidden_states=True)
+    embeds = model.get_input_embeddings()(tokens)
+    assert len(seen.hidden_states) == 3
+    assert torch.equal(seen.hidden_states[0], embeds)
+    assert torch.equal(model.model.head(seen.hidden_states[-1]), plain.logits)
+    assert torch.equal(model(inputs_embeds=embeds).logits, plain.logits)
+    for given, how_many in (({}, "neither"), ({"input_ids": tokens, "inputs_embeds": embeds}, "both")):
+        with pytest.raises(ValueError, match=f"one of input_ids and inputs_embeds must be given, got {how_many}"):
+            model(**given)
+
+
+def test_another_vocabulary_is_saved_and_read(tmp_path):
+    model = SigmoidGPTForCausalLM.from_gpt(gpt())
+    tokens = torch.randint(257, (1, 6))
+    logits = model(tokens).logits
+    model.resize_token_embeddings(260)
+    assert model.config.vocab_size == model.model.config.vocab_size == 260
+    assert_rounded(model(tokens).logits[..., :257], logits)
+    model.save_pretrained(tmp_path)
+    again = SigmoidGPTForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_a_static_cache_has_one_mask_for_every_token(is_padded):
+    """Of one layout, or a compiler compiles anew at every token; transformers passes None where nothing is padding."""
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, -1] = 0
+    masks = [
+        SigmoidGPTForCausalLM.create_masks_for_generate(torch.empty(2, 1, 0), mask[:, :n] if is_padded else None)
+        for n in (7, 8, 9)
+    ]
+    assert {(x.shape, x.stride(), x.dtype) for x in masks} == {((2, 1), (1, 1), torch.bool)}
+    assert masks[2].tolist() == ([[False], [True]] if is_padded else [[True], [True]])
+
+
+def test_a_config_says_whether_there_is_a_cache():
+    model = SigmoidGPTForCausalLM(SigmoidGPTConfig(dim=32, nlayers=1, use_cache=False)).eval()
+    tokens = torch.randint(257, (1, 6))
+    assert len(model(tokens)) == 1  # logits and nothing else
+    assert len(model(tokens, use_cache=True)) == 2
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (None, None, None)
+
+
 def tokenizers():
     return [ByteTokenizer(), train_bpe([b"to be or not to be, that is the question"] * 3, 280)]
 

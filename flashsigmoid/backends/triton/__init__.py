@@ -94,6 +94,18 @@ def prepare(problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | No
     return prepare(problem, q, k, v, dout)
 
 
+def top_weights(
+    problem: Problem, q: Tensor, k: Tensor, count: int, bias: Tensor | None, slopes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The `count` largest weights of every row, falling, and their keys, -1 where the weight is 0.
+
+    Of equal weights the earlier key comes first. Dense, without dropout; whatever `unsupported` lets pass is computed.
+    """
+    from .top import top_weights
+
+    return top_weights(problem, q, k, count, bias, slopes)
+
+
 def unsupported_fp8(problem: Problem) -> str | None:
     """None where the float8 kernel can compute the problem, else the reason."""
     if max(problem.head_dim, problem.head_dim_v) > 256:
