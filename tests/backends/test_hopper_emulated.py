@@ -16,9 +16,11 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
 from backends import emulator
+from gpu.cases import CASES, drawn, for_hopper
 
 from flashsigmoid.backends import hopper
 from flashsigmoid.backends.hopper import launch
+from flashsigmoid.backends.hopper.tiles import Tile
 from flashsigmoid.backends.problem import make_problem
 from flashsigmoid.testing import assert_within_budget, make_qkv, oracle, witness
 
@@ -55,12 +57,17 @@ def emulated(monkeypatch):
         launch._plan.cache_clear()
         monkeypatch.setattr(launch, "launch", functools.partial(emulator.launch, emulator.load_kernels(changes)))
         monkeypatch.setattr(
-            launch, "choose_tile", lambda problem, way: replace(choose(problem, way), **tiles.get(way, {}))
+            launch, "choose_tile", lambda problem, way: _other(choose(problem, way), tiles.get(way, {}))
         )
         monkeypatch.setattr(launch, "_multiprocessors", lambda x: 3)  # programs take turns
 
     yield prepare
     launch._plan.cache_clear()
+
+
+def _other(tile: Tile, changes: dict[str, Any]) -> Tile:
+    """The tile with what of the changes it can have: a split one has no second place for Q or memory for out."""
+    return tile if tile.is_split and "places" in changes else replace(tile, **changes)
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -128,6 +135,20 @@ def test_every_kind_of_tile(emulated, tiles, head_dim) -> None:
     emulated(TILES[tiles])
     for name in ("full", "causal", "window"):
         check(name, head_dim, SHAPES[1], torch.float16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("index", range(CASES))
+def test_drawn_cases(emulated, index) -> None:
+    """Those of the GPU, which have every pair of option values, each by another kind of tile."""
+    case = for_hopper(drawn()[index])
+    if case.sigmoid == "fast":
+        pytest.skip("formulas are not imitated")
+    emulated([*TILES.values()][index % len(TILES)])
+    tensors, options = case.tensors(index), case.options(index)
+    expected, seen = oracle(*tensors, **options), witness(*tensors, draws=16, **options)
+    for tensor, result in compute(*tensors, **options).items():
+        assert_within_budget(f"{tensor} of {case}", result, expected[tensor], seen[tensor])
 
 
 @dataclass(frozen=True)

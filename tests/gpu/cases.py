@@ -29,7 +29,8 @@ DTYPES = (*HALF, torch.float32)
 BIASES = (None, 0.0, -math.inf, "()", "(h,)", "(b,h)", "(b,h,i)")
 SLOPES = (None, "(h,)", "(b,h)")
 HEADS = ((8, 8), (8, 2), (8, 1))
-LAYOUTS = ("contiguous", "heads first", "packed heads", "off by one channel", "every other channel", "broadcast")
+LOADABLE = ("contiguous", "heads first", "packed heads")  # rows that the tensor memory accelerator can load
+LAYOUTS = (*LOADABLE, "off by one channel", "every other channel", "broadcast")
 
 
 def lay_out(layout: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -216,3 +217,14 @@ def random_class(rng: random.Random, dtype: torch.dtype) -> dict[str, Any]:
         "sigmoid": rng.choice(("auto", "exact", "fast")),
         "drop_at": rng.choice((None, None, (1, 2, 3, rng.randint(0, 9)))),
     }
+
+
+def for_hopper(case: Case) -> Case:
+    """A case for the Triton kernels, as near as Hopper's come to it."""
+    return dataclasses.replace(
+        case,
+        dtype=torch.bfloat16 if case.dtype == torch.float32 else case.dtype,
+        head_dims=tuple(-(-dim // 8) * 8 for dim in case.head_dims),
+        drop_at=None,
+        layout=case.layout if case.layout in LOADABLE else "contiguous",
+    )

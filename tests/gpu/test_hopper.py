@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.cases import BIASES, CASES, Case, drawn, random_class, time_is_left
+from gpu.cases import BIASES, CASES, LOADABLE, Case, drawn, for_hopper, random_class, time_is_left
 from gpu.machine import assert_faults_are_caught, sanitized
 from torch import Tensor
 
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(
 )
 # (batch, seqlen_q, seqlen_k, nheads, nheads_k); the last has more blocks than there are multiprocessors
 SHAPES = [(2, 1, 1, 4, 4), (1, 100, 333, 4, 1), (2, 257, 257, 4, 2), (1, 1000, 64, 4, 2), (6, 260, 390, 12, 6)]
-LAYOUTS = ("contiguous", "heads first", "packed heads")  # rows that the tensor memory accelerator can load
 # a tuple is the shape of a tensor, "rows" the number of queries
 OPTIONS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -134,17 +133,6 @@ def test_dq_and_dk_of_wide_heads_in_one_kernel(monkeypatch, name, dtype) -> None
         assert change <= torch.finfo(dtype).eps / 2, (x, change)
 
 
-def supported(case: Case) -> Case:
-    """A case for the Triton kernels, as near as these come to it."""
-    return replace(
-        case,
-        dtype=torch.bfloat16 if case.dtype == torch.float32 else case.dtype,
-        head_dims=tuple(-(-dim // 8) * 8 for dim in case.head_dims),
-        drop_at=None,
-        layout=case.layout if case.layout in LAYOUTS else "contiguous",
-    )
-
-
 def check(case: Case, seed: int) -> None:
     tensors, options = case.tensors(seed), case.options(seed)
     draws = 32 if min(case.seqlen_q, case.seqlen_k) < 16 else 16
@@ -156,7 +144,7 @@ def check(case: Case, seed: int) -> None:
 @pytest.mark.parametrize("index", range(CASES))
 def test_drawn_cases(index) -> None:
     """Those of the Triton kernels, which have every pair of option values."""
-    case = supported(drawn()[index])
+    case = for_hopper(drawn()[index])
     if not case.is_legal:
         pytest.skip("tanh is not accurate there")
     check(case, index)
@@ -170,12 +158,12 @@ def test_random_problems_until_the_time_is_up(dtype) -> None:
         bias = rng.choice(BIASES)
         for _ in range(8):
             nheads_k, group = rng.randint(1, 3), rng.randint(1, 4)
-            case = supported(
+            case = for_hopper(
                 Case(
                     batch=rng.randint(1, 3), seqlen_q=rng.randint(33, 900), seqlen_k=rng.randint(33, 900),
                     heads=(nheads_k * group, nheads_k), q_offset=rng.choice((None, 0, rng.randint(-200, 300))),
                     bias=bias if isinstance(bias, str) else rng.choice((None, 0.0, rng.uniform(-7.0, 0.0))),
-                    layout=rng.choice(LAYOUTS), score_std=rng.choice((1.0, 3.0)), **kernels,
+                    layout=rng.choice(LOADABLE), score_std=rng.choice((1.0, 3.0)), **kernels,
                 )
             )  # fmt: skip
             if case.is_legal:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def _sides(problem: Problem, bias: Tensor | None, slopes: Tensor | None) -> tupl
 
 def _added(problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
     """dq and dk by one kernel, and one that rounds dq."""
-    plan = _plan(problem, "dqdk", tile, 1)
+    plan = _plan(problem, "dqdk", replace(tile, is_persistent=False), 1)
     dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     dk = torch.empty_like(k, memory_format=torch.contiguous_format)
     m = plan.tile.block
@@ -96,7 +96,7 @@ def _by_rows(problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, ti
     dq, dk = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     n = tile.block
     for part, (x, y, u, w), out in (("dq", (q, dout, k, v), dq), ("dk", (k, v, q, dout), dk)):
-        plan = _plan(problem, part, tile, 1)
+        plan = _plan(problem, part, replace(tile, is_persistent=False), 1)
         plan.launch(_bwd_rows_kernel, ((x, 64), (y, 64), (u, n), (w, n), (out, 64)))
     return dq, dk
 
