@@ -111,7 +111,7 @@ def check(name: str, head_dim: int, shape: tuple[int, ...], dtype: torch.dtype =
     return set(found)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, pytest.param(256, marks=pytest.mark.long)])
+@pytest.mark.parametrize("head_dim", [64, *(pytest.param(dim, marks=pytest.mark.long) for dim in (128, 256))])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_inside_the_budget(emulated, name, head_dim) -> None:
     emulated({})
@@ -124,11 +124,10 @@ def test_inside_the_budget(emulated, name, head_dim) -> None:
 @pytest.mark.parametrize(
     ("tiles", "head_dim"),
     [
-        *(("two places", dim) for dim in (64, 128)),
-        *(("turns", dim) for dim in (64, 128)),
-        *(pytest.param("from the end", dim, marks=pytest.mark.long) for dim in (64, 128)),
-        ("dQ is added", 256),
-        ("table", 256),
+        *((tiles, 128) for tiles in ("two places", "turns")),
+        *(pytest.param(tiles, 64, marks=pytest.mark.long) for tiles in ("two places", "turns", "from the end")),
+        pytest.param("from the end", 128, marks=pytest.mark.long),
+        *((tiles, 256) for tiles in ("table", "dQ is added")),
     ],
 )
 def test_every_kind_of_tile(emulated, tiles, head_dim) -> None:
@@ -174,12 +173,14 @@ LAST_REST = "    if count > 0:\n        mbarrier.wait(empty, 0)"
 WIDE: dict[str, Any] = {"head_dim": 256, "tiles": "dQ is added"}
 FAULTS = {
     "a key too many": Fault("partitions", "gl.where(j <= p + right", "gl.where(j <= p + right + 1"),
-    "a key too few": Fault("bwd", "gl.where(i <= j, y", "gl.where(i < j, y"),
+    "a key too few": Fault("bwd", "gl.where(i <= j, y", "gl.where(i < j, y", marks=LONG),
     "a block too few": Fault("partitions", "last = gl.minimum(m + BLOCK, rows) - 1", "last = m", 128, marks=LONG),
     "the wrong head": Fault("partitions", "other = head // sizes[3]", "other = head % sizes[3]", marks=LONG),
     "K before it came": Fault("fwd", WAIT_K, "    s = ", marks=LONG),
     "V while it is read": Fault("fwd", WEIGHTS, f"    mbarrier.arrive(empty.index(before), count=1)\n{WEIGHTS}"),
-    "Q of two turns": Fault("fwd", f"        tma.store_wait(0)\n{RELEASE_Q}", RELEASE_Q, tiles="two places"),
+    "Q of two turns": Fault(
+        "fwd", f"        tma.store_wait(0)\n{RELEASE_Q}", RELEASE_Q, tiles="two places", marks=LONG
+    ),
     "out while it is copied": Fault(
         "fwd", "            if OWN_OUT:\n                tma.store_wait(0)\n", tiles="turns"
     ),
