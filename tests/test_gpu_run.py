@@ -139,6 +139,7 @@ def ends(path: Path) -> dict[str, str]:
     return {str(tags["test"]).partition("::")[2]: str(tags["outcome"]) for tags in tests}
 
 
+@pytest.mark.long
 def test_the_record_of_a_run(tmp_path: Path) -> None:
     printed, _ = started(tmp_path, 0.0).communicate(timeout=120)
     expected = ENDS | {f"test_takes_long[{index}]": "passed" for index in range(2)}

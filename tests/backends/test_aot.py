@@ -225,7 +225,9 @@ TOP: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize(
+    "arch", ["sm_90", *(pytest.param(arch, marks=pytest.mark.long) for arch in ("sm_80", "sm_100", "gfx942"))]
+)
 def test_the_kernel_of_the_largest_weights(compiled, arch) -> None:
     kernels = compiled(arch, *(json.dumps({"backend": "top", **call}) for call in TOP))
     assert [one["kernel"] for one in kernels] == ["top"] * (len(TOP) + 1)

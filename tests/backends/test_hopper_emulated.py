@@ -194,7 +194,7 @@ FAULTS = {
     ),
     "W while it is read": Fault("grad", "mbarrier.arrive(w_empty, count=1)\n        ds", "ds", 256, marks=LONG),
     "dS of one warpgroup": Fault("dqdk", "        mbarrier.wait(ds_full, it & 1)\n", **WIDE, marks=LONG),
-    "dQ where dS is read": Fault("dqdk", READ_DS, **WIDE),
+    "dQ where dS is read": Fault("dqdk", READ_DS, **WIDE, marks=LONG),
     "dQ where dQ is read": Fault("dqdk", WAIT_REST, "        if it > 0:\n", **WIDE, marks=LONG),
     "half of dQ": Fault("dqdk", "keys.slice(128 * WARPGROUP + 64,", "keys.slice(128 * WARPGROUP,", **WIDE, marks=LONG),
     "no last half": Fault("dqdk", LAST_REST, LAST_REST.replace(">", "<"), **WIDE, marks=LONG),

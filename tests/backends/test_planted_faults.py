@@ -175,6 +175,7 @@ def test_every_fault_is_caught_in_every_tensor(backend: str, monkeypatch: pytest
 
 
 @pytest.mark.skipif("triton" not in FUSED, reason="needs Triton's interpreter")
+@pytest.mark.long
 def test_every_fault_is_caught_in_the_largest_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = table_of_largest(monkeypatch, torch.float32)
     show("triton", torch.float32, rows)

@@ -105,6 +105,7 @@ def srun(words: list[str], ranks: int = 2, **changes: str) -> list[subprocess.Co
     return [subprocess.CompletedProcess(words, process.returncode, out, err) for process, out, err in ended]
 
 
+@pytest.mark.long
 def test_processes_of_srun_find_each_other() -> None:
     ended = srun(["-c", SCRIPT])
     assert [process.returncode for process in ended] == [0, 0], ended[0].stderr

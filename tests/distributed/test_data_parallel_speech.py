@@ -100,6 +100,7 @@ def test_a_fault_is_seen(tmp_path, manifest, ranks, alone, allowed, fault) -> No
     assert fault == "summed" or found["train/loss"] > 100.0, found
 
 
+@pytest.mark.long
 def test_compiled_blocks_train_as_one_process(tmp_path, manifest, ranks, allowed) -> None:
     run = parts.speech_run(manifest, steps=2, val_every=2, pad_frames=120)
     by_one(run, tmp_path / "one")
@@ -110,6 +111,7 @@ def test_compiled_blocks_train_as_one_process(tmp_path, manifest, ranks, allowed
 
 
 @pytest.mark.parametrize("packing", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
 def test_with_dropout_a_run_goes_on_with_the_same_bits(tmp_path, manifest, ranks, packing) -> None:
     """A rank's masks are a function of the position of the data; the draws of all stay together."""
     run = parts.speech_run(manifest, model={"dropout_p": 0.2, "packing": packing})

@@ -94,7 +94,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path, text, ranks, alone, allo
         assert far(losses(tmp_path / mesh), losses(alone)) <= allowed, (mesh, steps)
 
 
-@pytest.mark.parametrize("mesh", ["dp=2", "cp=2", "tp=2"])
+@pytest.mark.parametrize("mesh", ["dp=2", *(pytest.param(mesh, marks=pytest.mark.long) for mesh in ("cp=2", "tp=2"))])
 def test_one_process_and_a_mesh_go_on_from_each_other(tmp_path, text, ranks, alone, allowed, mesh):
     """One process to step 3, the mesh to step 6, one process to the end: the losses of one, moments and all."""
     out, run = tmp_path / "run", mesh_run(text)
@@ -160,6 +160,7 @@ def test_interrupted_and_resumed_it_has_the_same_bits(tmp_path, text, ranks, who
     assert differences(remains(whole), remains(tmp_path / "run")) == []
 
 
+@pytest.mark.long
 def test_micro_batches_on_a_mesh_go_on_with_the_same_bits(tmp_path, text, ranks, alone, allowed):
     """Batches of one process in two parts, each over two ranks."""
     changes = {"batch": 2, "accumulate": 2}

@@ -28,6 +28,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
         pytest.param("alibi", (2, 1, 1), "none", marks=pytest.mark.long),
     ],
 )
+@pytest.mark.long
 def test_real_ranks_send_what_is_simulated(crew: Crew, name: str, sizes, recompute) -> None:
     config = language.MODELS[name]
     found = crew.run(language.sent_of, name, sizes, recompute)

@@ -172,6 +172,7 @@ def pair(folder: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
 
 
+@pytest.mark.long
 def test_a_pair_is_stopped_goes_on_and_is_compared_and_a_failure_is_named(tmp_path) -> None:
     """Ctrl-C in the first of two parts; the third arm cannot be trained; then everything is there."""
     arms = ("--arm", "sigmoid:attention=sigmoid", "--arm", "softmax:attention=softmax")

@@ -73,6 +73,7 @@ def test_a_draft_that_is_never_right_costs_a_call_a_token() -> None:
     assert 2 not in drawn.tokens.tolist()
 
 
+@pytest.mark.long
 def test_the_study_writes_what_its_table_reads(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(speculative, "QUICK", replace(speculative.QUICK, steps=2, batch=4, seqlen=16))
     options: dict[str, Any] = {"quick": True, "device": "cpu", "show": lambda progress: None}

@@ -41,6 +41,7 @@ def test_universal(tmp_path) -> None:
     assert all(r.value <= allowed[r.tags["steepness"]] + 1e-12 for r in named(records, "shift_error"))
 
 
+@pytest.mark.long
 def test_tightness_and_that_it_would_see_a_bound_that_is_a_tenth_too_low(tmp_path, monkeypatch) -> None:
     records = read_records(THEORIES["tightness"](tmp_path / "right", quick=True)).records
     for cases, count in (("random", 1000), ("adversarial", 8)):

@@ -119,6 +119,7 @@ def kill_and_compare(tmp_path: Path, kills: int, steps: int, most_s: float) -> t
     return seed, moments
 
 
+@pytest.mark.long
 def test_two_kills(tmp_path):
     """One outside and one inside the writing of a checkpoint."""
     kill_and_compare(tmp_path, kills=2, steps=60, most_s=0.2)
