@@ -189,7 +189,7 @@ def _call(shape: Shape, dtype: torch.dtype, kernel: str, tile: Any) -> Callable[
         from ..backends.hopper import launch
 
         if kernel == "hopper-forward":
-            return lambda: launch.forward(problem, q, k, v, None, None, tile)
+            return lambda: launch.forward(problem, q, k, v, None, None, tile=tile)
         return lambda: launch.backward(problem, dout, q, k, v, None, None, tile)
     from ..backends.triton.launch import Call
 

@@ -226,7 +226,7 @@ class Compiler:
             assert reason is None, reason
             tile = call.tile and hopper.Tile(*call.tile)
             if call.kernel != "bwd":
-                hopper.forward(problem, q, k, v, bias, slopes, tile)
+                hopper.forward(problem, q, k, v, bias, slopes, cu_seqlens, tile)
             if call.kernel != "fwd" and hopper_backend.unsupported(problem, "backward") is None:
                 hopper.backward(problem, dout, q, k, v, bias, slopes, tile)
             return self.launched

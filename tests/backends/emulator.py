@@ -250,16 +250,22 @@ def _sigmoid(y: Tensor, FORMULA: Any) -> Tensor:
     return FORMULA.gain * torch.sigmoid((y - FORMULA.shift) / FORMULA.unit)
 
 
-def _load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Tensor:
+def _load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Any:
     values, at = pointer.values(), torch.as_tensor(pointer.offset)
     if mask is None:
-        return values[at].clone()
+        found = values[at].clone()
+        return found if found.dim() or found.is_floating_point() else Integer(found)
     return torch.where(mask, values[torch.where(mask, at, 0)], other)
+
+
+def _store(pointer: Pointer, x: Tensor, mask: Tensor) -> None:
+    with _memory:
+        pointer.values()[torch.as_tensor(pointer.offset)[mask]] = x[mask]
 
 
 def _atomic_add(pointer: Pointer, x: int) -> Integer:
     with _memory:
-        before = Integer(_load(pointer))
+        before = _load(pointer)
         pointer.values()[pointer.offset] += x
     return before
 
@@ -319,7 +325,7 @@ _language = SimpleNamespace(
     full=lambda shape, x, dtype, layout: torch.full(shape, int(x), dtype=dtype),
     where=_where, minimum=lambda *x: Integer(min(x)), maximum=lambda *x: Integer(max(x)), abs=torch.abs,
     max=lambda x, axis: Integer(x.amax(axis)),
-    convert_layout=lambda x, layout: x, load=_load, atomic_add=_atomic_add, static_range=range,
+    convert_layout=lambda x, layout: x, load=_load, store=_store, atomic_add=_atomic_add, static_range=range,
     static_assert=lambda condition: None, warp_specialize=_specialize,
     inline_asm_elementwise=lambda asm, constraints, args, **_: args[0],  # the one that is left makes x uniform
     allocate_shared_memory=lambda dtype, shape, layout: _here.machine.allocate(dtype, shape, layout),
@@ -348,7 +354,7 @@ def load_kernels(changes: dict[str, tuple[str, str]] | None = None) -> dict[str,
             return modules[name]
         return _names if name.startswith("triton") else builtins.__import__(name, globals, locals, fromlist, level)
 
-    for name in ("partitions", "fwd", "bwd", "grad", "dqdk"):
+    for name in ("partitions", "sequences", "fwd", "bwd", "grad", "dqdk"):
         path = Path(hopper.__file__).with_name(f"{name}.py")
         found: dict[str, Any] = {"__builtins__": {**vars(builtins), "__import__": find}, "__name__": name}
         text = path.read_text()
@@ -357,7 +363,7 @@ def load_kernels(changes: dict[str, tuple[str, str]] | None = None) -> dict[str,
             assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {name}.py"
             text = text.replace(old, new)
         exec(compile(text, path, "exec"), found)
-        found.update({"_add": _add, "_view": _view} if name in ("bwd", "dqdk") else {})
+        found.update({"_add": _add} if name in ("bwd", "dqdk") else {"view": _view} if name == "sequences" else {})
         found.update({"sigmoid": _sigmoid} if name == "partitions" else {})
         modules[name] = SimpleNamespace(**found)
     return {key: x for one in modules.values() for key, x in vars(one).items() if key.endswith("_kernel")}

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..formula import in_words
-from ..gpu import LONG, too_long
+from ..gpu import LARGEST, LONG, too_long
 from ..problem import Problem
 from .tiles import LARGEST_HEAD_DIM
 from .tiles import slower as slower
 
 NAME = "hopper"
-PACKED = False
+PACKED = True  # forward, without a host synchronisation
 ALIGNED = True  # the tensor memory accelerator loads rows
 
 
@@ -38,8 +38,11 @@ def unsupported(problem: Problem, direction: str = "forward") -> str | None:
         return reason
     if problem.dropout_p > 0:
         return f"dropout_p must be 0, got {problem.dropout_p}"
-    if problem.is_packed:
-        return "sequences must not be packed"
+    if problem.total_q is not None and problem.total_k is not None:
+        if direction == "backward":
+            return "sequences must not be packed"
+        if max(problem.total_q, problem.total_k) > LARGEST:
+            return f"packed rows must be at most 2**30, got {problem.total_q} and {problem.total_k}"
     if problem.is_partial:
         return "results must be rounded to the dtype of q, and parts of a sum must not be"
     terms = problem.seqlen_k if direction == "forward" else problem.seqlen_q * problem.group
@@ -74,11 +77,12 @@ def forward(
     bias: Tensor | None,
     slopes: Tensor | None,
     seed: Tensor | None,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """O = sigmoid(scale Q K^T + b - slope |p - j|) V, one kernel."""
     from .launch import forward
 
-    return forward(problem, q, k, v, bias, slopes)
+    return forward(problem, q, k, v, bias, slopes, cu_seqlens)
 
 
 def backward(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .partitions import hand_out, load, locate, make_tickets, nothing, sigmoid, store, take
+from .sequences import view
 
 NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 
@@ -29,13 +30,6 @@ def _add(descriptor, at, block, _semantic=None):
     """Add a block of shared memory to what a descriptor describes; Triton has a name for it from 3.9 on only."""
     at = _semantic._convert_to_ir_values(at, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, block.handle)
-
-
-@builtin
-def _view(block, dtype, shape, layout, _semantic=None):
-    """The same shared memory of another type and shape; the method's name is not the same in all Tritons."""
-    plain = _unwrap_if_constexpr
-    return _semantic.memdesc_reinterpret(block, plain(dtype), [plain(n) for n in plain(shape)], plain(layout))
 
 
 @gluon.jit
@@ -311,13 +305,13 @@ def _turn(
     # of it; where that has no room, by both places of dS and by dQ's
     if DIM == 64:
         mbarrier.wait(ds_empty.index(end & 1), ((end // 2) & 1) ^ 1)
-        outs = _view(dss.index(end & 1), qs.dtype, [4, 1, 1, 64, 64], dk.layout)
+        outs = view(dss.index(end & 1), qs.dtype, [4, 1, 1, 64, 64], dk.layout)
         dk_out = outs.index(WARPGROUP)
         dv_out = outs.index(2 + WARPGROUP)
     else:
         mbarrier.wait(dq_empty, (end & 1) ^ 1)
-        dk_out = _view(dss, qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
-        dv_out = _view(dqs, qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
+        dk_out = view(dss, qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
+        dv_out = view(dqs, qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
     dk_out.reshape([64, DIM]).store((dk_acc * scale).to(qs.dtype))
     dv_out.reshape([64, DIM]).store(dv_acc.to(qs.dtype))
     fence_async_shared()

@@ -16,8 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .bwd import _add, _view
+from .bwd import _add
 from .partitions import first_row, following, key_blocks, load, locate, nothing, store, streamed, weights
+from .sequences import view
 
 NOT_SPECIALIZED = ["sizes", "band"]
 
@@ -57,7 +58,7 @@ def _reduce(
     _, _, _, _, dss, dqs, _, _, _, _, _, _, ds_empty, _, part_full, part_empty = memory
     place = dqs
     if WARPGROUP == 1:
-        place = _view(dss.index(0), gl.float32, [1, 1, 64, 64], dq.layout)
+        place = view(dss.index(0), gl.float32, [1, 1, 64, 64], dq.layout)
     rank, head, batch = locate(gl.program_id(0), sizes, sizes[2])
     lo, hi = key_blocks(first_row(rank, sizes, 2, True), sizes, band, 128, BLOCK_M, HAS_LEFT, HAS_RIGHT)
     for other in range(head * sizes[3], (head + 1) * sizes[3]):
@@ -92,7 +93,7 @@ def _consume(
     ) = memory  # fmt: skip
     place = dqs.reshape([64, 64])
     if WARPGROUP == 1:
-        place = _view(dss.index(0), gl.float32, [1, 1, 64, 64], dq.layout).reshape([64, 64])
+        place = view(dss.index(0), gl.float32, [1, 1, 64, 64], dq.layout).reshape([64, 64])
     rank, head, batch = locate(gl.program_id(0), sizes, sizes[2])
     all_n = first_row(rank, sizes, 2, True)
     n = all_n + 64 * WARPGROUP

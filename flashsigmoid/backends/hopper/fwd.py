@@ -16,12 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .partitions import (
-    first_row,
     following,
     hand_out,
     key_blocks,
     load,
-    locate,
     make_tickets,
     pass_by,
     store,
@@ -30,6 +28,7 @@ from .partitions import (
     take,
     weights,
 )
+from .sequences import blank_own, find_block, settle, store_rows
 
 # a kernel is compiled for dtypes, options and head_dim, not for a size
 NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
@@ -37,36 +36,51 @@ NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 
 @gluon.jit
 def _produce(
-    load_call, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr,
-    PLACES: gl.constexpr, IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
+    load_call, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    IS_SPLIT: gl.constexpr, PLACES: gl.constexpr, IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr,
+    IS_PACKED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: Q of all warpgroups, then K and V, the last block first, each pair behind one barrier, or two."""
-    q, k, v, counter, memory, tickets, sizes, band = load_call
+    q, k, v, cu_q, cu_k, counter, memory, tickets, all_sizes, all_band = load_call
     qs, ks, vs, _, q_full, q_empty, full, empty, v_full, k_empty = memory
     at = gl.program_id(0)
     turn = 0
     it = 0
-    while at < sizes[6]:
-        rank, head, batch = locate(at, sizes, sizes[2])
-        m = first_row(rank, sizes, WARPGROUPS, OF_KEYS)
+    cuts = 0  # blocks with rows of the next sequence
+    while at < all_sizes[6]:
+        m, head, batch, lead, row, key, sizes, band = find_block(
+            at, all_sizes, all_band, cu_q, cu_k, WARPGROUPS, OF_KEYS, IS_PACKED
+        )
         at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
         place = turn % PLACES
         mbarrier.wait(q_empty.index(place), ((turn // PLACES) & 1) ^ 1)
         mbarrier.expect(q_full.index(place), WARPGROUPS * q.block_type.nbytes)
         for i in gl.static_range(WARPGROUPS):
-            load(q, [batch, head, m + i * 64, 0], q_full.index(place), qs.index(place * WARPGROUPS + i))
+            load(q, [lead, head, row + m + i * 64, 0], q_full.index(place), qs.index(place * WARPGROUPS + i))
         lo, hi = key_blocks(m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         for i in range(streamed(hi - lo, sizes, OF_KEYS)):
             stage = it & (STAGES - 1)
             head_k, n = stream(i, head, lo, hi, sizes, BLOCK_N, OF_KEYS)
+            behind = stage
+            if IS_PACKED:
+                behind = gl.where(n + BLOCK_N > sizes[5], STAGES, stage)
             mbarrier.wait((k_empty if IS_SPLIT else empty).index(stage), ((it // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(stage), (1 if IS_SPLIT else 2) * k.block_type.nbytes)
-            load(k, [batch, head_k, n, 0], full.index(stage), ks.index(stage))
+            mbarrier.expect(full.index(behind), (1 if IS_SPLIT else 2) * k.block_type.nbytes)
+            load(k, [lead, head_k, key + n, 0], full.index(behind), ks.index(stage))
             if IS_SPLIT:
+                if IS_PACKED:  # noqa: SIM102  a constant, then a number
+                    if behind == STAGES:
+                        settle(ks, None, stage, sizes[5] - n, full, cuts, BLOCK_N, DIM, STAGES)
                 mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
-                mbarrier.expect(v_full.index(stage), v.block_type.nbytes)
-            load(v, [batch, head_k, n, 0], (v_full if IS_SPLIT else full).index(stage), vs.index(stage))
+                mbarrier.expect(v_full.index(behind), v.block_type.nbytes)
+            load(v, [lead, head_k, key + n, 0], (v_full if IS_SPLIT else full).index(behind), vs.index(stage))
+            if IS_PACKED:  # noqa: SIM102
+                if behind == STAGES:
+                    if IS_SPLIT:
+                        settle(vs, None, stage, sizes[5] - n, v_full, cuts, BLOCK_N, DIM, STAGES)
+                    else:
+                        settle(ks, vs, stage, sizes[5] - n, full, cuts, BLOCK_N, DIM, STAGES)
+                    cuts += 1
             it += 1
         turn += 1
 
@@ -105,27 +119,40 @@ def _release(turn, empty):
 
 
 @gluon.jit
+def _write(out, batch, head, row, acc, scale, block, DIM: gl.constexpr):
+    """64 rows of out, by way of shared memory."""
+    block.reshape([64, DIM]).store((acc * scale).to(block.dtype))
+    fence_async_shared()
+    store(out, [batch, head, row, 0], block)
+
+
+@gluon.jit
 def _consume(
     call, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, PLACES: gl.constexpr,
-    IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, IS_PACKED: gl.constexpr, FORMULA: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, 64 rows a turn."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
-    out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale = call
+    (
+        out, bias, slopes, out_rows, cu_q, cu_k, memory, tickets, bias_strides, slopes_strides, all_sizes, all_band, c, b,
+        out_scale,
+    ) = call  # fmt: skip
     qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty = memory
-    rows = sizes[4]
     offs = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
     at = gl.program_id(0)
     turn = 0
     start = 0  # blocks of keys that went by in the turns before
-    while at < sizes[6]:
-        rank, head, batch = locate(at, sizes, sizes[2])
-        all_m = first_row(rank, sizes, WARPGROUPS, OF_KEYS)
+    while at < all_sizes[6]:
+        all_m, head, batch, lead, row, key, sizes, band = find_block(
+            at, all_sizes, all_band, cu_q, cu_k, WARPGROUPS, OF_KEYS, IS_PACKED
+        )
+        rows = sizes[4]
         m = all_m + WARPGROUP * 64
         place = turn % PLACES
         mine = place * WARPGROUPS + WARPGROUP
@@ -143,7 +170,7 @@ def _consume(
         if HAS_BIAS:
             values = bias + batch.to(gl.int64) * bias_strides[0] + head.to(gl.int64) * bias_strides[1]
             if HAS_ROW_BIAS:
-                values += m.to(gl.int64) * bias_strides[2]
+                values += (row + m).to(gl.int64) * bias_strides[2]
                 seen = (m + offs >= 0) & (m + offs < rows)
                 b_rows = gl.load(values + offs * bias_strides[2], mask=seen, other=float("-inf"))[:, None]
             else:
@@ -153,6 +180,9 @@ def _consume(
         it = pass_by(start, all_hi - hi, full, empty, v_full, k_empty, STAGES, IS_SPLIT)
         acc = gl.zeros([64, DIM], gl.float32, SUMS)
         mbarrier.wait(q_full.index(place), (turn // PLACES) & 1)
+        if IS_PACKED:  # noqa: SIM102  a constant, then numbers
+            if lo < hi and m + 64 > rows:
+                blank_own(q, rows - m, DIM)
         if lo < hi:
             stage = it & (STAGES - 1)
             mbarrier.wait(full.index(stage), (it // STAGES) & 1)
@@ -193,9 +223,14 @@ def _consume(
             # rows beyond the last are not written
             if OWN_OUT:
                 tma.store_wait(0)
-            outs.index(mine).reshape([64, DIM]).store((acc * out_scale).to(qs.dtype))
-            fence_async_shared()
-            store(out, [batch, head, m, 0], outs.index(mine))
+            if IS_PACKED:
+                if m + 64 > rows:
+                    x = (acc * out_scale).to(qs.dtype)
+                    store_rows(out_rows, x, row + m, rows - m, head, sizes[2], all_sizes[9] * 8, DIM, SUMS)
+                else:
+                    _write(out, lead, head, row + m, acc, out_scale, outs.index(mine), DIM)
+            else:
+                _write(out, lead, head, row + m, acc, out_scale, outs.index(mine), DIM)
             if not OWN_OUT and PLACES == 1:
                 tma.store_wait(0)
         if not OWN_OUT and PLACES == 1:
@@ -206,11 +241,13 @@ def _consume(
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_kernel(
-    q, k, v, out, bias, slopes, counter, bias_strides, slopes_strides, sizes, band, c, b, out_scale,
+    q, k, v, out, bias, slopes, out_rows, cu_q, cu_k, counter, bias_strides, slopes_strides, sizes, band, c, b,
+    out_scale,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, PLACES: gl.constexpr,
-    IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, IS_PACKED: gl.constexpr, FORMULA: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """64 * WARPGROUPS rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
 
@@ -219,7 +256,10 @@ def _fwd_kernel(
     heads, first row of the first block), where `together` divides nheads * batch, and that row is 0 or less, a multiple
     of 64; band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
     OF_KEYS: dV, with K as q, Q as k and dO as v, and with sizes and band turned over: see `partitions.stream`.
+    IS_PACKED: q, k, v and out are of all rows, out_rows is out by its address, and sequences end as cu_q and cu_k say;
+    sizes as `sequences.find_block` has them.
     """
+    BARRIERS: gl.constexpr = STAGES + 1 if IS_PACKED else STAGES  # one for what is not ready when it comes
     qs = gl.allocate_shared_memory(q.dtype, [PLACES * WARPGROUPS, 1, 1, 64, DIM], q.layout)
     ks = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, DIM], k.layout)
     vs = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BLOCK_N, DIM], v.layout)
@@ -228,12 +268,12 @@ def _fwd_kernel(
         outs = gl.allocate_shared_memory(q.dtype, [WARPGROUPS, 1, 1, 64, DIM], out.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = full
     k_empty = empty
     if IS_SPLIT:
-        v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        v_full = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
         k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(PLACES):
         mbarrier.init(q_full.index(i), count=1)
@@ -244,62 +284,72 @@ def _fwd_kernel(
         if IS_SPLIT:
             mbarrier.init(v_full.index(i), count=1)
             mbarrier.init(k_empty.index(i), count=WARPGROUPS)
+    if IS_PACKED:
+        mbarrier.init(full.index(STAGES), count=1)
+        if IS_SPLIT:
+            mbarrier.init(v_full.index(STAGES), count=1)
     memory = (qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty)
     tickets = make_tickets(WARPGROUPS)
     fence_async_shared()
-    call = (out, bias, slopes, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b, out_scale)
-    load_call = (q, k, v, counter, memory, tickets, sizes, band)
+    call = (
+        out, bias, slopes, out_rows, cu_q, cu_k, memory, tickets, bias_strides, slopes_strides, sizes, band, c, b,
+        out_scale,
+    )  # fmt: skip
+    load_call = (q, k, v, cu_q, cu_k, counter, memory, tickets, sizes, band)
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (_consume, (
                 call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
-                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
                 call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
-                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_produce, (
-                load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT,
+                load_call, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, IS_PACKED, HAS_LEFT,
+                HAS_RIGHT,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif WARPGROUPS == 3:
         gl.warp_specialize([
             (_consume, (
                 call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
-                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
                 call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
-                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
                 call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
-                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_produce, (
-                load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT,
+                load_call, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, IS_PACKED, HAS_LEFT,
+                HAS_RIGHT,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
                 call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
-                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
                 call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
-                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
                 call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
-                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
                 call, 3, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
-                FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_produce, (
-                load_call, WARPGROUPS, STAGES, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, HAS_LEFT, HAS_RIGHT,
+                load_call, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, IS_PACKED, HAS_LEFT,
+                HAS_RIGHT,
             )),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -25,6 +25,7 @@ _bwd_rows_kernel: Any = grad._bwd_rows_kernel
 _bwd_dqdk_kernel: Any = dqdk._bwd_dqdk_kernel
 
 _UNLIMITED = 2**30  # a window this wide sees every key
+CuSeqlens = tuple[Tensor, Tensor] | None
 _L2_BYTES = 32 * 2**20  # of K and V, or Q, dO and dQ, that stay in the cache while programs of a few heads run
 
 
@@ -35,15 +36,18 @@ def forward(
     v: Tensor,
     bias: Tensor | None,
     slopes: Tensor | None,
+    cu_seqlens: CuSeqlens = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """out, contiguous (batch, seqlen_q, nheads, head_dim_v); q, k and v must be as `are_aligned` has them."""
+    """out, contiguous (batch, seqlen_q, nheads, head_dim_v) or (total_q, nheads, head_dim_v); q, k and v must be as
+    `are_aligned` has them."""
     assert are_aligned(q, k, v), "the tensor memory accelerator loads rows of 16 bytes"
     plan = _plan(problem, "fwd", tile or choose_tile(problem, "forward"), _multiprocessors(q))
     out = torch.empty(*q.shape[:-1], problem.head_dim_v, dtype=q.dtype, device=q.device)
     n = plan.tile.block
     blocks = ((q, 64), (k, n), (v, n), (out, 64))
-    plan.launch(_fwd_kernel, blocks, (bias, slopes), *_sides(problem, bias, slopes))
+    ends = (None, None, None) if cu_seqlens is None else (out, *(x.contiguous() for x in cu_seqlens))
+    plan.launch(_fwd_kernel, blocks, (bias, slopes, *ends), *_sides(problem, bias, slopes, *ends[1:]))
     return out
 
 
@@ -75,10 +79,13 @@ def backward(
     return torch.mul(dq, problem.scale, out=torch.empty_like(q, memory_format=torch.contiguous_format)), dk, dv
 
 
-def _sides(problem: Problem, bias: Tensor | None, slopes: Tensor | None) -> tuple[tuple[Any, ...], list[Any]]:
-    """The strides of a tensor bias and of slopes, and what of them a launch is known by."""
+def _sides(
+    problem: Problem, bias: Tensor | None, slopes: Tensor | None, *others: Tensor | None
+) -> tuple[tuple[Any, ...], list[Any]]:
+    """The strides of a tensor bias and of slopes, and what of them and of others a launch is known by."""
     strides = bias_strides(problem, bias), slopes_strides(problem, slopes)
-    return strides, [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in (bias, slopes)]
+    given = (bias, slopes, *others)
+    return strides, [None if x is None else (x.stride(), x.dtype, x.data_ptr() % 16) for x in given]
 
 
 def _added(problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -108,7 +115,7 @@ def _dv(problem: Problem, dout: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tens
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     n = tile.block
     blocks = ((k, 64), (q, n), (dout, n), (dv, 64))
-    plan.launch(_fwd_kernel, blocks, (None, None), *_sides(problem, None, None))
+    plan.launch(_fwd_kernel, blocks, (None,) * 5, *_sides(problem, None, None))
     return dv
 
 
@@ -166,16 +173,24 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
     heads, rows, others, sharing = problem.nheads, problem.seqlen_q, problem.seqlen_k, problem.group
     if part == "all" or of_keys:  # blocks of keys, and all queries of a group go by
         heads, rows, others, sharing = problem.nheads_k, problem.seqlen_k, problem.seqlen_q * problem.group, 1
-    heads *= problem.batch
     blocks = triton.cdiv(rows, 64 * tile.warpgroups)
+    total_q, total_k, count = problem.total_q, problem.total_k, problem.batch
+    if total_q is None or total_k is None:
+        heads *= problem.batch
+    else:  # as `sequences.find` counts them, those of no sequence among them
+        total = total_k if part == "all" else total_q
+        blocks = total // (64 * tile.warpgroups) + count + 1
     together = 1
     if left is not None or right is not None:
         # who sees most starts first, of as many heads as L2 holds the other side of, and a dQ that is added to
         row_bytes = (8 if part in ("all", "dqdk") else 4) * padded_head_dim(problem)
         fit = _L2_BYTES * sharing // (row_bytes * others)
         together = max(x for x in range(1, min(max(1, fit), heads) + 1) if heads % x == 0)
-    first = 64 * (triton.cdiv(rows, 64) - tile.warpgroups * blocks) if tile.is_from_end else 0
-    sizes = (problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k)
+    rest = (64 * (triton.cdiv(rows, 64) - tile.warpgroups * blocks) if tile.is_from_end else 0,)
+    if problem.is_packed:
+        rest = (int(tile.is_from_end), count, problem.head_dim_v // 8)
+    lengths = (problem.seqlen_q, problem.seqlen_k) if total_q is None else (total_q, total_k)
+    sizes = (problem.nheads, problem.group, *lengths)
     if of_keys:
         sizes = (problem.nheads_k, problem.group, problem.seqlen_k, problem.seqlen_q)
         left, right, q_offset = right, left, -q_offset
@@ -200,6 +215,7 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
             "IS_SPLIT": tile.is_split,
             "OWN_OUT": tile.own_out,
             "PLACES": tile.places,
+            "IS_PACKED": problem.is_packed,
             "HAS_ROW_BIAS": problem.has_row_bias,
         }
     if part not in ("dq", "dk", "dqdk"):
@@ -207,13 +223,13 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
             "HAS_BIAS": problem.bias_shape is not None,
             "HAS_SLOPES": problem.slopes_shape is not None,
             "STAGES": tile.stages,
-            "IS_DYNAMIC": tile.is_persistent and (left is not None or right is not None),
+            "IS_DYNAMIC": tile.is_persistent and (left is not None or right is not None or problem.is_packed),
         }
     return _Plan(
         tile=tile,
         formula=formula,
         programs=min(blocks * heads, multiprocessors) if tile.is_persistent else blocks * heads,
-        sizes=(blocks, together, *sizes, blocks * heads, first),
+        sizes=(blocks, together, *sizes, blocks * heads, *rest),
         band=(q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(
             problem.scale * formula.unit,
@@ -235,9 +251,9 @@ def _count(index: int) -> int:
 
 
 def _descriptor(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
-    """x as (batch, nheads, seqlen, head_dim), in blocks (1, 1, rows, dim); dQ, in float32, in 64 channels. Loads give
-    zeros beyond the tensor, and stores write nothing there."""
-    x = x.transpose(1, 2)
+    """x as (batch, nheads, seqlen, head_dim), packed rows as one batch of all, in blocks (1, 1, rows, dim); dQ,
+    in float32, in 64 channels. Loads give zeros beyond the tensor, and stores write nothing there."""
+    x = (x if x.dim() == 4 else x[None]).transpose(1, 2)
     block = [1, 1, rows, 64 if x.dtype == torch.float32 else dim]
     dtype = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}[x.dtype]
     layout: Any = gl.NVMMASharedLayout.get_default_for(block, dtype)  # pyright: ignore[reportCallIssue]

@@ -12,7 +12,7 @@ store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 
 @gluon.jit
-def _uniform(x):
+def uniform(x):
     """x, which the compiler then knows to be the same for all threads of a warp: it goes to the uniform registers."""
     return gl.inline_asm_elementwise(
         "shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [x], dtype=gl.int32, is_pure=True, pack=1
@@ -34,7 +34,7 @@ def locate(at, sizes, heads):
     blocks, together = sizes[0], sizes[1]
     rest = at % (together * blocks)
     head = at // (together * blocks) * together + rest % together
-    return _uniform(rest // together), _uniform(head % heads), _uniform(head // heads)
+    return uniform(rest // together), uniform(head % heads), uniform(head // heads)
 
 
 @gluon.jit

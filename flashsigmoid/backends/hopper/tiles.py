@@ -66,7 +66,8 @@ def padded_head_dim(problem: Problem) -> int:
 
 def choose_tile(problem: Problem, direction: str) -> Tile:
     """The tile for "forward" or "backward"."""
-    dim, is_masked = padded_head_dim(problem), problem.band != (None, None)
+    # packed blocks differ in what they cost as masked ones do
+    dim, is_masked = padded_head_dim(problem), problem.is_packed or problem.band != (None, None)
     if direction == "forward" and dim == 128 and is_masked and problem.seqlen_k <= _SHORT:
         return _SHORT128
     return _TILES[direction][dim][is_masked]
@@ -74,6 +75,8 @@ def choose_tile(problem: Problem, direction: str) -> Tile:
 
 def slower(problem: Problem, direction: str) -> str | None:
     """None where these kernels are the faster ones, else why not; they support the problem."""
+    if problem.is_packed:
+        return "packed sequences are not measured yet"
     is_masked = problem.band != (None, None)
     dim = padded_head_dim(problem)
     if not problem.head_dim == problem.head_dim_v == dim:
