@@ -2,8 +2,9 @@
 
 What the hardware does in its own time is looked at twice: what a product reads when it is issued and when it is waited
 for, a copy to memory likewise. If it changed between, the result is NaN: on a GPU it would be one or the other. Memory
-that nobody wrote is NaN, too. A barrier that nobody completes is an error after a while. Not imitated: registers, the
-order of a warp's threads, fences between proxies, and the formulas' text in PTX, in whose place torch's sigmoid is.
+that nobody wrote is NaN, too, and so is what a copy brings until somebody waits for it. A barrier that nobody completes
+is an error after a while. Not imitated: registers, the order of a warp's threads, fences between proxies, and the
+formulas' text in PTX, in whose place torch's sigmoid is.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Barrier:
     def __init__(self, machine: Machine) -> None:
         self.machine, self.count = machine, 0
         self.left = self.bytes = self.phases = 0
+        self.coming: list[tuple[Memory, Tensor]] = []
 
     def change(self, arrivals: int, expected: int) -> None:
         with self.machine.changed:
@@ -46,12 +48,24 @@ class Barrier:
                 self.machine.changed.notify_all()
 
     def wait(self, parity: int) -> None:
+        while True:
+            with self.machine.changed:
+                done = self.machine.changed.wait_for(
+                    lambda: self.machine.errors or self.coming or self.phases & 1 != parity, timeout=PATIENCE_S
+                )
+                if self.machine.errors or not done:
+                    raise TimeoutError("a barrier was not completed")
+                if not self.coming:
+                    return
+                block, x = self.coming.pop()
+            block.store(x)
+            self.change(0, -block.nbytes)
+
+    def bring(self, block: Memory, x: Tensor) -> None:
+        """A copy is on its way: whoever waits brings it."""
         with self.machine.changed:
-            done = self.machine.changed.wait_for(
-                lambda: self.machine.errors or self.phases & 1 != parity, timeout=PATIENCE_S
-            )
-            if self.machine.errors or not done:
-                raise TimeoutError("a barrier was not completed")
+            self.coming.append((block, x))
+            self.machine.changed.notify_all()
 
 
 class Barriers(list):
@@ -214,8 +228,8 @@ class tma:
         x = torch.zeros(source.block, dtype=source.dtype)
         whole, part = source.part(at)
         x[part] = source.base[whole]
-        block.store(x)
-        barrier[0].change(0, -block.nbytes)
+        block.store(torch.full_like(x, float("nan")))
+        barrier[0].bring(block, x)
 
     @staticmethod
     def async_store(target: Descriptor, at: list[Any], block: Memory) -> None:
@@ -385,7 +399,7 @@ def launch(
     constants = {key: x for key, x in constants.items() if key.isupper()}
     pointers = (None if x is None else Pointer(x) for x in tensors)
     args = (*map(Descriptor, descriptors), *pointers, *rest)
-    for program in range(programs):
+    for program in reversed(range(programs)):  # in no order that a launch promises
         machine = _here.machine = Machine(program, programs)
         kernels[kernel.fn.__name__](*args, **constants)
         if machine.errors:

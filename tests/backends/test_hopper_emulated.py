@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 from dataclasses import dataclass, replace
@@ -20,7 +19,6 @@ from gpu.cases import CASES, drawn, for_hopper
 
 from flashsigmoid.backends import hopper
 from flashsigmoid.backends.hopper import launch
-from flashsigmoid.backends.hopper.tiles import Tile
 from flashsigmoid.backends.problem import make_problem
 from flashsigmoid.testing import assert_within_budget, make_qkv, oracle, witness
 
@@ -46,28 +44,6 @@ TILES: dict[str, dict[str, dict[str, Any]]] = {
     "turns": {"forward": {"is_from_end": True, "is_persistent": True}, "backward": {"is_persistent": True}},
     "dQ is added": {"backward": {"adds_dq": True}},
 }
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    """Launches run by the emulator: a call with changes of tiles and of the kernels' text."""
-
-    def prepare(tiles: dict[str, dict[str, Any]], changes: dict[str, tuple[str, str]] | None = None) -> None:
-        choose = launch.choose_tile
-        launch._plan.cache_clear()
-        monkeypatch.setattr(launch, "launch", functools.partial(emulator.launch, emulator.load_kernels(changes)))
-        monkeypatch.setattr(
-            launch, "choose_tile", lambda problem, way: _other(choose(problem, way), tiles.get(way, {}))
-        )
-        monkeypatch.setattr(launch, "_multiprocessors", lambda x: 3)  # programs take turns
-
-    yield prepare
-    launch._plan.cache_clear()
-
-
-def _other(tile: Tile, changes: dict[str, Any]) -> Tile:
-    """The tile with what of the changes it can have: a split one has no second place for Q or memory for out."""
-    return tile if tile.is_split and "places" in changes else replace(tile, **changes)
 
 
 def compute(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Any) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ def _produce(
     it = 0
     cuts = 0  # blocks with rows of the next sequence
     while at < all_sizes[6]:
-        m, head, batch, lead, row, key, sizes, band = find_block(
+        m, head, _batch, lead, row, key, sizes, band = find_block(
             at, all_sizes, all_band, cu_q, cu_k, WARPGROUPS, OF_KEYS, IS_PACKED
         )
         at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
@@ -139,8 +139,8 @@ def _consume(
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     (
-        out, bias, slopes, out_rows, cu_q, cu_k, memory, tickets, bias_strides, slopes_strides, all_sizes, all_band, c, b,
-        out_scale,
+        out, bias, slopes, out_rows, cu_q, cu_k, memory, tickets, bias_strides, slopes_strides, all_sizes, all_band,
+        c, b, out_scale,
     ) = call  # fmt: skip
     qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty = memory
     offs = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
@@ -149,7 +149,7 @@ def _consume(
     turn = 0
     start = 0  # blocks of keys that went by in the turns before
     while at < all_sizes[6]:
-        all_m, head, batch, lead, row, key, sizes, band = find_block(
+        all_m, head, batch, lead, row, _key, sizes, band = find_block(
             at, all_sizes, all_band, cu_q, cu_k, WARPGROUPS, OF_KEYS, IS_PACKED
         )
         rows = sizes[4]

@@ -50,8 +50,8 @@ def find_block(
     """Of block number `at`: (first row in its sequence, head, batch or sequence, batch of the descriptors, where the
     sequence begins in rows and in others, sizes, band).
 
-    Packed, sizes are (numbers of blocks, together, heads, group, all rows, all others, numbers of all heads, whether the
-    first block is the short one, sequences, eighths of head_dim_v); those returned have the sequence's own rows.
+    Packed, sizes are (numbers of blocks, together, heads, group, all rows, all others, numbers of all heads, whether
+    the first block is the short one, sequences, eighths of head_dim_v); those returned have the sequence's own rows.
     """
     rank, head, batch = locate(at, sizes, sizes[2])
     start = 0
@@ -116,8 +116,8 @@ def settle(memory, others, place, rows, full, times, BLOCK: gl.constexpr, DIM: g
 
 @gluon.jit
 def store_rows(out, x, row, count, head, nheads, dim, DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    """The first `count` of 64 rows, and the first `dim` channels, to contiguous (rows, nheads, dim) from `row` on: a copy
-    of the whole block would write to the next sequence."""
+    """The first `count` of 64 rows, and the first `dim` channels, to contiguous (rows, nheads, dim) from `row` on: a
+    copy of the whole block would write to the next sequence."""
     i = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))[:, None]
     j = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))[None, :]
     start = out + (row.to(gl.int64) * nheads + head) * dim
