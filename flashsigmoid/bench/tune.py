@@ -190,7 +190,7 @@ def _call(shape: Shape, dtype: torch.dtype, kernel: str, tile: Any) -> Callable[
 
         if kernel == "hopper-forward":
             return lambda: launch.forward(problem, q, k, v, None, None, tile=tile)
-        return lambda: launch.backward(problem, dout, q, k, v, None, None, tile)
+        return lambda: launch.backward(problem, dout, q, k, v, None, None, tile=tile)
     from ..backends.triton.launch import Call
 
     call = Call(problem, q, k, v)

@@ -228,7 +228,7 @@ class Compiler:
             if call.kernel != "bwd":
                 hopper.forward(problem, q, k, v, bias, slopes, cu_seqlens, tile)
             if call.kernel != "fwd" and hopper_backend.unsupported(problem, "backward") is None:
-                hopper.backward(problem, dout, q, k, v, bias, slopes, tile)
+                hopper.backward(problem, dout, q, k, v, bias, slopes, cu_seqlens, tile)
             return self.launched
         launch.forward(problem, q, k, v, bias, slopes, seed, cu_seqlens)
         launch.backward(problem, dout, q, k, v, bias, slopes, seed, cu_seqlens)

@@ -72,6 +72,7 @@ class Barriers(list):
     """What memory for barriers is."""
 
     def index(self, i: Any) -> Barriers:  # pyright: ignore[reportIncompatibleMethodOverride]
+        assert 0 <= i < len(self), f"barrier {i} of {len(self)}"
         return Barriers([self[int(i)]])
 
 
@@ -82,6 +83,7 @@ class Memory:
         self.machine, self.at, self.dtype = machine, at, dtype
 
     def index(self, i: Any) -> Memory:
+        assert 0 <= i < len(self.at), f"block {i} of {len(self.at)}"
         return Memory(self.machine, self.at[int(i)], self.dtype)
 
     def slice(self, start: int, length: int, dim: int) -> Memory:
@@ -377,8 +379,8 @@ def load_kernels(changes: dict[str, tuple[str, str]] | None = None) -> dict[str,
             assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {name}.py"
             text = text.replace(old, new)
         exec(compile(text, path, "exec"), found)
-        found.update({"_add": _add} if name in ("bwd", "dqdk") else {"view": _view} if name == "sequences" else {})
-        found.update({"sigmoid": _sigmoid} if name == "partitions" else {})
+        imitated = {"partitions": {"add": _add, "sigmoid": _sigmoid}, "sequences": {"view": _view}}
+        found.update(imitated.get(name, {}))
         modules[name] = SimpleNamespace(**found)
     return {key: x for one in modules.values() for key, x in vars(one).items() if key.endswith("_kernel")}
 

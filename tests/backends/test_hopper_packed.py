@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -66,8 +67,8 @@ def options_of(name: str, sequences: int, rows: int, nheads: int) -> dict[str, A
 
 
 def compute(tensors: tuple[Tensor, ...], cu: tuple[Tensor, Tensor] | None, **options: Any) -> dict[str, Tensor]:
-    """out by the function that the backend calls; without `cu` of a dense call."""
-    q, k, v, _ = tensors
+    """out, and dq, dk, dv where there is a backward; without `cu` of a dense call."""
+    q, k, v, dout = tensors
     bias, slopes = options.get("sigmoid_bias"), options.get("alibi_slopes")
     is_number = not isinstance(bias, Tensor)
     left, right = options.get("window_size", (None, None))
@@ -78,14 +79,17 @@ def compute(tensors: tuple[Tensor, ...], cu: tuple[Tensor, Tensor] | None, **opt
     )  # fmt: skip
     problem = replace(problem, arch="sm_90", device="cuda")
     assert hopper.unsupported(problem) is None
-    given = (q, k, v, None if is_number else bias, slopes, None)
-    return {"out": hopper.forward(problem, *given, cu)}
+    given: Any = (q, k, v, None if is_number else bias, slopes, None, cu)
+    found = {"out": hopper.forward(problem, *given)}
+    if hopper.unsupported(problem, "backward") is None:
+        found |= zip(("dq", "dk", "dv"), hopper.backward(problem, dout, *given)[:3], strict=True)
+    return found
 
 
 def alone(tensors: tuple[Tensor, ...], lengths: tuple[Lengths, Lengths], options: dict[str, Any]) -> dict[str, Tensor]:
     """The same of every sequence by a dense call, and zeros elsewhere."""
     q, k, v, dout = tensors
-    whole = {"out": torch.zeros_like(q)}
+    whole = {name: torch.zeros_like(x) for name, x in zip(("out", "dq", "dk", "dv"), (dout, q, k, v), strict=True)}
     for index, rows, keys in sequences(*lengths):
         dense: Any = dense_options(Options(**options), index, rows, *q.shape[:2])
         dense.pop("origin")
@@ -95,8 +99,8 @@ def alone(tensors: tuple[Tensor, ...], lengths: tuple[Lengths, Lengths], options
     return whole
 
 
-def check(name: str, head_dim: int, lengths: tuple[Lengths, Lengths] = LENGTHS, **made: Any) -> None:
-    """Inside the budget, and out bit for bit what each sequence gives alone."""
+def check(name: str, head_dim: int, lengths: tuple[Lengths, Lengths] = LENGTHS, **made: Any) -> set[str]:
+    """Inside the budget, and bit for bit what each sequence gives alone; but dQ, which is added in another order."""
     tensors = make(lengths, head_dim, **made)
     options = options_of(name, len(lengths[0]), *tensors[0].shape[:2])
     cu = cumulated(lengths[0]), cumulated(lengths[1])
@@ -104,14 +108,17 @@ def check(name: str, head_dim: int, lengths: tuple[Lengths, Lengths] = LENGTHS, 
     expected, seen = oracle_and_witness(*tensors, *lengths, 8, Options(**options))
     for tensor, x in found.items():
         assert_within_budget(f"{tensor} of {name}", x, expected[tensor], seen[tensor])
-    assert torch.equal(found["out"], alone(tensors, lengths, options)["out"])
+    own = alone(tensors, lengths, options)
+    assert all(torch.equal(x, own[tensor]) for tensor, x in found.items() if tensor != "dq")
+    return set(found)
 
 
 @pytest.mark.parametrize("head_dim", [64, *(pytest.param(dim, marks=pytest.mark.long) for dim in (128, 256))])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_sequence_is_as_it_is_alone(emulated, name, head_dim) -> None:
     emulated({})
-    check(name, head_dim)
+    has_backward = head_dim < 256 and name != "rows"
+    assert check(name, head_dim) == {"out"} | ({"dq", "dk", "dv"} if has_backward else set())
 
 
 @pytest.mark.parametrize(
@@ -143,27 +150,31 @@ def test_what_sees_nothing_is_zero(emulated, lengths) -> None:
     assert not any(x.any() for x in found.values())
 
 
+def check_reach(value: float, name: str, head_dim: int) -> None:
+    """One sequence does not reach another, not a bit of it: formulas, which may know neighbours, are not imitated."""
+    lengths = ((70, 50, 200), (200, 90, 120))
+    tensors = make(lengths, head_dim, spare=0)
+    options = options_of(name, 3, *tensors[0].shape[:2])
+    cu = cumulated(lengths[0]), cumulated(lengths[1])
+    clean = compute(tensors, cu, **options)
+    rows, keys = slice(70, 120), slice(200, 290)
+    for x, part in zip(tensors, (rows, keys, keys, rows), strict=True):
+        x[part] = value
+    if isinstance(options["sigmoid_bias"], Tensor):
+        options["sigmoid_bias"][rows] = value
+    dirty = compute(tensors, cu, **options)
+    for tensor, x in dirty.items():
+        where = rows if tensor in ("out", "dq") else keys
+        assert (x[where] != clean[tensor][where]).any(), tensor
+        x[where] = clean[tensor][where] = 0.0
+        assert torch.equal(x, clean[tensor]), tensor
+
+
 @pytest.mark.parametrize("value", [100.0, math.nan, math.inf])
 def test_one_sequence_does_not_reach_another(emulated, value) -> None:
-    """Not a bit of it: formulas are not imitated, and only they know of their neighbours."""
-    lengths = ((70, 50, 200), (200, 90, 120))
     emulated({})
-    for name, head_dim in (("rows", 64), ("full", 64), ("full", 128)):
-        tensors = make(lengths, head_dim, spare=0)
-        options = options_of(name, 3, *tensors[0].shape[:2])
-        cu = cumulated(lengths[0]), cumulated(lengths[1])
-        clean = compute(tensors, cu, **options)
-        rows, keys = slice(70, 120), slice(200, 290)
-        for x, part in zip(tensors, (rows, keys, keys, rows), strict=True):
-            x[part] = value
-        if isinstance(options["sigmoid_bias"], Tensor):
-            options["sigmoid_bias"][rows] = value
-        dirty = compute(tensors, cu, **options)
-        for tensor, where in (("out", rows),):
-            assert (dirty[tensor][where] != clean[tensor][where]).any()
-            for x in (dirty[tensor], clean[tensor]):
-                x[where] = 0.0
-            assert torch.equal(dirty[tensor], clean[tensor]), tensor
+    for name, head_dim in (("rows", 64), ("full", 64), ("causal", 128)):
+        check_reach(value, name, head_dim)
 
 
 @dataclass(frozen=True)
@@ -176,9 +187,15 @@ class Fault:
     name: str = "full"
     tiles: str = "table"
     head_dim: int = 64
+    is_reach: bool = False  # what `check_reach` sees
 
 
 BLANK = "    blank(memory, place, rows, BLOCK, DIM, PLACES)\n"
+BLANK_Q = BLANK.replace("memory", "xs")
+ADDED = "                        blank(dqs, part, gl.minimum(64, gl.maximum(0, own)),"
+OWN = "store_rows(packed[1], x, key + first, own,"
+LAST = "count, gl.load(cu_"
+PASS = "                        pass\n"
 FAULTS = {
     "keys of the next sequence": Fault("sequences", BLANK, "    pass\n"),
     "values of the next sequence": Fault(
@@ -191,22 +208,37 @@ FAULTS = {
         "sequences", "layout=gl.SliceLayout(1, LANES)) < rows % 8)", "layout=gl.SliceLayout(1, LANES)) < rows % 8 - 1)"
     ),
     "eight values too few": Fault("sequences", "range(gl.cdiv(rows, 8), HIGH)", "range(rows // 8, HIGH)"),
-    "zeros of half the channels": Fault("sequences", "SLABS: gl.constexpr = DIM // 64", "SLABS = 1", head_dim=128),
+    "zeros of half the channels": Fault("sequences", "SLABS: gl.constexpr = DIM // WIDTH", "SLABS = 1", head_dim=128),
     "zeros elsewhere": Fault("sequences", "(place * SLABS + slab) * HIGH + i)", "(place * SLABS + slab) * HIGH)"),
     "zeros before the values": Fault("sequences", "    mbarrier.wait(full.index(PLACES), times & 1)\n"),
-    "ready for the second time": Fault("fwd", "                    cuts += 1\n"),
+    "ready for the second time": Fault("fwd", "                cuts += 1\n"),
     "values of another block": Fault("fwd", "load(v, [lead, head_k, key + n, 0]", "load(v, [lead, head_k, n, 0]"),
     "queries of another sequence": Fault("fwd", "[lead, head, row + m + i * 64, 0]", "[lead, head, m + i * 64, 0]"),
-    "rows over the next sequence": Fault("fwd", "m + 64 > rows:\n                    x", "m > rows:\n" + " " * 20 + "x"),
+    "rows over the next sequence": Fault("fwd", "IS_PACKED and m + 64 > rows", "IS_PACKED and m > rows"),
     "a row over the next sequence": Fault("sequences", "mask=(i < count)", "mask=(i <= count)", tiles="from the end"),
     "the last row is not written": Fault("sequences", "mask=(i < count)", "mask=(i < count - 1)"),
     "rows of another head": Fault("sequences", "* nheads + head) * dim", "* nheads) * dim"),
     "the sequence before": Fault("sequences", "+ middle <= block", "+ middle < block"),
     "a block too few": Fault("sequences", "// ROWS + middle <=", "// ROWS + middle - 1 <="),
-    "keys behind the last": Fault("sequences", "gl.where(sequence < count, gl.load", "gl.where(count > 0, gl.load"),
+    "keys behind the last": Fault("sequences", f"where(sequence < {LAST}others", f"where(0 < {LAST}others"),
     "the other offset": Fault("sequences", "band = (others - rows,", "band = (rows - others,", "causal"),
     "b of another row": Fault("fwd", "(row + m).to(gl.int64)", "m.to(gl.int64)", "rows"),
-    "b of another sequence": Fault("sequences", "minimum(sequence, count - 1)", "minimum(sequence, 0)", "sequences"),
+    "b of another sequence": Fault("fwd", "bias + batch.to(gl.int64)", "bias + (batch - 1).to(gl.int64)", "sequences"),
+    "of the backward, queries of the next sequence": Fault("sequences", BLANK_Q),
+    "of the backward, dO of the next sequence": Fault("sequences", BLANK_Q.replace("xs", "ys")),
+    "of the backward, zeros before the values": Fault("sequences", "    mbarrier.wait(late, times & 1)\n"),
+    "of the backward, a NaN for the next sequence": Fault("bwd", f"{ADDED} 64, 64, 2, 32)\n", PASS, is_reach=True),
+    "of the backward, zeros in the second part": Fault(
+        "bwd", "(64 * part if DIM == 64 else 0)", "(64 * part if DIM != 64 else 0)", head_dim=128
+    ),
+    "of the backward, dQ of another sequence": Fault("bwd", "m = row + block * BLOCK_M", "m = block * BLOCK_M"),
+    "of the backward, keys over the next sequence": Fault("bwd", "first + 64 > sizes[5]:", "first > sizes[5]:"),
+    "of the backward, keys of another sequence": Fault("bwd", "(packed[0], x, key + first", "(packed[0], x, first"),
+    "of the backward, channels of another head": Fault("bwd", f"{OWN} head_k,", f"{OWN} 0,"),
+    "of the backward, a number too many": Fault("sequences", "gl.where(block * 128 < keys, rows, 0)", "rows"),
+    "of the backward, keys behind the last": Fault("sequences", f"where(sequence < {LAST}q", f"where(0 < {LAST}q"),
+    "of the backward, the other offset": Fault("sequences", "band = (keys - rows,", "band = (rows - keys,", "causal"),
+    "of the backward, b of another sequence": Fault("bwd", "bias + batch *", "bias + (batch - 1) *", "sequences"),
     "from the wrong end": Fault("sequences", "sizes[7] * (64", "-sizes[7] * (64", "causal", "from the end"),
 }  # fmt: skip
 
@@ -216,5 +248,6 @@ def test_a_fault_in_a_kernel_is_caught(emulated, monkeypatch, name) -> None:
     fault = FAULTS[name]
     monkeypatch.setattr(emulator, "PATIENCE_S", 1.0)
     emulated(TILES.get(fault.tiles, {}), {fault.file: (fault.old, fault.new)})
+    run = functools.partial(check_reach, math.nan) if fault.is_reach else check
     with pytest.raises((AssertionError, TimeoutError, IndexError)):
-        check(fault.name, fault.head_dim)
+        run(fault.name, fault.head_dim)

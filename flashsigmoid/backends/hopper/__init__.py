@@ -21,7 +21,7 @@ from .tiles import LARGEST_HEAD_DIM
 from .tiles import slower as slower
 
 NAME = "hopper"
-PACKED = True  # forward, without a host synchronisation
+PACKED = True  # takes cu_seqlens itself, without a host synchronisation
 ALIGNED = True  # the tensor memory accelerator loads rows
 
 
@@ -39,8 +39,8 @@ def unsupported(problem: Problem, direction: str = "forward") -> str | None:
     if problem.dropout_p > 0:
         return f"dropout_p must be 0, got {problem.dropout_p}"
     if problem.total_q is not None and problem.total_k is not None:
-        if direction == "backward":
-            return "sequences must not be packed"
+        if direction == "backward" and max(dims) > 128:
+            return f"backward of packed sequences must have a head_dim of at most 128, got {max(dims)}"
         if max(problem.total_q, problem.total_k) > LARGEST:
             return f"packed rows must be at most 2**30, got {problem.total_q} and {problem.total_k}"
     if problem.is_partial:
@@ -94,11 +94,12 @@ def backward(
     bias: Tensor | None,
     slopes: Tensor | None,
     seed: Tensor | None,
+    cu_seqlens: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """dQ, dK, dV, in one kernel and one that rounds dQ; beyond head_dim 128 in a kernel each."""
     from .launch import backward
 
-    return *backward(problem, dout, q, k, v, bias, slopes), None, None
+    return *backward(problem, dout, q, k, v, bias, slopes, cu_seqlens), None, None
 
 
 @functools.cache

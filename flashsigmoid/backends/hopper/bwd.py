@@ -7,10 +7,8 @@ order: the last bits differ from call to call.
 
 from __future__ import annotations
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -19,92 +17,88 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .partitions import hand_out, load, locate, make_tickets, nothing, sigmoid, store, take
-from .sequences import view
+from .partitions import add, hand_out, load, make_tickets, nothing, row_blocks, sigmoid, store, take
+from .sequences import blank, find_keys, load_cut, store_rows, view
 
 NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 
 
-@builtin
-def _add(descriptor, at, block, _semantic=None):
-    """Add a block of shared memory to what a descriptor describes; Triton has a name for it from 3.9 on only."""
-    at = _semantic._convert_to_ir_values(at, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, block.handle)
-
-
-@gluon.jit
-def _row_blocks(n, sizes, band, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
-    """Blocks of rows that see any of the keys [n, n + 128): (lo, hi)."""
-    rows, keys = sizes[4], sizes[5]
-    q_offset, left, right = band
-    lo = 0
-    hi = gl.cdiv(rows, BLOCK_M)
-    if HAS_RIGHT:
-        lo = gl.maximum(0, n - right - q_offset) // BLOCK_M
-    if HAS_LEFT:
-        last = gl.minimum(n + 128, keys) - 1
-        hi = gl.cdiv(gl.minimum(rows, gl.maximum(0, last + left - q_offset + 1)), BLOCK_M)
-    return lo, gl.maximum(lo, hi)
-
-
 @gluon.jit
 def _produce(
-    dout, q, k, v, counter, memory, tickets, sizes, band,
-    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
+    dout, q, k, v, cu_q, cu_k, counter, memory, tickets, all_sizes, all_band,
+    STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr, IS_PACKED: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: K and V once a turn, then Q and dO of every block of rows, each behind its own barrier."""
-    qs, ks, vs, douts, _, _, kv_full, kv_empty, q_full, dout_full, empty, _, _, _, _, _ = memory
-    group = sizes[3]
+    qs, ks, vs, douts, _, _, kv_full, kv_empty, q_full, dout_full, empty, _, _, _, _, _, late = memory
+    group = all_sizes[3]
     at = gl.program_id(0)
     turn = 0
     it = 0
-    while at < sizes[6]:
-        rank, head_k, batch = locate(at, sizes, sizes[2] // group)
-        n = rank * 128
+    cuts = 0  # what came with the rows of the next sequence
+    while at < all_sizes[6]:
+        n, head_k, _batch, lead, row, key, sizes, band = find_keys(at, all_sizes, all_band, cu_q, cu_k, IS_PACKED)
         at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
-        lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+        lo, hi = row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
-        mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
-        load(k, [batch, head_k, n, 0], kv_full, ks.index(0))
-        load(v, [batch, head_k, n, 0], kv_full, vs.index(0))
+        if IS_PACKED and lo < hi and n + 128 > sizes[5]:
+            load_cut(k, v, ks, vs, kv_full, None, late, cuts, 0, lead, head_k, key + n, sizes[5] - n, 128, DIM, 1)
+            cuts += 1
+        else:
+            mbarrier.expect(kv_full, 2 * k.block_type.nbytes)
+            load(k, [lead, head_k, key + n, 0], kv_full, ks.index(0))
+            load(v, [lead, head_k, key + n, 0], kv_full, vs.index(0))
         for head in range(head_k * group, head_k * group + group):
             for block in range(lo, hi):
                 stage = it & (STAGES - 1)
                 m = block * BLOCK_M
                 mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
-                mbarrier.expect(q_full.index(stage), q.block_type.nbytes)
-                load(q, [batch, head, m, 0], q_full.index(stage), qs.index(stage))
-                mbarrier.expect(dout_full.index(stage), dout.block_type.nbytes)
-                load(dout, [batch, head, m, 0], dout_full.index(stage), douts.index(stage))
+                if IS_PACKED and m + BLOCK_M > sizes[4]:
+                    load_cut(
+                        q, dout, qs, douts, q_full.index(stage), dout_full.index(stage), late, cuts, stage, lead, head,
+                        row + m, sizes[4] - m, BLOCK_M, DIM, STAGES,
+                    )  # fmt: skip
+                    cuts += 1
+                else:
+                    mbarrier.expect(q_full.index(stage), q.block_type.nbytes)
+                    load(q, [lead, head, row + m, 0], q_full.index(stage), qs.index(stage))
+                    mbarrier.expect(dout_full.index(stage), dout.block_type.nbytes)
+                    load(dout, [lead, head, row + m, 0], dout_full.index(stage), douts.index(stage))
                 it += 1
         turn += 1
 
 
 @gluon.jit
 def _reduce(
-    dq, memory, tickets, sizes, band,
-    DIM: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    dq, cu_q, cu_k, memory, tickets, all_sizes, all_band,
+    DIM: gl.constexpr, BLOCK_M: gl.constexpr, IS_DYNAMIC: gl.constexpr, IS_PACKED: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp adds the two 64 x 64 parts of every block of dQ to memory, in float32."""
-    _, _, _, _, _, dqs, _, _, _, _, _, dq_full, dq_empty, _, _, _ = memory
-    group = sizes[3]
+    _, _, _, _, _, dqs, _, _, _, _, _, dq_full, dq_empty, _, _, _, _ = memory
+    group = all_sizes[3]
     at = gl.program_id(0)
     turn = 0
     it = 0
-    while at < sizes[6]:
-        rank, head_k, batch = locate(at, sizes, sizes[2] // group)
+    while at < all_sizes[6]:
+        n, head_k, _batch, lead, row, _key, sizes, band = find_keys(at, all_sizes, all_band, cu_q, cu_k, IS_PACKED)
         at = take(at, turn, tickets, 1, IS_DYNAMIC)
-        lo, hi = _row_blocks(rank * 128, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+        lo, hi = row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
         for head in range(head_k * group, head_k * group + group):
             for block in range(lo, hi):
-                m = block * BLOCK_M
+                m = row + block * BLOCK_M
                 mbarrier.wait(dq_full, it & 1)
+                if IS_PACKED and block * BLOCK_M + BLOCK_M > sizes[4]:
+                    # what is added to the next sequence must be zeros, be this one's keys NaN
+                    for part in gl.static_range(2):
+                        own = sizes[4] - block * BLOCK_M - (64 * part if DIM == 64 else 0)
+                        blank(dqs, part, gl.minimum(64, gl.maximum(0, own)), 64, 64, 2, 32)
+                    fence_async_shared()
                 for part in gl.static_range(2):
                     if DIM == 64:
-                        _add(dq, [batch, head, m + 64 * part, 0], dqs.index(part))
+                        add(dq, [lead, head, m + 64 * part, 0], dqs.index(part))
                     else:
-                        _add(dq, [batch, head, m, 64 * part], dqs.index(part))
+                        add(dq, [lead, head, m, 64 * part], dqs.index(part))
                 tma.store_wait(0)
                 mbarrier.arrive(dq_empty, count=1)
                 it += 1
@@ -153,7 +147,8 @@ def _step(
 ):  # fmt: skip
     """The block number `it` of rows, from position p on: dV, dK, and dQ of the block before; S of the next."""
     (
-        qs, ks, vs, douts, dss, dqs, _, _, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty, out_read
+        qs, ks, vs, douts, dss, dqs, _, _, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty, out_read,
+        _late,
     ) = memory  # fmt: skip
     same = nothing(it)
     keys = ks.index(same).reshape([128, DIM])
@@ -211,10 +206,10 @@ def _step(
 
 @gluon.jit
 def _turn(
-    at, turn, start, dk, dv, sides, memory, sizes, band, c, b, scale,
+    at, turn, start, dk, dv, packed, sides, memory, all_sizes, all_band, c, b, scale,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    FORMULA: gl.constexpr, HAS_TURNS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    FORMULA: gl.constexpr, HAS_TURNS: gl.constexpr, IS_PACKED: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """64 keys: dV += A^T dO, dK += dS^T Q, dQ = dS K, with dS = (dO V^T) * A * (1 - A); scores are transposed.
 
@@ -226,13 +221,14 @@ def _turn(
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     (
-        qs, ks, _, _, dss, dqs, kv_full, kv_empty, q_full, _, _, dq_full, dq_empty, ds_full, ds_empty, out_read
+        qs, ks, _, _, dss, dqs, kv_full, kv_empty, q_full, _, _, dq_full, dq_empty, ds_full, ds_empty, out_read, _
     ) = memory  # fmt: skip
-    group = sizes[3]
-    rank, head_k, batch = locate(at, sizes, sizes[2] // group)
-    n = rank * 128
+    group = all_sizes[3]
+    n, head_k, batch, lead, _row, key, sizes, band = find_keys(
+        at, all_sizes, all_band, packed[2], packed[3], IS_PACKED
+    )  # fmt: skip
     first = n + 64 * WARPGROUP
-    lo, hi = _row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+    lo, hi = row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
     end = start + group * (hi - lo)
     keys = ks.index(0).reshape([128, DIM])
     zero = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
@@ -301,31 +297,38 @@ def _turn(
         if HAS_TURNS:  # noqa: SIM102  a constant, then a number
             if turn > 0:
                 _settle(turn, out_read, DIM)
-    # dK and dV go out by where the dS of the last block but one was, each warpgroup's by its own part
-    # of it; where that has no room, by both places of dS and by dQ's
-    if DIM == 64:
-        mbarrier.wait(ds_empty.index(end & 1), ((end // 2) & 1) ^ 1)
-        outs = view(dss.index(end & 1), qs.dtype, [4, 1, 1, 64, 64], dk.layout)
-        dk_out = outs.index(WARPGROUP)
-        dv_out = outs.index(2 + WARPGROUP)
+    if IS_PACKED and first + 64 > sizes[5]:
+        own, heads = sizes[5] - first, sizes[2] // group
+        x = (dk_acc * scale).to(qs.dtype)
+        store_rows(packed[0], x, key + first, own, head_k, heads, all_sizes[10] * 8, DIM, SUMS)
+        x = dv_acc.to(qs.dtype)
+        store_rows(packed[1], x, key + first, own, head_k, heads, all_sizes[9] * 8, DIM, SUMS)
     else:
-        mbarrier.wait(dq_empty, (end & 1) ^ 1)
-        dk_out = view(dss, qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
-        dv_out = view(dqs, qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
-    dk_out.reshape([64, DIM]).store((dk_acc * scale).to(qs.dtype))
-    dv_out.reshape([64, DIM]).store(dv_acc.to(qs.dtype))
-    fence_async_shared()
-    store(dk, [batch, head_k, first, 0], dk_out)
-    store(dv, [batch, head_k, first, 0], dv_out)
+        # dK and dV go out by where the dS of the last block but one was, each warpgroup's by its own part
+        # of it; where that has no room, by both places of dS and by dQ's
+        if DIM == 64:
+            mbarrier.wait(ds_empty.index(end & 1), ((end // 2) & 1) ^ 1)
+            outs = view(dss.index(end & 1), qs.dtype, [4, 1, 1, 64, 64], dk.layout)
+            dk_out = outs.index(WARPGROUP)
+            dv_out = outs.index(2 + WARPGROUP)
+        else:
+            mbarrier.wait(dq_empty, (end & 1) ^ 1)
+            dk_out = view(dss, qs.dtype, [2, 1, 1, 64, 128], dk.layout).index(WARPGROUP)
+            dv_out = view(dqs, qs.dtype, [2, 1, 1, 64, 128], dv.layout).index(WARPGROUP)
+        dk_out.reshape([64, DIM]).store((dk_acc * scale).to(qs.dtype))
+        dv_out.reshape([64, DIM]).store(dv_acc.to(qs.dtype))
+        fence_async_shared()
+        store(dk, [lead, head_k, key + first, 0], dk_out)
+        store(dv, [lead, head_k, key + first, 0], dv_out)
     return end
 
 
 @gluon.jit
 def _consume(
-    dk, dv, sides, memory, tickets, sizes, band, c, b, scale,
+    dk, dv, packed, sides, memory, tickets, sizes, band, c, b, scale,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr,
-    HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, IS_PACKED: gl.constexpr, FORMULA: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup, 64 keys a turn."""
     at = gl.program_id(0)
@@ -335,32 +338,34 @@ def _consume(
         while at < sizes[6]:
             after = take(at, turn, tickets, 4, IS_DYNAMIC)
             start = _turn(
-                at, turn, start, dk, dv, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, DIM,
-                BLOCK_M, FORMULA, True, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                at, turn, start, dk, dv, packed, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, DIM,
+                BLOCK_M, FORMULA, True, IS_PACKED, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )  # fmt: skip
             at = after
             turn += 1
     else:
         _turn(
-            at, 0, 0, dk, dv, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA,
-            False, HAS_BIAS, HAS_SLOPES,
-            HAS_LEFT, HAS_RIGHT,
+            at, 0, 0, dk, dv, packed, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, DIM, BLOCK_M,
+            FORMULA, False, IS_PACKED, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
         )  # fmt: skip
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kernel(
-    dout, q, k, v, dq, dk, dv, bias, slopes, counter, bias_strides, slopes_strides, sizes, band, c, b, scale,
+    dout, q, k, v, dq, dk, dv, bias, slopes, dk_rows, dv_rows, cu_q, cu_k, counter, bias_strides, slopes_strides, sizes,
+    band, c, b, scale,
     STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, REGISTERS: gl.constexpr,
-    REST: gl.constexpr, HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, FORMULA: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    REST: gl.constexpr, HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, IS_PACKED: gl.constexpr,
+    FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key head, over all rows and all query heads of the group; then the next 128.
 
     Grid: at most (blocks * nheads_k * batch,). Descriptors of (batch, nheads, seqlen, head_dim): q and dout in BLOCK_M
     rows, k and v in 128, dk and dv in 64, dq float32, zeros before, in (64, 64). sizes and band as the forward's,
-    `blocks` of keys and `together` of key heads.
+    `blocks` of keys and `together` of key heads. IS_PACKED: descriptors of all rows, dk_rows and dv_rows are dk and dv
+    by their addresses, and sequences end as cu_q and cu_k say; sizes as `sequences.find_keys` has them.
     """
     DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     qs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, DIM], q.layout)
@@ -379,6 +384,10 @@ def _bwd_kernel(
     dq_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    late = kv_full
+    if IS_PACKED:
+        late = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(late, count=1)
     for i in gl.static_range(2):
         mbarrier.init(ds_full.index(i), count=2)
         mbarrier.init(ds_empty.index(i), count=2)
@@ -396,20 +405,23 @@ def _bwd_kernel(
     fence_async_shared()
     memory = (
         qs, ks, vs, douts, dss, dqs, kv_full, kv_empty, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty,
-        out_read,
+        out_read, late,
     )  # fmt: skip
+    packed = (dk_rows, dv_rows, cu_q, cu_k)
     gl.warp_specialize([
         (_consume, (
-            dk, dv, sides, memory, tickets, sizes, band, c, b, scale, 0, STAGES, DIM, BLOCK_M, HAS_TURNS,
-            IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+            dk, dv, packed, sides, memory, tickets, sizes, band, c, b, scale, 0, STAGES, DIM, BLOCK_M, HAS_TURNS,
+            IS_DYNAMIC, IS_PACKED, FORMULA, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
         )),
         (_consume, (
-            dk, dv, sides, memory, tickets, sizes, band, c, b, scale, 1, STAGES, DIM, BLOCK_M, HAS_TURNS,
-            IS_DYNAMIC, FORMULA, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+            dk, dv, packed, sides, memory, tickets, sizes, band, c, b, scale, 1, STAGES, DIM, BLOCK_M, HAS_TURNS,
+            IS_DYNAMIC, IS_PACKED, FORMULA, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
         )),
         (_produce, (
-            dout, q, k, v, counter, memory, tickets, sizes, band, STAGES, BLOCK_M, IS_DYNAMIC, HAS_LEFT,
-            HAS_RIGHT,
+            dout, q, k, v, cu_q, cu_k, counter, memory, tickets, sizes, band, STAGES, DIM, BLOCK_M, IS_DYNAMIC,
+            IS_PACKED, HAS_LEFT, HAS_RIGHT,
         )),
-        (_reduce, (dq, memory, tickets, sizes, band, DIM, BLOCK_M, IS_DYNAMIC, HAS_LEFT, HAS_RIGHT)),
+        (_reduce, (
+            dq, cu_q, cu_k, memory, tickets, sizes, band, DIM, BLOCK_M, IS_DYNAMIC, IS_PACKED, HAS_LEFT, HAS_RIGHT,
+        )),
     ], [4, 1, 1], [REGISTERS, REST, REST])  # fmt: skip

@@ -16,8 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .bwd import _add
-from .partitions import first_row, following, key_blocks, load, locate, nothing, store, streamed, weights
+from .partitions import add, first_row, following, key_blocks, load, locate, nothing, store, streamed, weights
 from .sequences import view
 
 NOT_SPECIALIZED = ["sizes", "band"]
@@ -65,7 +64,7 @@ def _reduce(
         for before in range(hi - lo):
             for half in gl.static_range(2):
                 mbarrier.wait(part_full.index(WARPGROUP), half)
-                _add(dq, [batch, other, (hi - 1 - before) * BLOCK_M, 128 * WARPGROUP + 64 * half], place)
+                add(dq, [batch, other, (hi - 1 - before) * BLOCK_M, 128 * WARPGROUP + 64 * half], place)
                 tma.store_wait(0)
                 mbarrier.arrive(part_empty.index(WARPGROUP), count=1)
             if WARPGROUP == 1:

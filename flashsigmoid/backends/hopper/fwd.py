@@ -68,19 +68,17 @@ def _produce(
             mbarrier.expect(full.index(behind), (1 if IS_SPLIT else 2) * k.block_type.nbytes)
             load(k, [lead, head_k, key + n, 0], full.index(behind), ks.index(stage))
             if IS_SPLIT:
-                if IS_PACKED:  # noqa: SIM102  a constant, then a number
-                    if behind == STAGES:
-                        settle(ks, None, stage, sizes[5] - n, full, cuts, BLOCK_N, DIM, STAGES)
+                if IS_PACKED and behind == STAGES:
+                    settle(ks, None, stage, sizes[5] - n, full, cuts, BLOCK_N, DIM, STAGES)
                 mbarrier.wait(empty.index(stage), ((it // STAGES) & 1) ^ 1)
                 mbarrier.expect(v_full.index(behind), v.block_type.nbytes)
             load(v, [lead, head_k, key + n, 0], (v_full if IS_SPLIT else full).index(behind), vs.index(stage))
-            if IS_PACKED:  # noqa: SIM102
-                if behind == STAGES:
-                    if IS_SPLIT:
-                        settle(vs, None, stage, sizes[5] - n, v_full, cuts, BLOCK_N, DIM, STAGES)
-                    else:
-                        settle(ks, vs, stage, sizes[5] - n, full, cuts, BLOCK_N, DIM, STAGES)
-                    cuts += 1
+            if IS_PACKED and behind == STAGES:
+                if IS_SPLIT:
+                    settle(vs, None, stage, sizes[5] - n, v_full, cuts, BLOCK_N, DIM, STAGES)
+                else:
+                    settle(ks, vs, stage, sizes[5] - n, full, cuts, BLOCK_N, DIM, STAGES)
+                cuts += 1
             it += 1
         turn += 1
 
@@ -116,14 +114,6 @@ def _release(turn, empty):
     if turn > 0:
         tma.store_wait(0)
         mbarrier.arrive(empty, count=1)
-
-
-@gluon.jit
-def _write(out, batch, head, row, acc, scale, block, DIM: gl.constexpr):
-    """64 rows of out, by way of shared memory."""
-    block.reshape([64, DIM]).store((acc * scale).to(block.dtype))
-    fence_async_shared()
-    store(out, [batch, head, row, 0], block)
 
 
 @gluon.jit
@@ -180,9 +170,8 @@ def _consume(
         it = pass_by(start, all_hi - hi, full, empty, v_full, k_empty, STAGES, IS_SPLIT)
         acc = gl.zeros([64, DIM], gl.float32, SUMS)
         mbarrier.wait(q_full.index(place), (turn // PLACES) & 1)
-        if IS_PACKED:  # noqa: SIM102  a constant, then numbers
-            if lo < hi and m + 64 > rows:
-                blank_own(q, rows - m, DIM)
+        if IS_PACKED and lo < hi and m + 64 > rows:
+            blank_own(q, rows - m, DIM)
         if lo < hi:
             stage = it & (STAGES - 1)
             mbarrier.wait(full.index(stage), (it // STAGES) & 1)
@@ -223,16 +212,15 @@ def _consume(
             # rows beyond the last are not written
             if OWN_OUT:
                 tma.store_wait(0)
-            if IS_PACKED:
-                if m + 64 > rows:
-                    x = (acc * out_scale).to(qs.dtype)
-                    store_rows(out_rows, x, row + m, rows - m, head, sizes[2], all_sizes[9] * 8, DIM, SUMS)
-                else:
-                    _write(out, lead, head, row + m, acc, out_scale, outs.index(mine), DIM)
+            if IS_PACKED and m + 64 > rows:
+                x = (acc * out_scale).to(qs.dtype)
+                store_rows(out_rows, x, row + m, rows - m, head, sizes[2], all_sizes[9] * 8, DIM, SUMS)
             else:
-                _write(out, lead, head, row + m, acc, out_scale, outs.index(mine), DIM)
-            if not OWN_OUT and PLACES == 1:
-                tma.store_wait(0)
+                outs.index(mine).reshape([64, DIM]).store((acc * out_scale).to(qs.dtype))
+                fence_async_shared()
+                store(out, [lead, head, row + m, 0], outs.index(mine))
+                if not OWN_OUT and PLACES == 1:
+                    tma.store_wait(0)
         if not OWN_OUT and PLACES == 1:
             mbarrier.arrive(q_empty.index(0), count=1)
         turn += 1

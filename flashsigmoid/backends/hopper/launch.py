@@ -59,6 +59,7 @@ def backward(
     v: Tensor,
     bias: Tensor | None,
     slopes: Tensor | None,
+    cu_seqlens: CuSeqlens = None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, contiguous; all tensors must be as `are_aligned` has them."""
@@ -75,7 +76,9 @@ def backward(
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     m, keys = plan.tile.block, 64 * plan.tile.warpgroups
     blocks = ((dout, m), (q, m), (k, keys), (v, keys), (dq, 64), (dk, 64), (dv, 64))
-    plan.launch(_bwd_kernel, blocks, (bias, slopes), *_sides(problem, bias, slopes))
+    ends = (None, None) if cu_seqlens is None else tuple(x.contiguous() for x in cu_seqlens)
+    rows = (None, None) if cu_seqlens is None else (dk, dv)
+    plan.launch(_bwd_kernel, blocks, (bias, slopes, *rows, *ends), *_sides(problem, bias, slopes, *ends))
     return torch.mul(dq, problem.scale, out=torch.empty_like(q, memory_format=torch.contiguous_format)), dk, dv
 
 
@@ -188,9 +191,8 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
         together = max(x for x in range(1, min(max(1, fit), heads) + 1) if heads % x == 0)
     rest = (64 * (triton.cdiv(rows, 64) - tile.warpgroups * blocks) if tile.is_from_end else 0,)
     if problem.is_packed:
-        rest = (int(tile.is_from_end), count, problem.head_dim_v // 8)
-    lengths = (problem.seqlen_q, problem.seqlen_k) if total_q is None else (total_q, total_k)
-    sizes = (problem.nheads, problem.group, *lengths)
+        rest = (int(tile.is_from_end), count, problem.head_dim_v // 8, problem.head_dim // 8)
+    sizes = (problem.nheads, problem.group, total_q or problem.seqlen_q, total_k or problem.seqlen_k)
     if of_keys:
         sizes = (problem.nheads_k, problem.group, problem.seqlen_k, problem.seqlen_q)
         left, right, q_offset = right, left, -q_offset
@@ -205,7 +207,12 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
         "enable_fp_fusion": True,  # Triton's default is about to change
     }
     if part == "all":
-        constants |= {"BLOCK_M": tile.block, "REST": 24, "HAS_TURNS": tile.is_persistent}
+        constants |= {
+            "BLOCK_M": tile.block,
+            "REST": 24,
+            "HAS_TURNS": tile.is_persistent,
+            "IS_PACKED": problem.is_packed,
+        }
     elif part == "dqdk":
         constants |= {"BLOCK_M": tile.block}
     else:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # Triton 3.9 renamed the copies
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@builtin
+def add(descriptor, at, block, _semantic=None):
+    """Add a block of shared memory to what a descriptor describes; Triton has a name for it from 3.9 on only."""
+    at = _semantic._convert_to_ir_values(at, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, block.handle)
 
 
 @gluon.jit
@@ -131,6 +140,21 @@ def key_blocks(
         lo = gl.maximum(0, m + q_offset - left) // BLOCK_N
     hi = gl.where((m < rows) & (m + BLOCK > 0), gl.maximum(lo, hi), lo)
     return lo, hi
+
+
+@gluon.jit
+def row_blocks(n, sizes, band, BLOCK_M: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """Blocks of rows that see any of the keys [n, n + 128): (lo, hi)."""
+    rows, keys = sizes[4], sizes[5]
+    q_offset, left, right = band
+    lo = 0
+    hi = gl.cdiv(rows, BLOCK_M)
+    if HAS_RIGHT:
+        lo = gl.maximum(0, n - right - q_offset) // BLOCK_M
+    if HAS_LEFT:
+        last = gl.minimum(n + 128, keys) - 1
+        hi = gl.cdiv(gl.minimum(rows, gl.maximum(0, last + left - q_offset + 1)), BLOCK_M)
+    return lo, gl.maximum(lo, hi)
 
 
 @gluon.jit

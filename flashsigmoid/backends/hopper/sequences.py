@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .partitions import first_row, locate, uniform
+from .partitions import first_row, load, locate, uniform
 
 
 @builtin
@@ -75,14 +75,40 @@ def find_block(
 
 
 @gluon.jit
-def blank(memory, place, rows, BLOCK: gl.constexpr, DIM: gl.constexpr, PLACES: gl.constexpr):
+def find_keys(at, sizes, band, cu_q, cu_k, IS_PACKED: gl.constexpr):
+    """Of block number `at` of 128 keys: (first key in its sequence, key head, batch or sequence, batch of the
+    descriptors, where the sequence begins in queries and in keys, sizes, band), in the order of the backward's blocks.
+
+    Packed, sizes are those of `find_block`, with queries before keys and at last eighths of head_dim.
+    """
+    rank, head, batch = locate(at, sizes, sizes[2] // sizes[3])
+    row = 0
+    key = 0
+    lead = batch
+    if IS_PACKED:
+        count = sizes[8]
+        sequence, key, keys, block = find(rank, cu_k, count, sizes[5], 128)
+        batch = gl.minimum(sequence, count - 1)
+        row = uniform(gl.load(cu_q + batch))
+        rows = uniform(gl.where(sequence < count, gl.load(cu_q + batch + 1) - row, 0))
+        rows = gl.where(block * 128 < keys, rows, 0)  # a number too many has nothing to do
+        lead = 0
+        band = (keys - rows, band[1], band[2])
+        sizes = (sizes[0], sizes[1], sizes[2], sizes[3], rows, keys, sizes[6])
+        rank = block
+    return rank * 128, head, batch, lead, row, key, sizes, band
+
+
+@gluon.jit
+def blank(memory, place, rows, BLOCK: gl.constexpr, DIM: gl.constexpr, PLACES: gl.constexpr, BITS: gl.constexpr = 16):
     """Zeros from row `rows` on in one of PLACES blocks (BLOCK, DIM), by one warp: in pieces as the swizzle has them."""
-    PIECE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    LANES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    SLABS: gl.constexpr = DIM // 64
+    WIDTH: gl.constexpr = 1024 // BITS
+    PIECE: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=BITS, rank=2)
+    LANES: gl.constexpr = gl.BlockedLayout([1, WIDTH // 8], [4, 8], [1, 1], [1, 0])
+    SLABS: gl.constexpr = DIM // WIDTH
     HIGH: gl.constexpr = BLOCK // 8
-    pieces = view(memory, memory.dtype, [PLACES * SLABS * HIGH, 8, 64], PIECE)
-    zeros = gl.zeros([8, 64], memory.dtype, LANES)
+    pieces = view(memory, memory.dtype, [PLACES * SLABS * HIGH, 8, WIDTH], PIECE)
+    zeros = gl.zeros([8, WIDTH], memory.dtype, LANES)
     if rows % 8 > 0:
         keep = (gl.arange(0, 8, layout=gl.SliceLayout(1, LANES)) < rows % 8)[:, None]
         for slab in gl.static_range(SLABS):
@@ -112,6 +138,25 @@ def settle(memory, others, place, rows, full, times, BLOCK: gl.constexpr, DIM: g
         blank(others, place, rows, BLOCK, DIM, PLACES)
     fence_async_shared()
     mbarrier.arrive(full.index(place), count=1)
+
+
+@gluon.jit
+def load_cut(
+    x, y, xs, ys, x_full, y_full, late, times, place, batch, head, row, rows,
+    BLOCK: gl.constexpr, DIM: gl.constexpr, PLACES: gl.constexpr,
+):  # fmt: skip
+    """Blocks of two tensors, of whose rows only `rows` are this sequence's, ready when the others are zeros; `late` is
+    a barrier for what is not ready when it comes, and has been that so many `times`."""
+    mbarrier.expect(late, x.block_type.nbytes + y.block_type.nbytes)
+    load(x, [batch, head, row, 0], late, xs.index(place))
+    load(y, [batch, head, row, 0], late, ys.index(place))
+    mbarrier.wait(late, times & 1)
+    blank(xs, place, rows, BLOCK, DIM, PLACES)
+    blank(ys, place, rows, BLOCK, DIM, PLACES)
+    fence_async_shared()
+    mbarrier.arrive(x_full, count=1)
+    if y_full is not None:
+        mbarrier.arrive(y_full, count=1)
 
 
 @gluon.jit
