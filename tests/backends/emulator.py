@@ -10,6 +10,7 @@ formulas' text in PTX, in whose place torch's sigmoid is.
 from __future__ import annotations
 
 import builtins
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ import flashsigmoid.backends.hopper as hopper
 
 SHARED_BYTES = 227 * 1024
 PATIENCE_S = 20.0
-PAUSE_S = 0.0  # of who waits for what it has issued, so that the others come as far as they may
+PAUSE_S = 0.0  # of who waits for what it has issued
 _here = threading.local()  # of a thread: machine, and what it has issued and not waited for
 
 
@@ -196,8 +197,14 @@ def warpgroup_mma(a: Any, b: Memory, acc: Tensor, use_acc: bool = True, is_async
     return product
 
 
+def _pause() -> None:
+    """Now and then, for long: the others come as far as they may."""
+    if PAUSE_S and random.random() < 0.2:
+        time.sleep(PAUSE_S)
+
+
 def warpgroup_mma_wait(left: int, deps: list[Any]) -> Any:
-    time.sleep(PAUSE_S)
+    _pause()
     while len(_here.products) > left:
         _here.products.pop(0).finish()
     found = tuple(x.result if isinstance(x, Product) and x.result is not None else x for x in deps)
@@ -239,7 +246,7 @@ class tma:
 
     @staticmethod
     def store_wait(left: int) -> None:
-        time.sleep(PAUSE_S)
+        _pause()
         while len(_here.stores) > left:
             target, at, block, x, is_sum = _here.stores.pop(0)
             after = block.load()

@@ -181,7 +181,7 @@ FAULTS = {
 def test_a_fault_in_a_kernel_is_caught(emulated, monkeypatch, name) -> None:
     fault = FAULTS[name]
     monkeypatch.setattr(emulator, "PATIENCE_S", 1.0)
-    monkeypatch.setattr(emulator, "PAUSE_S", 0.002)
+    monkeypatch.setattr(emulator, "PAUSE_S", 0.02)
     emulated(TILES[fault.tiles], {fault.file: (fault.old, fault.new)})
     with pytest.raises((AssertionError, TimeoutError)):
         check("causal", fault.head_dim, (1, 700, 600, 4, 2))
