@@ -55,8 +55,13 @@ _SERIES = {
 }
 
 
-def make_formula(name: str, kind: str, is_float16: bool, pack: int, has_asm: bool) -> Formula:
-    """The formula `name` for `kind` "fwd" or "bwd", of `pack` scores that a thread evaluates together."""
+def make_formula(
+    name: str, kind: str, is_float16: bool, pack: int, has_asm: bool, *, early: int | None = None
+) -> Formula:
+    """The formula `name` for `kind` "fwd" or "bwd", of `pack` scores that a thread evaluates together.
+
+    Of a series' exponentials `early`, by default all, are asked for before the warp votes on its range.
+    """
     if name == "full" or (name in ("pair", "high") and not has_asm):
         return Formula("full", 1.0)
     if name == "tanh":
@@ -71,7 +76,7 @@ def make_formula(name: str, kind: str, is_float16: bool, pack: int, has_asm: boo
     threshold, gain, terms = _SERIES[name, kind, is_float16]
     if not has_asm:
         return Formula(name, LOG2E, gain, threshold, terms)
-    asm = _series_or_pairs(pack, threshold, gain, terms)
+    asm = _series_or_pairs(pack, pack if early is None else early, threshold, gain, terms)
     return Formula(name, LOG2E, gain, threshold, terms, asm, _constraints(pack), pack)
 
 
@@ -103,18 +108,23 @@ def _pairs(pack: int, gain: float) -> str:
     return text
 
 
-def _series_or_pairs(pack: int, threshold: float, gain: float, terms: tuple[float, ...]) -> str:
+def _series_or_pairs(pack: int, early: int, threshold: float, gain: float, terms: tuple[float, ...]) -> str:
     """The series if every score of the warp is at most `threshold`, else pairs of the same e: one of them is executed.
 
     As unsigned integers negative floats grow with their magnitude and stand above all positive ones, so the least of
-    the bits belongs to the largest score.
+    the bits belongs to the largest score. Exponentials that come after the vote have the series of the others to run
+    beside.
     """
+    exponentials = [f"ex2.approx.ftz.f32 ${i},${pack + i}; " for i in range(pack)]
+    late = "".join(exponentials[early:])
     text = "".join(f"mov.b32 x{i},-1; " for i in range(4))
     for i in range(pack):
-        text += f"ex2.approx.ftz.f32 ${i},${pack + i}; mov.b32 t,${pack + i}; min.u32 x{i % 4},x{i % 4},t; "
+        text += exponentials[i] if i < early else ""
+        text += f"mov.b32 t,${pack + i}; min.u32 x{i % 4},x{i % 4},t; "
     text += "min.u32 x0,x0,x1; min.u32 x2,x2,x3; min.u32 x0,x0,x2; "
     text += f"setp.lt.u32 wide,x0,0x{_bits(threshold)}; vote.sync.any.pred wide,wide,0xffffffff; @wide bra WIDE; "
-    for i in range(pack):
+    text += late
+    for i in (*range(early, pack), *range(early)):
         if terms == (-1.0,):
             text += f"neg.f32 a,${i}; fma.rn.ftz.f32 ${i},a,${i},${i}; "
             continue
@@ -122,7 +132,7 @@ def _series_or_pairs(pack: int, threshold: float, gain: float, terms: tuple[floa
         text += f"mov.f32 a,0f{_bits(highest)}; "
         text += "".join(f"fma.rn.ftz.f32 a,a,${i},0f{_bits(c)}; " for c in reversed(rest))
         text += f"mul.ftz.f32 a,a,${i}; fma.rn.ftz.f32 ${i},a,${i},${i}; "
-    text += "bra.uni DONE; WIDE: "
+    text += "bra.uni DONE; WIDE: " + late
     text += "".join(f"min.ftz.NaN.f32 ${i},${i},0f5E800000; " for i in range(pack))  # 2^62
     return _block(text + _pairs(pack, gain) + "DONE:")
 

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .partitions import hand_out, load, locate, make_tickets, nothing, sigmoid, store, take
+from .partitions import hand_out, load, locate, make_tickets, sigmoid, store, take
 
 NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 
@@ -161,9 +161,8 @@ def _step(
     (
         qs, ks, vs, douts, dss, dqs, _, _, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty, out_read
     ) = memory  # fmt: skip
-    same = nothing(it)
-    keys = ks.index(same).reshape([128, DIM])
-    values = vs.index(same).reshape([128, DIM])
+    keys = ks.index(0).reshape([128, DIM])
+    values = vs.index(0).reshape([128, DIM])
     k_block = keys.slice(64 * WARPGROUP, 64, dim=0)
     v_block = values.slice(64 * WARPGROUP, 64, dim=0)
     stage = it & (STAGES - 1)
