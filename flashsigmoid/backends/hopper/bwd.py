@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .partitions import hand_out, load, locate, make_tickets, sigmoid, store, take
+from .partitions import hand_out, load, locate, make_tickets, nothing, sigmoid, store, take
 
 NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
 
@@ -155,14 +155,14 @@ def _step(
     dk_acc, dv_acc, s, it, start, end, turn, p, first, memory, band, c, b, slope, zero, zero_part,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, FORMULA: gl.constexpr,
     HAS_TURNS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    SCORES: gl.constexpr, OPERAND: gl.constexpr,
+    SCORES: gl.constexpr, OPERAND: gl.constexpr, IS_ANEW: gl.constexpr,
 ):  # fmt: skip
     """The block number `it` of rows, from position p on: dV, dK, and dQ of the block before; S of the next."""
     (
         qs, ks, vs, douts, dss, dqs, _, _, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty, out_read
     ) = memory  # fmt: skip
     keys = ks.index(0).reshape([128, DIM])
-    values = vs.index(0).reshape([128, DIM])
+    values = vs.index(nothing(it) if IS_ANEW else 0).reshape([128, DIM])
     k_block = keys.slice(64 * WARPGROUP, 64, dim=0)
     v_block = values.slice(64 * WARPGROUP, 64, dim=0)
     stage = it & (STAGES - 1)
@@ -279,7 +279,7 @@ def _turn(
                             dk_acc, dv_acc, s, it, start, end, turn, block * BLOCK_M + q_offset, first,
                             memory, band, c, b, slope, zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M,
                             FORMULA, HAS_TURNS, HAS_SLOPES, HAS_LEFT and part != 1, HAS_RIGHT and part != 1, SCORES,
-                            OPERAND,
+                            OPERAND, False,
                         )  # fmt: skip
                         it += 1
         else:
@@ -287,7 +287,7 @@ def _turn(
                 dk_acc, dv_acc, s = _step(
                     dk_acc, dv_acc, s, it, start, end, turn, 0, first, memory, band, c, b, 0.0,
                     zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA, HAS_TURNS, False, False, False, SCORES,
-                    OPERAND,
+                    OPERAND, DIM == 64,
                 )  # fmt: skip
         last = end - 1
         mbarrier.wait(ds_full.index(last & 1), (last // 2) & 1)
