@@ -61,8 +61,8 @@ LARGEST_HEAD_DIM = {direction: max(table) for direction, table in _TILES.items()
 # seqlen from which these kernels were measured to be faster than those of the Triton backend: direction -> head_dim ->
 # (full, masked)
 _FROM = {
-    "forward": {64: (1024, 2048), 128: (512, 512), 256: (1024, 1024)},
-    "backward": {64: (1024, 4096), 128: (512, 2048), 256: (1024, 4096)},
+    "forward": {64: (512, 1024), 128: (512, 512), 256: (1024, 1024)},
+    "backward": {64: (512, 1024), 128: (512, 1024), 256: (1024, 1024)},
 }
 _MULTIPROCESSORS = 132
 
