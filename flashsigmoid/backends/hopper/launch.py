@@ -152,7 +152,7 @@ class _Plan:
 
 
 def _early(problem: Problem, is_like_forward: bool) -> int:
-    """A block's columns over a thread's exponentials before the vote: a quarter, half or all of them, by measurement."""
+    """A block's columns over a thread's exponentials before the vote, of which a quarter, half or all: measured."""
     if padded_head_dim(problem) > 64:
         return 4  # 2 % faster than all
     if is_like_forward:

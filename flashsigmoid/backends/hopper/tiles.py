@@ -46,8 +46,8 @@ _TILES = {
     },
 }
 # head_dim -> (keys at most, full, masked), the first that fits: of few keys, what a program does before and after them
-# counts. Two places for Q gain 1 to 3 % at 64; at 128, with blocks of 128 rows, which divide 512, they gain 3 to 9 %, and
-# block after block of masked ones 1 to 13 %.
+# counts. Two places for Q gain 1 to 3 % at 64; at 128 they and blocks of 128 rows, which divide 512, 3 to 9 %,
+# and block after block of masked ones 1 to 13 %.
 _PLACES64 = replace(_D64, own_out=False, places=2)
 _PLACES128 = Tile(2, 64, 4, 240, is_persistent=True, places=2)
 _MASKED128 = Tile(3, 64, 4, 160, own_out=True, is_persistent=True, is_from_end=True)
