@@ -155,7 +155,7 @@ def _series_or_exact(pack: int, early: int, threshold: float, gain: float, terms
 
 
 def _tanh_or_exact(pack: int, share: int) -> str:
-    """0.5 + 0.5 tanh(x / 2) if all scores of the warp are within 7 of 0, else exactly.."""
+    """0.5 + 0.5 tanh(x / 2) if all scores of the warp are within 7 of 0, else exactly."""
     text = "".join(f"mov.f32 m{i},0f00000000; " for i in range(4))
     for i in range(pack):
         text += f"abs.f32 a,${pack + i}; max.f32 m{i % 4},m{i % 4},a; "
