@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ..backends.reference import attention_weights
 from ..functional import sigmoid_attention
 from ..nn.attention import SoftmaxAttention, softmax_attention
+from ..nn.flex import fused_softmax_attention
 from .weights import sdpa_weights, softmax_weights
 
 Kind = Literal["sigmoid", "softmax"]
@@ -149,7 +150,9 @@ def _watched(layer: Any, name: str, see: See, mode: SeesSoftmax) -> Callable[...
     """The layer's attention_fn, which also hands over what it sees, once, whatever it calls."""
     is_softmax = isinstance(layer, SoftmaxAttention) or getattr(layer, "kind", "sigmoid") == "softmax"
     own = softmax_attention if is_softmax else sigmoid_attention
-    attention_fn = own if layer.attention_fn is None else layer.attention_fn
+    # FlexAttention would be compiled for this one length, or write out its scores; what it computes is plain softmax
+    plain = {None: own, fused_softmax_attention: softmax_attention}
+    attention_fn = plain.get(layer.attention_fn, layer.attention_fn)
 
     def watch(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         mode.blind = True

@@ -72,11 +72,12 @@ def figure(records: Sequence[Record]) -> Figure:
                 _line(axes, curve, peer, style[peer])
             axes.set_title(f"{direction}, {kind}", fontsize=10)
             axes.set_ylim(0, 1.05 * top)
-        for peer, curve in errors[direction].items():
-            if peer in style:
-                _line(axes_row[-1], curve, peer, style[peer])
+        drawn_errors = {peer: curve for peer, curve in errors[direction].items() if peer in style}
+        for peer, curve in drawn_errors.items():
+            _line(axes_row[-1], curve, peer, style[peer])
         axes_row[-1].set_title(f"relative rms error of {' '.join(_DIRECTIONS[direction])}", fontsize=10)
-        axes_row[-1].set_ylim(bottom=0)
+        highest = max((max(curve.values()) for curve in drawn_errors.values()), default=1.0)
+        axes_row[-1].set_ylim(0, 1.25 * highest)
         axes_row[0].set_ylabel("TFLOP/s")
     lengths = sorted({n for row in lines.values() for curve in row.values() for n in curve})
     for axes in grid.flat:

@@ -42,5 +42,5 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 def _other(tile: Any, changes: dict[str, Any]) -> Any:
-    """The tile with what of the changes it can have: a split one has no second place for Q or memory for out."""
-    return tile if tile.is_split and "places" in changes else replace(tile, **changes)
+    """The tile with what of the changes it can have: a split one has no memory for out."""
+    return replace(tile, **(changes | {"own_out": False} if tile.is_split else changes))

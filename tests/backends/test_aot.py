@@ -121,17 +121,14 @@ def test_a_learnable_bias_costs_no_registers(compiled, head_dim) -> None:
         check_sm_90(one, spilled=200 if one["kernel"] == "dkdv" else 0)
 
 
-DQDK = [2, 64, 2, 240, False, False, False, False, 1, True]  # dQ and dK of wide heads in one kernel
-
-
 @pytest.mark.parametrize(
     "call",
     [
         *({"head_dim": dim, "causal": causal} for dim in (64, 128, 256) for causal in (False, True)),
-        {"head_dim": 64, "kernel": "fwd", "tile": [4, 64, 4, 112, False, False, True, False, 2]},  # two places for Q
-        {"head_dim": 128, "kernel": "fwd", "causal": True, "tile": [3, 64, 4, 160, False, False, True, True, 2]},
-        {"head_dim": 256, "causal": True, "kernel": "bwd", "tile": DQDK},
-        pytest.param({"head_dim": 256, "nheads_k": 1, "kernel": "bwd", "tile": DQDK}, marks=pytest.mark.long),
+        {"head_dim": 64, "seqlen": 2048, "kernel": "fwd"},  # two places for Q, as in the next
+        {"head_dim": 128, "seqlen": 512, "kernel": "fwd", "causal": True},
+        {"head_dim": 256, "causal": True, "kernel": "bwd", "tile": [2, 64, 2, 240]},  # dQ and dK in a kernel each
+        pytest.param({"head_dim": 256, "nheads_k": 1, "kernel": "bwd"}, marks=pytest.mark.long),
         {"head_dim": 96, "sigmoid": "exact", "dtype": "float16", "bias": "head"},
         pytest.param(
             {"head_dim": 64, "sigmoid": "fast", "window_left": 100, "window_right": 3, "q_offset": 5},
@@ -143,17 +140,14 @@ DQDK = [2, 64, 2, 240, False, False, False, False, 1, True]  # dQ and dK of wide
     ids=str,
 )
 def test_the_hopper_kernels(compiled, call) -> None:
-    """None spills more than a word or two a block, but the backward of 64, which has all 240 registers in use."""
+    """None spills more than a word or two a block, but the backward up to 128, which has all 240 registers in use: to
+    spill less by computing addresses anew was measured to be slower."""
     kernels = compiled("sm_90", json.dumps({"backend": "hopper", **call}))
-    backward = ["bwd"] * (3 if call["head_dim"] == 256 else 1)
-    expected = ["fwd", *backward]
-    if "tile" in call:  # dQ and dK together, and dV
-        expected = ["fwd"] if call["kernel"] == "fwd" else ["bwd", "bwd"]
-    elif call.get("bias") == "row":
-        expected = ["fwd"]
-    assert [one["kernel"] for one in kernels] == expected
+    backward = ["bwd"] * (1 if call["head_dim"] < 256 else 3 if "tile" in call else 2)  # dQ and dK, and dV
+    only = call.get("kernel", "fwd" if call.get("bias") == "row" else None)
+    assert [one["kernel"] for one in kernels] == [x for x in ("fwd", *backward) if only in (None, x)]
     for one in kernels:
-        is_full = one["kernel"] == "bwd" and call["head_dim"] == 64
+        is_full = one["kernel"] == "bwd" and call["head_dim"] < 256
         check_sm_90(one, spilled=1536 if is_full else 104)
         assert one["loop_spills"] <= (60 if is_full else 4), one["loop_spills"]
 

@@ -39,10 +39,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # what differs from the table's tile: direction -> fields
 TILES: dict[str, dict[str, dict[str, Any]]] = {
     "table": {},
-    "two places": {"forward": {"own_out": False, "is_persistent": True, "places": 2}},
-    "from the end": {"forward": {"is_from_end": True, "is_persistent": False}, "backward": {"is_persistent": False}},
-    "turns": {"forward": {"is_from_end": True, "is_persistent": True}, "backward": {"is_persistent": True}},
-    "dQ is added": {"backward": {"adds_dq": True}},
+    "from the end": {"forward": {"is_from_end": True, "is_persistent": False, "own_out": False, "places": 1}}
+    | {"backward": {"is_persistent": False}},
+    "turns": {"forward": {"is_from_end": True, "is_persistent": True, "own_out": True, "places": 1}}
+    | {"backward": {"is_persistent": True}},
+    "a kernel each": {"backward": {"adds_dq": False}},
 }
 
 
@@ -100,10 +101,10 @@ def test_inside_the_budget(emulated, name, head_dim) -> None:
 @pytest.mark.parametrize(
     ("tiles", "head_dim"),
     [
-        *((tiles, 128) for tiles in ("two places", "turns")),
-        *(pytest.param(tiles, 64, marks=pytest.mark.long) for tiles in ("two places", "turns", "from the end")),
+        ("turns", 128),
+        *(pytest.param(tiles, 64, marks=pytest.mark.long) for tiles in ("turns", "from the end")),
         pytest.param("from the end", 128, marks=pytest.mark.long),
-        *((tiles, 256) for tiles in ("table", "dQ is added")),
+        *((tiles, 256) for tiles in ("table", "a kernel each")),
     ],
 )
 def test_every_kind_of_tile(emulated, tiles, head_dim) -> None:
@@ -146,7 +147,7 @@ WAIT_DS = "    mbarrier.wait(ds_empty.index(it & 1), ((it // 2) & 1) ^ 1)\n    d
 READ_DS = "        if WARPGROUP == 1:\n            mbarrier.wait(ds_read, it & 1)\n"
 WAIT_REST = "        if it > 0:\n            mbarrier.wait(empty, 0)\n"
 LAST_REST = "    if count > 0:\n        mbarrier.wait(empty, 0)"
-WIDE: dict[str, Any] = {"head_dim": 256, "tiles": "dQ is added"}
+WIDE: dict[str, Any] = {"head_dim": 256}
 FAULTS = {
     "a key too many": Fault("partitions", "gl.where(j <= p + right", "gl.where(j <= p + right + 1"),
     "a key too few": Fault("bwd", "gl.where(i <= j, y", "gl.where(i < j, y", marks=LONG),
@@ -154,9 +155,7 @@ FAULTS = {
     "the wrong head": Fault("partitions", "other = head // sizes[3]", "other = head % sizes[3]", marks=LONG),
     "K before it came": Fault("fwd", WAIT_K, "    s = ", marks=LONG),
     "V while it is read": Fault("fwd", WEIGHTS, f"    mbarrier.arrive(empty.index(before), count=1)\n{WEIGHTS}"),
-    "Q of two turns": Fault(
-        "fwd", f"        tma.store_wait(0)\n{RELEASE_Q}", RELEASE_Q, tiles="two places", marks=LONG
-    ),
+    "Q of two turns": Fault("fwd", f"        tma.store_wait(0)\n{RELEASE_Q}", RELEASE_Q, marks=LONG),
     "out while it is copied": Fault(
         "fwd", "            if OWN_OUT:\n                tma.store_wait(0)\n", tiles="turns"
     ),
@@ -168,7 +167,9 @@ FAULTS = {
     "a dQ of nothing": Fault(
         "bwd", "    if it > start:\n        mbarrier.arrive(ds", "    if it >= 0:\n        mbarrier.arrive(ds"
     ),
-    "W while it is read": Fault("grad", "mbarrier.arrive(w_empty, count=1)\n        ds", "ds", 256, marks=LONG),
+    "W while it is read": Fault(
+        "grad", "mbarrier.arrive(w_empty, count=1)\n        ds", "ds", 256, "a kernel each", LONG
+    ),
     "dS of one warpgroup": Fault("dqdk", "        mbarrier.wait(ds_full, it & 1)\n", **WIDE, marks=LONG),
     "dQ where dS is read": Fault("dqdk", READ_DS, **WIDE, marks=LONG),
     "dQ where dQ is read": Fault("dqdk", WAIT_REST, "        if it > 0:\n", **WIDE, marks=LONG),

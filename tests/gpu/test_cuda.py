@@ -146,8 +146,12 @@ def test_a_training_that_is_stopped_goes_on(precision, tmp_path) -> None:
     assert load_model(tmp_path / "whole", "cuda")[0].embedding.weight.device.type == "cuda"
 
 
-# of torch's compiler: advice for float32, and what it does with a tensor's .grad
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The .grad attribute of a Tensor that is not")
+# of torch's compiler: advice for float32, what it does with a tensor's .grad, and the graph that opens its pool
+@pytest.mark.filterwarnings(
+    "ignore:TensorFloat32 tensor cores",
+    "ignore:The .grad attribute of a Tensor that is not",
+    "ignore:The CUDA Graph is empty",
+)
 @pytest.mark.parametrize("kind", ["language", "speech"])
 @pytest.mark.parametrize("attention", ["sigmoid", "softmax"])
 def test_a_training_by_cuda_graphs_is_the_same_training(kind, attention, tmp_path) -> None:

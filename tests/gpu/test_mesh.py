@@ -13,12 +13,12 @@ import pytest
 import torch
 from distributed.runs import far
 
-from flashsigmoid.recipes import language, speech, vision
+from flashsigmoid.recipes import language, pretraining, speech, vision
 from flashsigmoid.record import read_records
 
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda"
-RECIPES = {**language.RECIPES, **vision.RECIPES, **speech.RECIPES}
+RECIPES = {**language.RECIPES, **vision.RECIPES, **pretraining.RECIPES, **speech.RECIPES}
 COMMON = ("val_every=6", "save_every=3", "log_every=1")
 FIELDS = {
     "demo": ("model.vocab_size=264", "data.val_windows=8", "sample_tokens=20"),

@@ -143,16 +143,15 @@ def _step(
     dk_acc, dv_acc, s, it, start, end, turn, p, first, memory, band, c, b, slope, zero, zero_part,
     WARPGROUP: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, FORMULA: gl.constexpr,
     HAS_TURNS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    SCORES: gl.constexpr, OPERAND: gl.constexpr,
+    SCORES: gl.constexpr, OPERAND: gl.constexpr, IS_ANEW: gl.constexpr,
 ):  # fmt: skip
     """The block number `it` of rows, from position p on: dV, dK, and dQ of the block before; S of the next."""
     (
         qs, ks, vs, douts, dss, dqs, _, _, q_full, dout_full, empty, dq_full, dq_empty, ds_full, ds_empty, out_read,
         _late,
     ) = memory  # fmt: skip
-    same = nothing(it)
-    keys = ks.index(same).reshape([128, DIM])
-    values = vs.index(same).reshape([128, DIM])
+    keys = ks.index(0).reshape([128, DIM])
+    values = vs.index(nothing(it) if IS_ANEW else 0).reshape([128, DIM])
     k_block = keys.slice(64 * WARPGROUP, 64, dim=0)
     v_block = values.slice(64 * WARPGROUP, 64, dim=0)
     stage = it & (STAGES - 1)
@@ -270,7 +269,7 @@ def _turn(
                             dk_acc, dv_acc, s, it, start, end, turn, block * BLOCK_M + q_offset, first,
                             memory, band, c, b, slope, zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M,
                             FORMULA, HAS_TURNS, HAS_SLOPES, HAS_LEFT and part != 1, HAS_RIGHT and part != 1, SCORES,
-                            OPERAND,
+                            OPERAND, False,
                         )  # fmt: skip
                         it += 1
         else:
@@ -278,7 +277,7 @@ def _turn(
                 dk_acc, dv_acc, s = _step(
                     dk_acc, dv_acc, s, it, start, end, turn, 0, first, memory, band, c, b, 0.0,
                     zero, zero_part, WARPGROUP, STAGES, DIM, BLOCK_M, FORMULA, HAS_TURNS, False, False, False, SCORES,
-                    OPERAND,
+                    OPERAND, DIM == 64,
                 )  # fmt: skip
         last = end - 1
         mbarrier.wait(ds_full.index(last & 1), (last // 2) & 1)

@@ -161,6 +161,15 @@ class _Plan:
         launch(triton, self.launches, others, kernel, self.programs, loaded, tensors, describe)
 
 
+def _early(problem: Problem, is_like_forward: bool) -> int:
+    """A block's columns over a thread's exponentials before the vote, of which a quarter, half or all: measured."""
+    if padded_head_dim(problem) > 64:
+        return 4  # 2 % faster than all
+    if is_like_forward:
+        return 8  # 4 %, and up to 7 % masked
+    return 4 if problem.band == (None, None) else 2  # 4 %; masked, half would be 6 to 12 % slower than all
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Plan:
     """Of "fwd", of "all" gradients, or of one: "dq", "dk", "dv" or "dqdk"."""
@@ -171,6 +180,7 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
         problem.dtype == torch.float16,
         tile.block // 2,
         has_asm=True,
+        early=tile.block // _early(problem, is_like_forward),
     )
     (left, right), q_offset = problem.band, problem.q_offset
     heads, rows, others, sharing = problem.nheads, problem.seqlen_q, problem.seqlen_k, problem.group

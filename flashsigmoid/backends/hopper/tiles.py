@@ -30,7 +30,7 @@ _D128 = Tile(3, 64, 4, 160, own_out=True, is_persistent=True)
 _D256 = Tile(2, 64, 2, 240, is_split=True, is_persistent=True)
 _BACK64 = Tile(2, 128, 2, 240, is_persistent=True)
 _BACK128 = Tile(2, 64, 2, 240, is_persistent=True)
-_BACK256 = Tile(2, 64, 2, 240)  # of dQ and of dK; dV is the forward's
+_BACK256 = Tile(2, 64, 2, 240, adds_dq=True)  # of dQ and dK; dV is the forward's
 # direction -> head_dim -> (full, masked), by an H100. A program that takes block after block gains 1 to 6 %; of masked
 # blocks, which a counter hands out, it needs more registers: at 128 and 256 it loses 1 to 30 %.
 _TILES = {
@@ -45,16 +45,24 @@ _TILES = {
         256: (_BACK256, _BACK256),
     },
 }
-# of masked blocks at 128 too, of few keys: what a program does before and after them counts, 4 to 13 %
-_SHORT128 = Tile(3, 64, 4, 160, own_out=True, is_persistent=True, is_from_end=True)
-_SHORT = 2048
+# head_dim -> (keys at most, full, masked), the first that fits: of few keys, what a program does before and after them
+# counts. Two places for Q gain 1 to 3 % at 64; at 128 they and blocks of 128 rows, which divide 512, 3 to 9 %,
+# and block after block of masked ones 1 to 13 %.
+_PLACES64 = replace(_D64, own_out=False, places=2)
+_PLACES128 = Tile(2, 64, 4, 240, is_persistent=True, places=2)
+_MASKED128 = Tile(3, 64, 4, 160, own_out=True, is_persistent=True, is_from_end=True)
+_SHORT = {
+    64: ((2048, _PLACES64, _PLACES64),),
+    128: ((512, _PLACES128, _PLACES128), (1024, _PLACES128, _MASKED128), (4096, _D128, _MASKED128)),
+    256: (),
+}
 LARGEST_HEAD_DIM = {direction: max(table) for direction, table in _TILES.items()}
 
 # seqlen from which these kernels were measured to be faster than those of the Triton backend: direction -> head_dim ->
 # (full, masked)
 _FROM = {
-    "forward": {64: (1024, 2048), 128: (512, 512), 256: (1024, 1024)},
-    "backward": {64: (1024, 4096), 128: (512, 2048), 256: (1024, 4096)},
+    "forward": {64: (512, 1024), 128: (512, 512), 256: (1024, 1024)},
+    "backward": {64: (512, 1024), 128: (512, 1024), 256: (1024, 1024)},
 }
 _MULTIPROCESSORS = 132
 
@@ -68,8 +76,10 @@ def choose_tile(problem: Problem, direction: str) -> Tile:
     """The tile for "forward" or "backward"."""
     # packed blocks differ in what they cost as masked ones do
     dim, is_masked = padded_head_dim(problem), problem.is_packed or problem.band != (None, None)
-    if direction == "forward" and dim == 128 and is_masked and problem.seqlen_k <= _SHORT:
-        return _SHORT128
+    if direction == "forward":
+        for keys, full, masked in _SHORT[dim]:
+            if problem.seqlen_k <= keys:
+                return masked if is_masked else full
     return _TILES[direction][dim][is_masked]
 
 
