@@ -229,6 +229,7 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
         constants |= {"WARPGROUPS": tile.warpgroups, "BLOCK_N": tile.block, "OF_KEYS": of_keys}
     if is_like_forward:
         constants |= {
+            "GROUPS": tile.groups,
             "IS_SPLIT": tile.is_split,
             "OWN_OUT": tile.own_out,
             "PLACES": tile.places,
@@ -245,7 +246,9 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
     return _Plan(
         tile=tile,
         formula=formula,
-        programs=min(blocks * heads, multiprocessors) if tile.is_persistent else blocks * heads,
+        programs=min(
+            triton.cdiv(blocks * heads, tile.groups), multiprocessors if tile.is_persistent else blocks * heads
+        ),
         sizes=(blocks, together, *sizes, blocks * heads, *rest),
         band=(q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(
