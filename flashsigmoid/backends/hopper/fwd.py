@@ -31,7 +31,9 @@ from .partitions import (
 from .sequences import blank_own, find_block, settle, store_rows
 
 # a kernel is compiled for dtypes, options and head_dim, not for a size
-NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
+NOT_SPECIALIZED = [
+    "bias_strides", "slopes_strides", "total_q", "total_k", "count", "together", "blocks", "numbers", "sizes", "band",
+]  # fmt: skip
 
 
 @gluon.jit
@@ -229,8 +231,8 @@ def _consume(
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_kernel(
-    q, k, v, out, bias, slopes, out_rows, cu_q, cu_k, counter, bias_strides, slopes_strides, sizes, band, c, b,
-    out_scale,
+    q, k, v, out, bias, slopes, out_rows, cu_q, cu_k, counter, bias_strides, slopes_strides,
+    total_q, total_k, count, together, blocks, numbers, sizes, band, c, b, out_scale,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, PLACES: gl.constexpr,
     IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, IS_PACKED: gl.constexpr, FORMULA: gl.constexpr,
@@ -244,9 +246,14 @@ def _fwd_kernel(
     heads, first row of the first block), where `together` divides nheads * batch, and that row is 0 or less, a multiple
     of 64; band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
     OF_KEYS: dV, with K as q, Q as k and dO as v, and with sizes and band turned over: see `partitions.stream`.
-    IS_PACKED: q, k, v and out are of all rows, out_rows is out by its address, and sequences end as cu_q and cu_k say;
-    sizes as `sequences.find_block` has them.
+    IS_PACKED: q, k, v and out are of all rows, out_rows is out by its address, and sequences end as cu_q and cu_k say.
+    What differs from call to call has arguments of its own, since a tuple is always specialized; sizes are (nheads,
+    group, whether the first block is the short one, eighths of head_dim_v and of head_dim).
     """
+    if IS_PACKED:
+        sizes = (
+            blocks, together, sizes[0], sizes[1], total_q, total_k, numbers, sizes[2], count, sizes[3], sizes[4],
+        )  # fmt: skip
     BARRIERS: gl.constexpr = STAGES + 1 if IS_PACKED else STAGES  # one for what is not ready when it comes
     qs = gl.allocate_shared_memory(q.dtype, [PLACES * WARPGROUPS, 1, 1, 64, DIM], q.layout)
     ks = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, DIM], k.layout)
