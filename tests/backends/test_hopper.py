@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flashsigmoid import backends
 from flashsigmoid.backends import hopper, select
 from flashsigmoid.backends.problem import Problem
 
@@ -85,7 +86,7 @@ def test_packed_sequences_are_its_own_by_name_only_and_a_backward_it_lacks_is_tr
         assert hopper.slower(packed, direction) == "packed sequences are not measured yet"
     assert hopper.PACKED
     # once it is measured
-    select.__globals__["_remembered"].cache_clear()
+    backends._remembered.cache_clear()
     monkeypatch.setattr(hopper, "slower", lambda problem, direction: None)
     wide = replace(packed, head_dim=256, head_dim_v=256)
     with_rows = replace(packed, sigmoid_bias=None, bias_shape=(30_000, 16))
@@ -94,7 +95,7 @@ def test_packed_sequences_are_its_own_by_name_only_and_a_backward_it_lacks_is_tr
             assert select(problem, "auto", "forward") is hopper
             assert select(problem, "auto", "backward").NAME == "triton"
     finally:
-        select.__globals__["_remembered"].cache_clear()
+        backends._remembered.cache_clear()
 
 
 def test_the_same_bits_are_the_triton_kernels() -> None:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import random
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
 from backends import emulator
+from gpu.cases import random_class
+from gpu.test_triton_varlen import packed_sides
 from varlen import Lengths, cumulated, dense_options, oracle_and_witness, sequences
 
 from flashsigmoid.backends import hopper
@@ -148,6 +151,33 @@ def test_what_sees_nothing_is_zero(emulated, lengths) -> None:
     tensors = make(lengths, 64)
     found = compute(tensors, (cumulated(lengths[0]), cumulated(lengths[1])), causal=True, sigmoid_bias=0.0)
     assert not any(x.any() for x in found.values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("index", range(40))
+def test_drawn_cases(emulated, index) -> None:
+    """Lengths and options as those of the GPU's random test, each by another kind of tile."""
+    rng = random.Random(f"packed {index}")
+    emulated([*TILES.values()][index % len(TILES)])
+    batch, nheads_k, group = rng.randint(1, 9), rng.randint(1, 2), rng.randint(1, 3)
+    drawn = [rng.choice((0, 1, rng.randint(2, 70), rng.randint(64, 400))) for _ in range(2 * batch)]
+    lengths, spare, head_dim = (
+        (tuple(drawn[:batch]), tuple(drawn[batch:])),
+        rng.choice((0, 1, 150)),
+        8 * rng.randint(1, 16),
+    )
+    if not any(map(min, zip(*lengths, strict=True))):
+        pytest.skip("nothing is seen")
+    tensors = make(lengths, head_dim, (nheads_k * group, nheads_k), rng.choice((BFLOAT16, torch.float16)), spare)
+    options: Any = packed_sides(rng, lengths[0], sum(lengths[0]) + spare, nheads_k * group)
+    options |= random_class(rng, BFLOAT16)
+    options = {
+        name: options[name] for name in ("sigmoid_bias", "alibi_slopes", "causal", "window_size") if name in options
+    }
+    expected, seen = oracle_and_witness(*tensors, *lengths, 32, Options(**options))
+    found = compute(tensors, (cumulated(lengths[0]), cumulated(lengths[1])), **options)
+    for tensor, x in found.items():
+        assert_within_budget(f"{tensor} of {lengths}, {head_dim}, {options}", x, expected[tensor], seen[tensor])
 
 
 def check_reach(value: float, name: str, head_dim: int) -> None:
