@@ -164,8 +164,8 @@ PACKED: dict[str, Any] = {"backend": "hopper", "is_packed": True, "batch": 16}
 @pytest.mark.parametrize(
     "call",
     [
-        *({"head_dim": dim, "causal": causal} for dim in (64, 128) for causal in (False, True)),
-        {"head_dim": 256, "causal": True},
+        *({"head_dim": dim, "causal": True} for dim in (64, 128, 256)),
+        *(pytest.param({"head_dim": dim}, marks=pytest.mark.long) for dim in (64, 128)),
         pytest.param({"head_dim": 128, "seqlen": 1024}, marks=pytest.mark.long),
         pytest.param({"head_dim": 96, "sigmoid": "exact", "dtype": "float16", "bias": "head"}, marks=pytest.mark.long),
         {"head_dim": 128, "causal": True, "bias": "row", "has_slopes": True, "window_left": 100, "nheads_k": 1},
@@ -184,7 +184,7 @@ def test_packed_rows_by_the_hopper_kernels(compiled, call) -> None:
 
 
 def test_sequences_compile_nothing_anew(compiled) -> None:
-    sizes = ({}, {"batch": 3, "seqlen": 4001}, {"batch": 1, "seqlen": 16}, {"batch": 100, "seqlen": 3000})
+    sizes = ({}, {"batch": 1, "seqlen": 16}, {"batch": 101, "seqlen": 4001})
     kernels = compiled(
         "sm_90", *(json.dumps({**PACKED, "head_dim": 64, "sigmoid_bias": -8.0, **size}) for size in sizes)
     )

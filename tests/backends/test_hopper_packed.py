@@ -116,8 +116,14 @@ def check(name: str, head_dim: int, lengths: tuple[Lengths, Lengths] = LENGTHS, 
     return set(found)
 
 
-@pytest.mark.parametrize("head_dim", [64, *(pytest.param(dim, marks=pytest.mark.long) for dim in (128, 256))])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [
+        *((name, 64) for name in ("full", "causal", "rows", "sequences")),
+        *(pytest.param(name, 64, marks=pytest.mark.long) for name in ("window", "left", "slopes", "heads", "b = 0")),
+        *(pytest.param(name, dim, marks=pytest.mark.long) for name in OPTIONS for dim in (128, 256)),
+    ],
+)
 def test_each_sequence_is_as_it_is_alone(emulated, name, head_dim) -> None:
     emulated({})
     has_backward = head_dim < 256 and name != "rows"
@@ -273,7 +279,18 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
+# in make test one of each kind
+SHORT = {
+    "values of the next sequence", "a value too few", "zeros before the values", "rows over the next sequence",
+    "the sequence before", "of the backward, queries of the next sequence",
+    "of the backward, a NaN for the next sequence", "of the backward, keys over the next sequence",
+}  # fmt: skip
+assert SHORT <= set(FAULTS)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in FAULTS]
+)
 def test_a_fault_in_a_kernel_is_caught(emulated, monkeypatch, name) -> None:
     fault = FAULTS[name]
     monkeypatch.setattr(emulator, "PATIENCE_S", 1.0)
