@@ -39,8 +39,8 @@ EXACT := --peer 'hopper exact' --peer 'triton exact' --peer fa3 --peer 'sdpa cud
 KERNELS := --work forward --work backward
 WORKERS := -n logical --maxprocesses 14 --maxschedchunk 1
 gpu:
-	$(GPU) -m pytest tests/gpu --ignore tests/gpu/test_hopper.py $(WORKERS)
-	$(GPU) -m pytest tests/gpu/test_hopper.py --gpu-record gpu-tests-hopper.jsonl $(WORKERS)
+	$(GPU) -m pytest tests/gpu --ignore-glob '*/test_hopper*.py' $(WORKERS)
+	$(GPU) -m pytest tests/gpu/test_hopper.py tests/gpu/test_hopper_packed.py --gpu-record gpu-tests-hopper.jsonl $(WORKERS)
 	$(BENCH) 'lm-*-d64' 'lm-*-d64-causal' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/lm-d64-bfloat16.jsonl
 	$(BENCH) 'lm-*-d128*' $(FAST) --peer triton-sigmoid $(KERNELS) --out $(RESULTS)/lm-d128-bfloat16.jsonl
 	$(BENCH) 'lm-*-d256*' $(FAST) $(KERNELS) --out $(RESULTS)/lm-d256-bfloat16.jsonl

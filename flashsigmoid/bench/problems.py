@@ -159,6 +159,9 @@ PROBLEMS = {
         Shape(name="cross-1k-8k-d128", **_CROSS),
         _self("window-16k-d128", 1, 16, 16384, 128, causal=True, window_size=(1024, 0)),
         _self("varlen-16k-d128", 1, 16, 16384, 128, causal=True, lengths=spread(16384, 16)),
+        _self("varlen-16k-d128-full", 1, 16, 16384, 128, lengths=spread(16384, 16)),
+        _self("varlen-16k-d64", 1, 32, 16384, 64, causal=True, lengths=spread(16384, 16)),
+        _self("varlen-16k-d64-short", 1, 32, 16384, 64, causal=True, lengths=spread(16384, 100)),
         _self("lm-4k-d64-alibi-causal", 4, 32, 4096, 64, causal=True, alibi=True),
     )
 }

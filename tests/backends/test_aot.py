@@ -152,6 +152,40 @@ def test_the_hopper_kernels(compiled, call) -> None:
         assert one["loop_spills"] <= (60 if is_full else 4), one["loop_spills"]
 
 
+PACKED: dict[str, Any] = {"backend": "hopper", "is_packed": True, "batch": 16}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *({"head_dim": dim, "causal": True} for dim in (64, 128, 256)),
+        *(pytest.param({"head_dim": dim}, marks=pytest.mark.long) for dim in (64, 128)),
+        pytest.param({"head_dim": 128, "seqlen": 1024}, marks=pytest.mark.long),
+        pytest.param({"head_dim": 96, "sigmoid": "exact", "dtype": "float16", "bias": "head"}, marks=pytest.mark.long),
+        {"head_dim": 128, "causal": True, "bias": "row", "has_slopes": True, "window_left": 100, "nheads_k": 1},
+    ],
+    ids=str,
+)
+def test_packed_rows_by_the_hopper_kernels(compiled, call) -> None:
+    """What they spill they spill once a turn: where a sequence is, and how many rows it has."""
+    kernels = compiled("sm_90", json.dumps({**PACKED, **call}))
+    has_backward = call.get("bias") != "row" and call["head_dim"] <= 128
+    assert [one["kernel"] for one in kernels] == ["fwd", *["bwd"] * has_backward]
+    for one in kernels:
+        is_full = one["kernel"] == "bwd" and call["head_dim"] == 64
+        check_sm_90(one, spilled=1536 if is_full else 160)
+        assert one["loop_spills"] <= (60 if is_full else 8), one["loop_spills"]
+
+
+def test_sequences_compile_nothing_anew(compiled) -> None:
+    sizes = ({}, {"batch": 1, "seqlen": 16}, {"batch": 101, "seqlen": 4001})
+    kernels = compiled(
+        "sm_90", *(json.dumps({**PACKED, "head_dim": 64, "sigmoid_bias": -8.0, **size}) for size in sizes)
+    )
+    assert len(kernels) == 2 * len(sizes)
+    assert len({one["binary"] for one in kernels}) == 2
+
+
 # a tile that is wrong, and what is said of it
 PLANTED: dict[str, tuple[dict[str, Any], str]] = {
     "no wgmma: too few rows for a warpgroup": ({"head_dim": 64, "tile": [32, 64, 4, 3]}, "by wgmma alone"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flashsigmoid import backends
 from flashsigmoid.backends import hopper, select
 from flashsigmoid.backends.problem import Problem
 
@@ -49,7 +50,13 @@ def test_auto_takes_it_where_it_is_faster() -> None:
         ({"head_dim": 256, "seqlen_k": 2**20}, "fb", "a float32 sum of products must have at most 524288 terms"),
         ({"q_offset": -(2**31)}, "fb", "seqlen and q_offset must be at most 2**30, got 8192, 8192, -2147483648"),
         ({"dropout_p": 0.1}, "fb", "dropout_p must be 0, got 0.1"),
-        ({"total_q": 9000, "total_k": 9000}, "fb", "sequences must not be packed"),
+        ({"total_q": 9000, "total_k": 9000}, "", ""),
+        (
+            {"total_q": 9000, "total_k": 9000, "head_dim": 136},
+            "b",
+            "packed sequences must have a head_dim of at most 128",
+        ),
+        ({"total_q": 9000, "total_k": 2**31}, "fb", "packed rows must be at most 2**30, got 9000 and 2147483648"),
         ({"seqlen_k": 2**20}, "f", "a float32 sum of products must have at most 524288 terms, got 1048576"),
         ({"seqlen_q": 2**20}, "b", "a float32 sum of products must have at most 524288 terms, got 1048576"),
         ({"sigmoid_bias": None, "bias_shape": (16,), "needs_sums": True}, "b", "must not require a gradient"),
@@ -69,6 +76,26 @@ def test_what_it_cannot(change, directions, reason) -> None:
             assert reason in said
         else:
             assert said is None
+
+
+def test_packed_sequences_are_its_own_by_name_only_and_a_backward_it_lacks_is_tritons(monkeypatch) -> None:
+    packed = replace(PROBLEM, batch=9, total_q=30_000, total_k=30_000, q_offset=0)
+    for direction in ("forward", "backward"):
+        assert select(packed, "hopper", direction) is hopper
+        assert select(packed, "auto", direction).NAME == "triton"
+        assert hopper.slower(packed, direction) == "packed sequences are not measured yet"
+    assert hopper.PACKED
+    # once it is measured
+    backends._remembered.cache_clear()
+    monkeypatch.setattr(hopper, "slower", lambda problem, direction: None)
+    wide = replace(packed, head_dim=256, head_dim_v=256)
+    with_rows = replace(packed, sigmoid_bias=None, bias_shape=(30_000, 16))
+    try:
+        for problem in (wide, with_rows):
+            assert select(problem, "auto", "forward") is hopper
+            assert select(problem, "auto", "backward").NAME == "triton"
+    finally:
+        backends._remembered.cache_clear()
 
 
 def test_the_same_bits_are_the_triton_kernels() -> None:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import itertools
 import math
+import random
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("needs Triton", allow_module_level=True)
 
 from backends import emulator
+from gpu.cases import random_class
+from gpu.test_triton_varlen import packed_sides
 from varlen import Lengths, cumulated, dense_options, oracle_and_witness, sequences
 
 from flashsigmoid.backends import hopper
@@ -113,8 +116,14 @@ def check(name: str, head_dim: int, lengths: tuple[Lengths, Lengths] = LENGTHS, 
     return set(found)
 
 
-@pytest.mark.parametrize("head_dim", [64, *(pytest.param(dim, marks=pytest.mark.long) for dim in (128, 256))])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [
+        *((name, 64) for name in ("full", "causal", "rows", "sequences")),
+        *(pytest.param(name, 64, marks=pytest.mark.long) for name in ("window", "left", "slopes", "heads", "b = 0")),
+        *(pytest.param(name, dim, marks=pytest.mark.long) for name in OPTIONS for dim in (128, 256)),
+    ],
+)
 def test_each_sequence_is_as_it_is_alone(emulated, name, head_dim) -> None:
     emulated({})
     has_backward = head_dim < 256 and name != "rows"
@@ -148,6 +157,33 @@ def test_what_sees_nothing_is_zero(emulated, lengths) -> None:
     tensors = make(lengths, 64)
     found = compute(tensors, (cumulated(lengths[0]), cumulated(lengths[1])), causal=True, sigmoid_bias=0.0)
     assert not any(x.any() for x in found.values())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("index", range(40))
+def test_drawn_cases(emulated, index) -> None:
+    """Lengths and options as those of the GPU's random test, each by another kind of tile."""
+    rng = random.Random(f"packed {index}")
+    emulated([*TILES.values()][index % len(TILES)])
+    batch, nheads_k, group = rng.randint(1, 9), rng.randint(1, 2), rng.randint(1, 3)
+    drawn = [rng.choice((0, 1, rng.randint(2, 70), rng.randint(64, 400))) for _ in range(2 * batch)]
+    lengths, spare, head_dim = (
+        (tuple(drawn[:batch]), tuple(drawn[batch:])),
+        rng.choice((0, 1, 150)),
+        8 * rng.randint(1, 16),
+    )
+    if not any(map(min, zip(*lengths, strict=True))):
+        pytest.skip("nothing is seen")
+    tensors = make(lengths, head_dim, (nheads_k * group, nheads_k), rng.choice((BFLOAT16, torch.float16)), spare)
+    options: Any = packed_sides(rng, lengths[0], sum(lengths[0]) + spare, nheads_k * group)
+    options |= random_class(rng, BFLOAT16)
+    options = {
+        name: options[name] for name in ("sigmoid_bias", "alibi_slopes", "causal", "window_size") if name in options
+    }
+    expected, seen = oracle_and_witness(*tensors, *lengths, 32, Options(**options))
+    found = compute(tensors, (cumulated(lengths[0]), cumulated(lengths[1])), **options)
+    for tensor, x in found.items():
+        assert_within_budget(f"{tensor} of {lengths}, {head_dim}, {options}", x, expected[tensor], seen[tensor])
 
 
 def check_reach(value: float, name: str, head_dim: int) -> None:
@@ -243,7 +279,18 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTS)
+# in make test one of each kind
+SHORT = {
+    "values of the next sequence", "a value too few", "zeros before the values", "rows over the next sequence",
+    "the sequence before", "of the backward, queries of the next sequence",
+    "of the backward, a NaN for the next sequence", "of the backward, keys over the next sequence",
+}  # fmt: skip
+assert FAULTS.keys() >= SHORT
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in FAULTS]
+)
 def test_a_fault_in_a_kernel_is_caught(emulated, monkeypatch, name) -> None:
     fault = FAULTS[name]
     monkeypatch.setattr(emulator, "PATIENCE_S", 1.0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from gpu.cases import DEVICE
 from torch import Tensor
 from varlen import compute_packed, cumulated, draw_seed, oracle_and_witness
 
+from flashsigmoid import sigmoid_attention_varlen
 from flashsigmoid.testing import Options, assert_within_budget, make_qkv
 
 LENGTHS = ((0, 1, 64, 65, 200, 0, 333, 128), (5, 1, 64, 190, 200, 0, 128, 257))
@@ -27,14 +29,30 @@ def packed_tensors(
     return tensors
 
 
+def compute_by_hopper(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Any) -> dict[str, Tensor]:
+    """out, and dq, dk, dv where there is a backward."""
+    bias = options.get("sigmoid_bias")
+    has_rows = isinstance(bias, Tensor) and bias.shape == (q.shape[0], q.shape[1])
+    has_backward = max(q.shape[-1], v.shape[-1]) <= 128 and not has_rows
+    leaves = [x.detach().requires_grad_(has_backward) for x in (q, k, v)]
+    out = sigmoid_attention_varlen(*leaves, **options, backend="hopper")
+    results = {"out": out.detach()}
+    if has_backward:
+        results |= zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, dout), strict=True)
+    return results
+
+
 def check_packed(
     what: object, tensors: tuple[Tensor, ...], lengths_q: tuple[int, ...], lengths_k: tuple[int, ...],
-    options: Options, sigmoid: str = "auto",
+    options: Options, sigmoid: str = "auto", backend: str = "triton",
 ) -> None:  # fmt: skip
-    """As `check`, of packed sequences; dropout's seed is drawn as the call draws it."""
+    """As `check`, of packed sequences; dropout's seed is drawn as the call draws it. Of hopper what it computes."""
     q, k, v, dout = tensors
     cu = {"cu_seqlens_q": cumulated(lengths_q, DEVICE), "cu_seqlens_k": cumulated(lengths_k, DEVICE)}
-    results = compute_packed(q, k, v, dout, seed=5, backend="triton", sigmoid=sigmoid, **cu, **options)
+    if backend == "hopper":
+        results = compute_by_hopper(q, k, v, dout, sigmoid=sigmoid, **cu, **options)
+    else:
+        results = compute_packed(q, k, v, dout, seed=5, backend=backend, sigmoid=sigmoid, **cu, **options)
     if options.get("dropout_p"):
         options = options | Options(seed=draw_seed(5, DEVICE))
     draws = 32 if min((*lengths_q, *lengths_k)) < 16 else 16

@@ -194,8 +194,8 @@ def test_every_planted_fault_is_caught_in_every_tensor(head_dim, dtype, monkeypa
 @pytest.mark.large(3)
 @pytest.mark.parametrize("tool", ["memcheck", "synccheck"])
 def test_the_sanitizer_finds_nothing(tool) -> None:
-    printed = sanitized(tool, "hopper", timeout_s=300)
-    assert printed.count("ok hopper") == 6, printed
+    printed = sanitized(tool, "hopper", timeout_s=500)
+    assert printed.count("ok hopper") == 11, printed
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

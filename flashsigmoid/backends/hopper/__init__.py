@@ -1,5 +1,5 @@
 """Kernels for Hopper (sm_90) in Gluon, which comes with Triton 3.6 and later: fwd.py; bwd.py; beyond head_dim 128
-grad.py and dqdk.py.
+grad.py and dqdk.py; what packed sequences add is in sequences.py.
 
 Nothing here imports triton: the kernels are loaded at the first call that takes them.
 """

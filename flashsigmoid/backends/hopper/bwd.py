@@ -20,7 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .partitions import add, hand_out, load, make_tickets, nothing, row_blocks, sigmoid, store, take
 from .sequences import blank, find_keys, load_cut, store_rows, view
 
-NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
+NOT_SPECIALIZED = [
+    "bias_strides", "slopes_strides", "total_q", "total_k", "count", "together", "blocks", "numbers", "sizes", "band",
+]  # fmt: skip
 
 
 @gluon.jit
@@ -352,8 +354,8 @@ def _consume(
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kernel(
-    dout, q, k, v, dq, dk, dv, bias, slopes, dk_rows, dv_rows, cu_q, cu_k, counter, bias_strides, slopes_strides, sizes,
-    band, c, b, scale,
+    dout, q, k, v, dq, dk, dv, bias, slopes, dk_rows, dv_rows, cu_q, cu_k, counter, bias_strides, slopes_strides,
+    total_q, total_k, count, together, blocks, numbers, sizes, band, c, b, scale,
     STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_M: gl.constexpr, REGISTERS: gl.constexpr,
     REST: gl.constexpr, HAS_TURNS: gl.constexpr, IS_DYNAMIC: gl.constexpr, IS_PACKED: gl.constexpr,
     FORMULA: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
@@ -364,8 +366,12 @@ def _bwd_kernel(
     Grid: at most (blocks * nheads_k * batch,). Descriptors of (batch, nheads, seqlen, head_dim): q and dout in BLOCK_M
     rows, k and v in 128, dk and dv in 64, dq float32, zeros before, in (64, 64). sizes and band as the forward's,
     `blocks` of keys and `together` of key heads. IS_PACKED: descriptors of all rows, dk_rows and dv_rows are dk and dv
-    by their addresses, and sequences end as cu_q and cu_k say; sizes as `sequences.find_keys` has them.
+    by their addresses, and sequences end as cu_q and cu_k say; sizes as the forward's.
     """
+    if IS_PACKED:
+        sizes = (
+            blocks, together, sizes[0], sizes[1], total_q, total_k, numbers, sizes[2], count, sizes[3], sizes[4],
+        )  # fmt: skip
     DS: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     qs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, 1, BLOCK_M, DIM], q.layout)
     douts = gl.allocate_shared_memory(dout.dtype, [STAGES, 1, 1, BLOCK_M, DIM], dout.layout)

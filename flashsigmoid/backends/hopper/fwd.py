@@ -31,7 +31,9 @@ from .partitions import (
 from .sequences import blank_own, find_block, settle, store_rows
 
 # a kernel is compiled for dtypes, options and head_dim, not for a size
-NOT_SPECIALIZED = ["bias_strides", "slopes_strides", "sizes", "band"]
+NOT_SPECIALIZED = [
+    "bias_strides", "slopes_strides", "total_q", "total_k", "count", "together", "blocks", "numbers", "sizes", "band",
+]  # fmt: skip
 
 
 @gluon.jit
@@ -268,8 +270,8 @@ def _make_memory(
 
 @gluon.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_kernel(
-    q, k, v, out, bias, slopes, out_rows, cu_q, cu_k, counter, bias_strides, slopes_strides, sizes, band, c, b,
-    out_scale,
+    q, k, v, out, bias, slopes, out_rows, cu_q, cu_k, counter, bias_strides, slopes_strides,
+    total_q, total_k, count, together, blocks, numbers, sizes, band, c, b, out_scale,
     GROUPS: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, PLACES: gl.constexpr,
     IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, IS_PACKED: gl.constexpr, FORMULA: gl.constexpr,
@@ -284,9 +286,14 @@ def _fwd_kernel(
     of 64; band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
     OF_KEYS: dV, with K as q, Q as k and dO as v, and with sizes and band turned over: see `partitions.stream`.
     GROUPS: 1, or 2 of two warpgroups, which have loads, memory and blocks of their own, as programs of their own would.
-    IS_PACKED: q, k, v and out are of all rows, out_rows is out by its address, and sequences end as cu_q and cu_k say;
-    sizes as `sequences.find_block` has them.
+    IS_PACKED: q, k, v and out are of all rows, out_rows is out by its address, and sequences end as cu_q and cu_k say.
+    What differs from call to call has arguments of its own, since a tuple is always specialized; sizes are (nheads,
+    group, whether the first block is the short one, eighths of head_dim_v and of head_dim).
     """
+    if IS_PACKED:
+        sizes = (
+            blocks, together, sizes[0], sizes[1], total_q, total_k, numbers, sizes[2], count, sizes[3], sizes[4],
+        )  # fmt: skip
     memory = _make_memory(q, k, v, out, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_PACKED)
     tickets = make_tickets(WARPGROUPS)
     fence_async_shared()

@@ -129,6 +129,7 @@ class _Plan:
     tile: Tile
     formula: Formula
     programs: int
+    counts: tuple[int | None, ...]  # of packed rows what differs from call to call, for kernels that take them
     sizes: tuple[int, ...]
     band: tuple[int, int, int]
     numbers: tuple[float, float, float]  # scale and b in the formula's units, and a factor of the results
@@ -154,7 +155,7 @@ class _Plan:
         rows = [rows for _, rows in blocks]
 
         def describe(loaded, tensors):
-            rest = (*strides, self.sizes, self.band, *self.numbers)
+            rest = (*strides, *self.counts, self.sizes, self.band, *self.numbers)
             descriptors = tuple(_descriptor(x, n, self.constants["DIM"]) for x, n in zip(loaded, rows, strict=True))
             return descriptors, rest, self.constants
 
@@ -187,25 +188,27 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
     if part == "all" or of_keys:  # blocks of keys, and all queries of a group go by
         heads, rows, others, sharing = problem.nheads_k, problem.seqlen_k, problem.seqlen_q * problem.group, 1
     blocks = triton.cdiv(rows, 64 * tile.warpgroups)
-    total_q, total_k, count = problem.total_q, problem.total_k, problem.batch
+    total_q, total_k = problem.total_q, problem.total_k
     if total_q is None or total_k is None:
         heads *= problem.batch
     else:  # as `sequences.find` counts them, those of no sequence among them
         total = total_k if part == "all" else total_q
-        blocks = total // (64 * tile.warpgroups) + count + 1
+        blocks = total // (64 * tile.warpgroups) + problem.batch + 1
     together = 1
     if left is not None or right is not None:
         # who sees most starts first, of as many heads as L2 holds the other side of, and a dQ that is added to
         row_bytes = (8 if part in ("all", "dqdk") else 4) * padded_head_dim(problem)
         fit = _L2_BYTES * sharing // (row_bytes * others)
         together = max(x for x in range(1, min(max(1, fit), heads) + 1) if heads % x == 0)
-    rest = (64 * (triton.cdiv(rows, 64) - tile.warpgroups * blocks) if tile.is_from_end else 0,)
-    if problem.is_packed:
-        rest = (int(tile.is_from_end), count, problem.head_dim_v // 8, problem.head_dim // 8)
-    sizes = (problem.nheads, problem.group, total_q or problem.seqlen_q, total_k or problem.seqlen_k)
+    first = 64 * (triton.cdiv(rows, 64) - tile.warpgroups * blocks) if tile.is_from_end else 0
+    sizes = (problem.nheads, problem.group, problem.seqlen_q, problem.seqlen_k)
     if of_keys:
         sizes = (problem.nheads_k, problem.group, problem.seqlen_k, problem.seqlen_q)
         left, right, q_offset = right, left, -q_offset
+    sizes, counts = (blocks, together, *sizes, blocks * heads, first), (None,) * 6
+    if problem.is_packed:
+        counts = (total_q, total_k, problem.batch, together, blocks, blocks * heads)
+        sizes = (problem.nheads, problem.group, int(tile.is_from_end), problem.head_dim_v // 8, problem.head_dim // 8)
     b = problem.sigmoid_bias
     constants: dict[str, Any] = {
         "REGISTERS": tile.registers,
@@ -249,7 +252,8 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
         programs=min(
             triton.cdiv(blocks * heads, tile.groups), multiprocessors if tile.is_persistent else blocks * heads
         ),
-        sizes=(blocks, together, *sizes, blocks * heads, *rest),
+        counts=() if part in ("dq", "dk", "dqdk") else counts,
+        sizes=sizes,
         band=(q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),
         numbers=(
             problem.scale * formula.unit,
