@@ -273,7 +273,8 @@ def _dense_mask(mask: Tensor, shape: tuple[int, ...], query: Tensor) -> Tensor:
     if mask.device != query.device:
         raise ValueError(f"attn_mask must be on the device of query, {query.device}, got {mask.device}")
     sizes = (1,) * (len(shape) - mask.dim()) + tuple(mask.shape)
-    if len(sizes) != len(shape) or any(size not in (1, full) for size, full in zip(sizes, shape, strict=True)):
+    # with `in` torch 2.11's compiler takes a size that it has a symbol for to be in no tuple
+    if len(sizes) != len(shape) or any(size != 1 and size != full for size, full in zip(sizes, shape, strict=True)):
         raise ValueError(
             f"attn_mask must broadcast to (..., nheads, seqlen_q, seqlen_k), got {tuple(mask.shape)} for {tuple(shape)}"
         )
