@@ -127,6 +127,14 @@ def test_a_learnable_bias_costs_no_registers(compiled, head_dim) -> None:
         *({"head_dim": dim, "causal": causal} for dim in (64, 128, 256) for causal in (False, True)),
         {"head_dim": 64, "seqlen": 2048, "kernel": "fwd"},  # two places for Q, as in the next
         {"head_dim": 128, "seqlen": 512, "kernel": "fwd", "causal": True},
+        pytest.param(
+            {
+                "head_dim": 64,
+                "kernel": "fwd",
+                "tile": [2, 64, 4, 112, False, False, True, False, 2, False, 2],
+            },  # groups
+            marks=pytest.mark.long,
+        ),
         {"head_dim": 256, "causal": True, "kernel": "bwd", "tile": [2, 64, 2, 240]},  # dQ and dK in a kernel each
         pytest.param({"head_dim": 256, "nheads_k": 1, "kernel": "bwd"}, marks=pytest.mark.long),
         {"head_dim": 96, "sigmoid": "exact", "dtype": "float16", "bias": "head"},
@@ -158,11 +166,15 @@ PACKED: dict[str, Any] = {"backend": "hopper", "is_packed": True, "batch": 16}
 @pytest.mark.parametrize(
     "call",
     [
-        *({"head_dim": dim, "causal": True} for dim in (64, 128, 256)),
+        {"head_dim": 128, "causal": True},
+        *(pytest.param({"head_dim": dim, "causal": True}, marks=pytest.mark.long) for dim in (64, 256)),
         *(pytest.param({"head_dim": dim}, marks=pytest.mark.long) for dim in (64, 128)),
         pytest.param({"head_dim": 128, "seqlen": 1024}, marks=pytest.mark.long),
         pytest.param({"head_dim": 96, "sigmoid": "exact", "dtype": "float16", "bias": "head"}, marks=pytest.mark.long),
-        {"head_dim": 128, "causal": True, "bias": "row", "has_slopes": True, "window_left": 100, "nheads_k": 1},
+        pytest.param(
+            {"head_dim": 128, "causal": True, "bias": "row", "has_slopes": True, "window_left": 100, "nheads_k": 1},
+            marks=pytest.mark.long,
+        ),
     ],
     ids=str,
 )
@@ -178,12 +190,11 @@ def test_packed_rows_by_the_hopper_kernels(compiled, call) -> None:
 
 
 def test_sequences_compile_nothing_anew(compiled) -> None:
-    sizes = ({}, {"batch": 1, "seqlen": 16}, {"batch": 101, "seqlen": 4001})
-    kernels = compiled(
-        "sm_90", *(json.dumps({**PACKED, "head_dim": 64, "sigmoid_bias": -8.0, **size}) for size in sizes)
-    )
-    assert len(kernels) == 2 * len(sizes)
-    assert len({one["binary"] for one in kernels}) == 2
+    sizes = ({"batch": 1, "seqlen": 16}, {"batch": 101, "seqlen": 4001})
+    shared = {**PACKED, "head_dim": 64, "kernel": "fwd", "sigmoid_bias": -8.0}
+    kernels = compiled("sm_90", *(json.dumps({**shared, **size}) for size in sizes))
+    assert len(kernels) == len(sizes)
+    assert len({one["binary"] for one in kernels}) == 1
 
 
 # a tile that is wrong, and what is said of it

@@ -106,7 +106,8 @@ def test_inside_the_budget(emulated, name, head_dim) -> None:
         ("groups", 64),
         *(pytest.param(tiles, 64, marks=pytest.mark.long) for tiles in ("turns", "from the end")),
         pytest.param("from the end", 128, marks=pytest.mark.long),
-        *((tiles, 256) for tiles in ("table", "a kernel each")),
+        ("table", 256),
+        pytest.param("a kernel each", 256, marks=pytest.mark.long),
     ],
 )
 def test_every_kind_of_tile(emulated, tiles, head_dim) -> None:
@@ -159,15 +160,18 @@ FAULTS = {
     "V while it is read": Fault("fwd", WEIGHTS, f"    mbarrier.arrive(empty.index(before), count=1)\n{WEIGHTS}"),
     "Q of two turns": Fault("fwd", f"        tma.store_wait(0)\n{RELEASE_Q}", RELEASE_Q, marks=LONG),
     "out while it is copied": Fault(
-        "fwd", "            if OWN_OUT:\n                tma.store_wait(0)\n", tiles="turns"
+        "fwd", "            if OWN_OUT:\n                tma.store_wait(0)\n", tiles="turns", marks=LONG
     ),
     "the wrong phase": Fault("bwd", "wait(dq_empty, it & 1)", "wait(dq_empty, (it & 1) ^ 1)", 128, marks=LONG),
     "dS while it is read": Fault("bwd", WAIT_DS, "    dss"),
     "dK while it is copied": Fault(
-        "bwd", "    tma.store_wait(0)\n    if DIM != 64:", "    if DIM != 64:", tiles="turns"
+        "bwd", "    tma.store_wait(0)\n    if DIM != 64:", "    if DIM != 64:", tiles="turns", marks=LONG
     ),
     "a dQ of nothing": Fault(
-        "bwd", "    if it > start:\n        mbarrier.arrive(ds", "    if it >= 0:\n        mbarrier.arrive(ds"
+        "bwd",
+        "    if it > start:\n        mbarrier.arrive(ds",
+        "    if it >= 0:\n        mbarrier.arrive(ds",
+        marks=LONG,
     ),
     "W while it is read": Fault(
         "grad", "mbarrier.arrive(w_empty, count=1)\n        ds", "ds", 256, "a kernel each", LONG

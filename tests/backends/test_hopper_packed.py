@@ -134,8 +134,7 @@ def test_each_sequence_is_as_it_is_alone(emulated, name, head_dim) -> None:
     ("tiles", "head_dim"),
     [
         *(pytest.param(tiles, dim, marks=pytest.mark.long) for tiles in TILES for dim in (64, 128) if tiles != "table"),
-        ("turns", 96),
-        ("table", 256),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("turns", 96), ("table", 256))),
     ],
 )
 def test_every_kind_of_tile(emulated, tiles, head_dim) -> None:
