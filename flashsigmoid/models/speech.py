@@ -183,8 +183,8 @@ class SpeechEncoder(nn.Module):
 
         Args:
             features: (batch, frames, mels), padded at the end with anything finite.
-            lengths: (batch,) frames of each utterance, integers from 0 to frames. The range is checked on the CPU, outside
-                of a compiler: for values on a GPU the host would wait.
+            lengths: (batch,) frames of each utterance, integers from 0 to frames. The range is checked on the CPU,
+                outside of a compiler: for values on a GPU the host would wait.
 
         Raises:
             ValueError: features or lengths are of another shape, lengths are no integers, or out of range where read.
