@@ -59,10 +59,10 @@ class Part:
         if self.mesh is None:
             return x
         whole = x.new_zeros(self.total, *x.shape[1:])
-        if self.spare:
+        if self.spare and x.requires_grad:
             # the backward passes here too: FSDP2 exchanges gradients in it
             whole = whole + 0.0 * x.sum()
-        else:
+        elif not self.spare:
             whole[self.start : self.start + self.count] = x
         return _Summed.apply(whole, self.mesh)  # pyright: ignore[reportReturnType]
 
