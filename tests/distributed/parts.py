@@ -255,6 +255,10 @@ def planted(fault: str) -> Iterator[None]:
         patch = mock.patch.object(part.Part, "preceded", before_rank)
     if fault == "own-features":  # each rank compares its images with its own only
         patch = mock.patch.object(part.Part, "whole", lambda self, x: x)
+    elif fault == "spare-in-statistics":  # a rank's image of zeros is in mean and variance
+        share_norm = classification.share_batch_norm
+        all_count = lambda model, of: share_norm(model, lambda: replace(of(), spare=False))  # noqa: E731
+        patch = mock.patch.object(classification, "share_batch_norm", all_count)
     elif fault == "own-statistics":
         patch = mock.patch.object(classification, "share_batch_norm")
     elif fault == "own-masks":  # each rank draws for as many images as it has
