@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..nn import MLP, Block, RMSNorm, SigmoidAttention, SoftmaxAttention, SwiGLU
 from ..nn.attention import AttentionFn, KVCache, check_alibi_bias
+from ..nn.config import check_layer_scale, check_types
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -46,6 +47,7 @@ class GPTConfig:
     alibi_bias: bool | None = None  # True: each head its own b, `nn.alibi_bias` of n = exp(-b); else b for all
 
     def __post_init__(self) -> None:
+        check_types(self)
         object.__setattr__(self, "window_size", tuple(self.window_size))
         for name in ("vocab_size", "seqlen", "nlayers", "dim", "nheads", "nheads_k", "mlp_dim"):
             size = getattr(self, name)
@@ -65,6 +67,7 @@ class GPTConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        check_layer_scale(self.layer_scale)
         if not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"dropout_p must be in [0, 1), got {self.dropout_p}")
         left, right = self.window_size if len(self.window_size) == 2 else (-1, None)

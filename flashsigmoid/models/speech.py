@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backends.op import is_plain
 from ..nn import CAPE, MLP, Block, RMSNorm, SigmoidAttention, SoftmaxAttention, sincos_positions
 from ..nn.attention import AttentionFn, Packing, check_alibi_bias
+from ..nn.config import check_layer_scale, check_types
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -49,6 +51,7 @@ class SpeechConfig:
     alibi_bias: bool | None = None  # True: each head its own b, `nn.alibi_bias` of n = exp(-b); else b for all
 
     def __post_init__(self) -> None:
+        check_types(self)
         object.__setattr__(self, "strides", tuple(self.strides))
         for name in ("vocab_size", "seqlen", "nlayers", "dim", "nheads", "mels", "kernel", "mlp_dim"):
             size = getattr(self, name)
@@ -69,8 +72,14 @@ class SpeechConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        check_layer_scale(self.layer_scale)
         if not 0.0 <= self.dropout_p < 1.0:
             raise ValueError(f"dropout_p must be in [0, 1), got {self.dropout_p}")
+        for name in ("cape_shift", "cape_jitter"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if not 1.0 <= self.cape_scale < math.inf:
+            raise ValueError(f"cape_scale must be at least 1, got {self.cape_scale}")
         if self.sigmoid_bias is not None and not self.sigmoid_bias < math.inf:
             raise ValueError(f"sigmoid_bias must be a number below inf, or None, got {self.sigmoid_bias}")
         if self.alibi_bias:
@@ -174,16 +183,18 @@ class SpeechEncoder(nn.Module):
 
         Args:
             features: (batch, frames, mels), padded at the end with anything finite.
-            lengths: (batch,) frames of each utterance.
+            lengths: (batch,) frames of each utterance, integers from 0 to frames. The range is checked on the CPU,
+                outside of a compiler: for values on a GPU the host would wait.
 
         Raises:
-            ValueError: features or lengths are of another shape.
+            ValueError: features or lengths are of another shape, lengths are no integers, or out of range where read.
         """
         if features.dim() != 3 or features.shape[2] != self.config.mels or lengths.shape != features.shape[:1]:
             raise ValueError(
                 f"features must be (batch, frames, {self.config.mels}) and lengths (batch,), "
                 f"got {tuple(features.shape)} and {tuple(lengths.shape)}"
             )
+        _check_lengths(lengths, features.shape[1])
         keep = _keep(features, lengths)
         x = features * keep[..., None]
         for convolution, stride in zip(self.convolutions, self.config.strides, strict=True):
@@ -210,6 +221,16 @@ class SpeechEncoder(nn.Module):
             packed = block(packed, packing=packing)
         logits = self.head(self.norm(packed))[0]
         return logits.new_zeros(*keep.shape, logits.shape[-1]).masked_scatter(keep[..., None], logits), lengths
+
+
+def _check_lengths(lengths: Tensor, frames: int) -> None:
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be integers, got {lengths.dtype}")
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or not is_plain((lengths,)):
+        return
+    wrong = lengths[(lengths < 0) | (lengths > frames)]
+    if len(wrong):
+        raise ValueError(f"lengths must be from 0 to frames={frames}, got {int(wrong[0])}")
 
 
 def _keep(x: Tensor, lengths: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .. import nn as ours
 from ..nn.attention import AttentionFn
+from ..nn.config import check_layer_scale, check_types
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -213,6 +214,7 @@ class ViTConfig:
     pretrained: bool | str = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         for field, allowed in (
             ("attention", ("sigmoid", "softmax")),
             ("bias_mode", ("fixed", "learnable", "per_head")),
@@ -227,6 +229,7 @@ class ViTConfig:
                 raise ValueError(f"{field} must be a positive integer, got {size!r}")
         if self.num_classes < 0:
             raise ValueError(f"num_classes must be at least 0, got {self.num_classes}")
+        check_layer_scale(self.layer_scale)
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"drop_path must be in [0, 1), got {self.drop_path}")
         if self.sigmoid_bias is not None and not self.sigmoid_bias < math.inf:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..integrations.transformers import NAME, register
+from ..nn.config import check_types
 from ..record import RecordWriter
 from ..samples import tinyshakespeare
 from ..training.data import DataConfig, LanguageData, PackedText, fixed_windows, read_documents, split, tokenize
@@ -48,6 +49,7 @@ class Pretrained:
     sigmoid_bias: float | None = None  # b; None: -log(seqlen)
 
     def __post_init__(self) -> None:
+        check_types(self)
         if type(self.seqlen) is not int or self.seqlen < 1:
             raise ValueError(f"seqlen must be a positive integer, got {self.seqlen!r}")
         if Path(self.path).is_dir():

@@ -388,6 +388,12 @@ def accuracy_differences(arm: Arm, base: Arm) -> tuple[Spread, float | None]:
     return paired or _of_means(arm.accuracies, base.accuracies), error
 
 
+def last(run: Run, name: str) -> float | None:
+    """The last number of that name."""
+    series = run.series(name)
+    return value_of(series[-1]) if series else None
+
+
 def value_of(record: Record) -> float:
     """The value, nan if there is none."""
     return math.nan if record.value is None else record.value

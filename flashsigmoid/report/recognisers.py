@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..record import read_records
-from .arms import Arm, Run, Spread, group_arms, load_runs, value_of
+from .arms import Arm, Run, Spread, group_arms, last, load_runs
 from .classifiers import LEARNED, are_of_images
 from .words import NOT_RECORDED, count, join, quoted, run_name
 
@@ -96,13 +96,13 @@ def _both(arms: Sequence[Arm], name: str) -> str:
 
 def error_text(arm: Arm, name: str) -> str:
     """In percent: mean over seeds, and the mean of the standard errors that the validation utterances leave."""
-    errors = arm.over_runs(lambda run: _last(run, f"{name}_se"))
+    errors = arm.over_runs(lambda run: last(run, f"{name}_se"))
     return _percent(arm, name) + (f" ± {errors.mean:.1%}" if errors.values else "")
 
 
 def sentences(arms: Sequence[Arm], base: Arm) -> list[str]:
     """Where the errors ended, whether anything was learned, and how each arm stands to `base`."""
-    known = [arm for arm in arms if arm.over_runs(lambda run: _last(run, CER)).values]
+    known = [arm for arm in arms if arm.over_runs(lambda run: last(run, CER)).values]
     if not known:
         return []
     ends = join([f"{error_text(arm, CER)} for {quoted(arm)}" for arm in known])
@@ -136,8 +136,8 @@ def warnings(arms: Sequence[Arm]) -> list[str]:
 
 def _difference(arm: Arm, base: Arm) -> tuple[float, float]:
     """arm - base of the errors, in points, and its standard error: rather too large, since both hear the same."""
-    means = [each.over_runs(lambda run: _last(run, CER)).mean for each in (arm, base)]
-    errors = [each.over_runs(lambda run: _last(run, f"{CER}_se")).mean for each in (arm, base)]
+    means = [each.over_runs(lambda run: last(run, CER)).mean for each in (arm, base)]
+    errors = [each.over_runs(lambda run: last(run, f"{CER}_se")).mean for each in (arm, base)]
     return 100 * (means[0] - means[1]), 100 * math.hypot(*errors)
 
 
@@ -150,17 +150,12 @@ def _below_constant(arm: Arm) -> float | None:
     """By how many of its standard errors the error is below that of the best constant answer, the least of the runs."""
     found = []
     for run in arm.runs:
-        cer, error, constant = (_last(run, name) for name in (CER, f"{CER}_se", CONSTANT))
+        cer, error, constant = (last(run, name) for name in (CER, f"{CER}_se", CONSTANT))
         if cer is not None and error is not None and constant is not None:
             found.append((constant - cer) / error if error else math.copysign(math.inf, constant - cer))
     return min(found, default=None)
 
 
 def _percent(arm: Arm, name: str) -> str:
-    values = arm.over_runs(lambda run: _last(run, name))
+    values = arm.over_runs(lambda run: last(run, name))
     return f"{values.mean:.1%}" if values.values else NOT_RECORDED
-
-
-def _last(run: Run, name: str) -> float | None:
-    series = run.series(name)
-    return value_of(series[-1]) if series else None

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-from .arms import Arm, Run, Spread, value_of
+from .arms import Arm, Run, Spread, last, value_of
 from .words import NOT_RECORDED, join, number_text
 
 _SPLITS = {"validation": "bits_per_byte/val", "test": "bits_per_byte/test"}
@@ -42,12 +42,6 @@ def speed_rows(arm: Arm, arms: Sequence[Arm]) -> dict[str, str]:
 def kernel(run: Run) -> str | None:
     """What computed the attention in training, by name."""
     return next((str(r.tags["kernel"]) for r in run.file.records if r.name == "attention_kernel"), None)
-
-
-def last(run: Run, name: str) -> float | None:
-    """The last number of that name."""
-    series = run.series(name)
-    return value_of(series[-1]) if series else None
 
 
 def _stride(run: Run, name: str) -> int | None:

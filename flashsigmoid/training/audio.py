@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from ..nn.config import check_types
 from ..samples import an4
 from .part import Part
 
@@ -58,6 +59,7 @@ class AudioConfig:
     on_corrupt: Literal["fail", "skip"] = "fail"  # at audio that cannot be used: end, or leave it out and count it
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.source not in ("sample", "manifest", "librispeech"):
             raise ValueError(f"source must be sample, manifest or librispeech, got {self.source!r}")
         if self.source != "sample" and self.root is None:
@@ -287,6 +289,7 @@ class SpecAugmentConfig:
     time_share: float = 0.2  # or to this share of the utterance if that is less, in [0, 1]
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("channel_masks", "channel_width", "time_masks", "time_width"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")

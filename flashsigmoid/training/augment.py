@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
+from ..nn.config import check_types
 from .part import Part
 from .randaugment import RandAugment
 
@@ -36,6 +37,7 @@ class AugmentConfig:
     cutmix: float = 0.0  # the same of the area of a box; with both one of them is drawn for the batch
 
     def __post_init__(self) -> None:
+        check_types(self)
         object.__setattr__(self, "crop", tuple(self.crop))
         _check_crop(self.crop)
         if self.randaugment < 0:
@@ -66,6 +68,7 @@ class ViewsConfig:
     solarize: tuple[float, float] = (0.0, 0.0)  # the same
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("crop", "jitter", "blur", "solarize"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_crop(self.crop)

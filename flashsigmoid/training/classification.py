@@ -118,6 +118,7 @@ class ImageBatch(NamedTuple):
     images: Tensor
     labels: Tensor
     position: dict[str, Any]
+    spare: bool = False  # of one image that counts nowhere, where a rank has none
 
 
 class ImageModule(RunModule):
@@ -182,8 +183,10 @@ class ImageModule(RunModule):
     def _train_batches(self) -> Iterator[ImageBatch]:
         start = 0 if self.position is None else self.position["sample"]
         loader = self._loader(self.data.train, batches=Order(self.run, self.data.train, start, *self.place))
-        for number, (images, labels) in what_is_left(loader, self.data.train, self.place[1]):
-            yield ImageBatch(images, labels, {"sample": start + number * self.run.batch})
+        spare = self.nothing, torch.tensor([0])  # a label that can be mixed
+        for number, batch in what_is_left(self, loader, self.data.train, spare):
+            images, labels = batch
+            yield ImageBatch(images, labels, {"sample": start + number * self.run.batch}, spare=batch is spare)
 
     def val_dataloader(self) -> Feed:
         """The validation images, on a mesh this rank's."""
@@ -191,18 +194,22 @@ class ImageModule(RunModule):
         count, data = len(self.data.val), self.data  # pyright: ignore[reportArgumentType]
         mine, further = val_numbers(count, self.run.batch // ranks, rank, ranks)
         loader = self._loader(data.val, None if ranks == 1 else mine)
-        nothing = torch.zeros(1, data.in_chans, data.img_size, data.img_size, dtype=torch.uint8)
-        spare = nothing, torch.tensor([NO_LABEL])
+        spare = self.nothing, torch.tensor([NO_LABEL])
 
         def batches() -> Iterator[ImageBatch]:
-            for _, (images, labels) in what_is_left(itertools.chain(loader, [spare] * further), data.val, ranks, spare):
+            for _, (images, labels) in what_is_left(self, itertools.chain(loader, [spare] * further), data.val, spare):
                 yield ImageBatch(images, labels, {})
 
         return Feed(batches)
 
-    def share(self, count: int) -> Part:
-        """Of the micro-batch of which this rank has `count` images."""
-        mesh, ranks = self.mesh, self.place[1]
+    @property
+    def nothing(self) -> Tensor:
+        """An image of zeros."""
+        return torch.zeros(1, self.data.in_chans, self.data.img_size, self.data.img_size, dtype=torch.uint8)
+
+    def share(self, batch: ImageBatch) -> Part:
+        """Of the micro-batch of which this rank has a batch."""
+        mesh, ranks, count = self.mesh, self.place[1], 0 if batch.spare else len(batch.labels)
         # where images are left out a rank does not know how many the others have
         counts = self.of_all(count) if self.run.data.on_corrupt == "skip" else [count] * ranks
         return part_of(count, counts, None if mesh is None else mesh["dp"])
@@ -223,7 +230,7 @@ class ImageModule(RunModule):
     def transfer_batch_to_device(self, batch: ImageBatch, device: torch.device, dataloader_idx: int) -> ImageBatch:
         """Lightning's hook: only images and labels move."""
         images, labels = (x.to(device, non_blocking=True) for x in batch[:2])
-        return ImageBatch(images, labels, batch.position)
+        return batch._replace(images=images, labels=labels)
 
     def probed(self) -> Iterator[tuple[str, float]]:
         """Mean norm of A v of a token, before the output projection, of each block, on a batch of validation images."""
@@ -329,7 +336,7 @@ class ClassificationModule(ImageModule):
 
     def batch_loss(self, batch: ImageBatch) -> Tensor:
         """Mean loss of a batch after its augmentation."""
-        self._part = part = self.share(len(batch.labels))
+        self._part = part = self.share(batch)
         x, targets = self.augment(batch.images, batch.labels, part)
         loss = F.cross_entropy(self._logits(x).float(), targets, label_smoothing=self.run.label_smoothing)
         return loss if part.weight == 1.0 else part.weight * loss

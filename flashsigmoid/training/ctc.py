@@ -169,7 +169,7 @@ class SpeechModule(RunModule):
         start = 0 if self.position is None else self.position["sample"]
         order = Order(self.run, self.data.train, start, *self.place)
         loader = self._loader(self.data.train, batches=order, frames=self.run.pad_frames or 0)
-        for number, audio in what_is_left(loader, self.data.train, self.place[1]):
+        for number, audio in what_is_left(self, loader, self.data.train, self._nothing(1)):
             position = {"sample": start + number * self.run.batch}
             yield SpeechBatch(audio, audio.lengths, audio.token_lengths, position)
 
@@ -178,14 +178,18 @@ class SpeechModule(RunModule):
         rank, ranks = self.place
         mine, further = val_numbers(len(self.data.val), self.run.batch // ranks, rank, ranks)
         loader = self._loader(self.data.val, None if ranks == 1 else mine)
-        silence = torch.zeros(1, 100, self.run.data.mels)
-        nothing = AudioBatch(silence, torch.tensor([100]), torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]))
+        nothing = self._nothing(100)
 
         def batches() -> Iterator[SpeechBatch]:
-            for _, audio in what_is_left(itertools.chain(loader, [nothing] * further), self.data.val, ranks, nothing):
+            for _, audio in what_is_left(self, itertools.chain(loader, [nothing] * further), self.data.val, nothing):
                 yield SpeechBatch(audio, audio.lengths, audio.token_lengths, {})
 
         return Feed(batches)
+
+    def _nothing(self, frames: int) -> AudioBatch:
+        """An utterance of silence and no character."""
+        silence, tokens = torch.zeros(1, frames, self.run.data.mels), torch.zeros(1, 1, dtype=torch.int64)
+        return AudioBatch(silence, torch.tensor([frames]), tokens, torch.tensor([0]))
 
     def _loader(self, dataset: Any, order: Any = None, batches: Any = None, frames: int = 0) -> DataLoader:
         """Batches of an order of the utterances, all by default, or batches that are given as their numbers."""
@@ -230,11 +234,12 @@ class SpeechModule(RunModule):
         alone = own_draws(self.device, *key) if self.run.model.dropout_p else nullcontext()
         with alone:
             nats, _, _ = self._nats_of(batch, features)
-        return nats.sum() * (ranks / characters)
+        return nats.sum() * (0.0 if self._part.spare else ranks / characters)
 
     def _share(self, batch: SpeechBatch) -> int:
         """Note which part of a micro-batch a batch is, and how long all are: the characters of all."""
-        mine = len(batch.frames), int(batch.characters.sum()), batch.audio.features.shape[1]
+        of_mine = int(batch.characters.sum())  # 0: of no utterance
+        mine = len(batch.frames) if of_mine else 0, of_mine, batch.audio.features.shape[1]
         counts, characters, frames = zip(*self.of_all(mine), strict=True)
         self._part = part_of(mine[0], counts, None if self.mesh is None else self.mesh["dp"])
         self._longest = self.run.model.positions(max(frames))

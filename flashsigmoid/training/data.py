@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..nn.config import check_types
 from ..samples import tinyshakespeare
 from .baseline import Bigram, bigram_loss
 from .tokenizer import ByteTokenizer, Tokenizer, train_bpe
@@ -34,6 +35,7 @@ class DataConfig:
     val_documents: int = 1000  # of a Hugging Face data set without a validation split: its first documents
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.tokenizer not in ("bytes", "bpe"):
             raise ValueError(f"tokenizer must be 'bytes' or 'bpe', got {self.tokenizer!r}")
         if not 0.0 < self.val_fraction < 1.0:

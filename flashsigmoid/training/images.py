@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as transforms
 
+from ..nn.config import check_types
 from ..samples import mnist
 from .shards import Member, Shards
 
@@ -61,6 +62,7 @@ class ImageConfig:
     on_corrupt: Literal["fail", "skip"] = "fail"  # at a file that is no image: end, or leave it out and count it
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
         if self.source != "sample" and self.root is None:

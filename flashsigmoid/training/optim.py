@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn.config import check_types
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -26,6 +28,7 @@ class OptimConfig:
     clip: float = 1.0  # largest L2 norm of the whole gradient; inf: no clipping
 
     def __post_init__(self) -> None:
+        check_types(self)
         object.__setattr__(self, "betas", tuple(self.betas))
         if not 0.0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive, got {self.lr}")
@@ -35,8 +38,8 @@ class OptimConfig:
             raise ValueError(f"final_lr must be in [0, 1], got {self.final_lr}")
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if self.weight_decay < 0.0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay}")
         if not self.clip > 0.0:
             raise ValueError(f"clip must be positive, got {self.clip}")
 

@@ -37,6 +37,7 @@ class Part:
     total: int
     mesh: DeviceMesh | None = None  # the axis "dp"
     spare: bool = False
+    before: int = -1  # rank that has the item before this rank's first; -1: any before the first rank is the last
 
     @property
     def weight(self) -> float:
@@ -58,7 +59,10 @@ class Part:
         if self.mesh is None:
             return x
         whole = x.new_zeros(self.total, *x.shape[1:])
-        if not self.spare:
+        if self.spare and x.requires_grad:
+            # the backward passes here too: FSDP2 exchanges gradients in it
+            whole = whole + 0.0 * x.sum()
+        elif not self.spare:
             whole[self.start : self.start + self.count] = x
         return _Summed.apply(whole, self.mesh)  # pyright: ignore[reportReturnType]
 
@@ -66,15 +70,17 @@ class Part:
         """x, (count, ...), behind the item before it, of the first rank the last of all. No gradient passes."""
         if self.mesh is None:
             return torch.cat([x[-1:], x])
-        before = self.mesh.get_local_rank() - 1
         last = unshard(x[-1:], self.mesh, dim=0, order="contiguous")
-        return torch.cat([last[before:][:1], x])
+        return torch.cat([last[self.before :][:1], x])
 
 
 def part_of(count: int, counts: Sequence[int], mesh: DeviceMesh | None) -> Part:
-    """The part of a rank with `count` items, where the ranks along dp have `counts`."""
-    rank = 0 if mesh is None else mesh.get_local_rank()
-    return Part(sum(counts[:rank]), count, sum(counts), mesh)
+    """The part of a rank with `count` items, where the ranks along dp have `counts`; without any, a spare one."""
+    rank, ranks, total = 0 if mesh is None else mesh.get_local_rank(), len(counts), sum(counts)
+    before = next(((rank - i) % ranks for i in range(1, ranks + 1) if counts[(rank - i) % ranks]), rank)
+    if mesh is not None and not count and total:
+        return Part(0, 1, total, mesh, spare=True, before=before)
+    return Part(sum(counts[:rank]), count, total, mesh, before=before)
 
 
 def check_data_parallel(run: Any, sizes: MeshSizes) -> None:
@@ -147,27 +153,29 @@ class Order:
             yield found
 
 
-def what_is_left(batches: Iterable[Any], dataset: Any, ranks: int, spare: Any = None) -> Iterator[tuple[int, Any]]:
+def what_is_left(module: Any, batches: Iterable[Any], dataset: Any, spare: Any) -> Iterator[tuple[int, Any]]:
     """Batches of a DataLoader and their numbers, from 1 on, without those of which every item was left out.
 
+    On a mesh that is every item of all ranks, of which each asks as often: a rank alone without any has the spare one.
+
     Args:
+        module: whose mesh.
         batches: None where nothing is left.
         dataset: whose `skipped` says what was left out so far.
-        ranks: along dp.
-        spare: of no item, in place of None. Default: None is passed over.
+        spare: of no item that counts, in place of None on a mesh.
 
     Raises:
-        ValueError: nothing of the dataset can be used, or of several ranks one has no batch, for which the others wait.
+        ValueError: nothing of the dataset can be used; on every rank.
     """
     for number, batch in enumerate(batches, 1):
-        if batch is None:
+        # files that cannot be read end the run, or never occur: nothing to ask the others
+        may_lack = module.run.data.on_corrupt == "skip"
+        if may_lack and not any(module.of_all(batch is not None)):
+            agree_on_skipped(module)
             if dataset.skipped.all():
                 raise ValueError(f"data must have something that can be used, got {len(dataset)} that cannot")
-            if spare is None and ranks > 1:
-                raise ValueError("a rank's part of a batch must have something that can be used, got nothing")
-            batch = spare
-        if batch is not None:
-            yield number, batch
+            continue
+        yield number, spare if batch is None else batch
 
 
 def first_left(dataset: Any, count: int) -> list[Any]:
@@ -214,10 +222,11 @@ class BatchNormOfParts(nn.BatchNorm1d):
         if not self.training:
             return super().forward(input)
         part, x = self.part(), input.float()
+        counted = x[:0] if part.spare else x
         running: Any = self
         total = part.total * (len(x) // part.count)
-        mean = _Summed.apply(x.sum(0), part.mesh) / total
-        variance = _Summed.apply((x - mean).square().sum(0), part.mesh) / total
+        mean = _Summed.apply(counted.sum(0), part.mesh) / total
+        variance = _Summed.apply((counted - mean).square().sum(0), part.mesh) / total
         with torch.no_grad():
             running.num_batches_tracked += 1
             running.running_mean.lerp_(mean, self.momentum)

@@ -107,7 +107,7 @@ class PretrainingModule(ImageModule):
 
     def batch_loss(self, batch: ImageBatch) -> Tensor:
         """Mean loss of a training batch."""
-        self._part = self.share(len(batch.labels))
+        self._part = self.share(batch)
         return self.loss_of(batch, self._part)
 
     def loss_of(self, batch: ImageBatch, part: Part) -> Tensor:
@@ -158,9 +158,10 @@ class PretrainingModule(ImageModule):
         """Batches of these images, on a mesh of each this rank's part, or a spare image without a label."""
         shares, is_spare = val_shares(numbers, self.run.batch, *self.place)
         loader = self._loader(dataset, batches=shares)
+        spare = self.nothing, torch.tensor([NO_LABEL])
 
         def batches() -> Iterator[ImageBatch]:
-            for number, (images, labels) in what_is_left(loader, dataset, self.place[1]):
+            for number, (images, labels) in what_is_left(self, loader, dataset, spare):
                 is_last = is_spare and number == len(shares)
                 yield ImageBatch(images, torch.full_like(labels, NO_LABEL) if is_last else labels, {})
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from ..models.gpt import GPTConfig
+from ..nn.config import check_types
 from ..nn.recompute import Recompute, check_recompute
 from .data import DataConfig
 from .optim import OptimConfig
@@ -55,6 +56,7 @@ class Run:
     log_every: int = 10  # steps between records of the training loss
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "batch", "accumulate", "val_every", "save_every", "keep_last", "log_every"):
             number = getattr(self, name)
             if type(number) is not int or number < 1:

@@ -151,6 +151,15 @@ def corrupt_folder(root: Path) -> Path:
     return root
 
 
+def spoil(data: Any, run: ImageRun | PretrainingRun | SpeechRun) -> None:
+    """Make of two ranks' parts the first's of micro-batch 1, the second's of 3 and both of 4 unreadable."""
+    batches = reads(1, run, data, 5)
+    half = run.batch // 2
+    for number in (*batches[1][:half], *batches[3][half:], *batches[4]):
+        files = data.train.utterances[number].path if isinstance(run, SpeechRun) else data.train.files[number][0]
+        files.write_bytes(b"nothing")
+
+
 def speech(folder: Path) -> Path:
     """20 utterances to train on, 13 to validate, of many lengths; the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +221,13 @@ def as_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "localhost")
 
 
+def before_rank(self: part.Part, x: torch.Tensor) -> torch.Tensor:
+    """`Part.preceded`, of the rank before."""
+    assert self.mesh is not None
+    before = self.mesh.get_local_rank() - 1
+    return torch.cat([part.unshard(x[-1:], self.mesh, dim=0, order="contiguous")[before:][:1], x])
+
+
 @contextmanager
 def planted(fault: str) -> Iterator[None]:
     """Something that goes wrong, on rank 1 or on all."""
@@ -233,8 +249,16 @@ def planted(fault: str) -> Iterator[None]:
             return 2 * int(batch.characters.sum())
 
         patch = mock.patch.object(ctc.SpeechModule, "_share", own)
+    if fault == "spare-counts":  # a rank's image of zeros counts as much as an image
+        patch = mock.patch.object(part.Part, "weight", 1.0)
+    elif fault == "mixed-with-nothing":  # the image before is taken from the rank before, whatever it has
+        patch = mock.patch.object(part.Part, "preceded", before_rank)
     if fault == "own-features":  # each rank compares its images with its own only
         patch = mock.patch.object(part.Part, "whole", lambda self, x: x)
+    elif fault == "spare-in-statistics":  # a rank's image of zeros is in mean and variance
+        share_norm = classification.share_batch_norm
+        all_count = lambda model, of: share_norm(model, lambda: replace(of(), spare=False))  # noqa: E731
+        patch = mock.patch.object(classification, "share_batch_norm", all_count)
     elif fault == "own-statistics":
         patch = mock.patch.object(classification, "share_batch_norm")
     elif fault == "own-masks":  # each rank draws for as many images as it has
@@ -261,7 +285,7 @@ def planted(fault: str) -> Iterator[None]:
         yield
 
 
-def reads(ranks: int, run: ImageRun, data: Any, batches: int) -> list[list[int]]:
+def reads(ranks: int, run: Run, data: Any, batches: int) -> list[list[int]]:
     """Numbers of the images of the first micro-batches, from all ranks."""
     orders = [part.Order(run, data.train, 0, rank, ranks) for rank in range(ranks)]
     return [[*itertools.chain(*each)] for each in itertools.islice(zip(*orders, strict=True), batches)]

@@ -154,6 +154,37 @@ def test_a_fine_tuning_and_files_that_are_no_images(tmp_path, ranks, allowed) ->
     assert losses(tmp_path / "run", "data/skipped") == losses(tmp_path / "alone", "data/skipped") == [5.0]
 
 
+@pytest.mark.parametrize("fault", ["", "spare-counts", "mixed-with-nothing"])
+def test_a_rank_whose_images_are_all_left_out_takes_part_with_none(tmp_path, ranks, allowed, fault) -> None:
+    """The mean is over those that there are, and a micro-batch that no rank has is passed over, as by one process."""
+    root = parts.corrupt_folder(tmp_path / "data")
+    data = ImageConfig(source="folder", root=str(root), img_size=14, on_corrupt="skip")
+    run = parts.image_run(tmp_path, data=data, batch=4, steps=6, val_every=3, ema=0.0, attention_snapshots=0)
+    run = replace(run, model=replace(run.model, num_classes=2))
+    parts.spoil(load_images(data), run)
+    by_one(run, tmp_path / "alone")
+    trained(ranks, run, tmp_path / "run", fault)
+    found = apart(tmp_path / "run", tmp_path / "alone", allowed)
+    if fault:
+        assert found["train/loss"] > 100.0, found
+        return
+    assert max(found.values()) <= 1.0, found
+    assert losses(tmp_path / "run", "data/skipped") == losses(tmp_path / "alone", "data/skipped")
+
+
+def test_data_of_which_nothing_can_be_used_end_every_rank_with_one_error(tmp_path, ranks) -> None:
+    root = parts.corrupt_folder(tmp_path / "data")
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    data = ImageConfig(source="folder", root=str(root), img_size=14, on_corrupt="skip")
+    run = parts.image_run(tmp_path, data=data, attention_snapshots=0)
+    run = replace(run, model=replace(run.model, num_classes=2))
+    answers = ranks.run(parts.train, free_port(), run, tmp_path / "run", mesh="dp=2")
+    message = "ValueError: data must have something that can be used, got 24 that cannot"
+    assert message in [answer["error"] for answer in answers], answers
+    assert all("error" in answer for answer in answers)
+
+
 def test_each_rank_reads_its_own_images_only(few) -> None:
     data, run = load_images(ImageConfig(source="npz", root=str(few))), parts.image_run(few)
     assert parts.reads(2, run, data, 12) == parts.reads(4, run, data, 12) == parts.reads(1, run, data, 12)

@@ -14,7 +14,7 @@ from distributed.crew import Crew
 from distributed.runs import far, free_port, losses, remains
 from training.tiny import differences
 
-from flashsigmoid.training.audio import SpecAugmentConfig
+from flashsigmoid.training.audio import SpecAugmentConfig, load_audio
 from flashsigmoid.training.ctc import load_recogniser
 
 EPS = torch.finfo(torch.float32).eps
@@ -89,6 +89,16 @@ def test_packed_utterances_and_some_that_are_no_audio(tmp_path, ranks, allowed) 
     found = apart(tmp_path / "run", tmp_path / "alone", allowed)
     assert max(found.values()) <= 1.0, found
     assert losses(tmp_path / "run", "data/skipped") == losses(tmp_path / "alone", "data/skipped") == [4.0]
+
+
+def test_a_rank_whose_utterances_are_all_left_out_takes_part_with_none(tmp_path, ranks, allowed) -> None:
+    run = parts.speech_run(parts.speech(tmp_path / "data"), steps=4, val_every=2)
+    parts.spoil(load_audio(run.data, run.model.positions), run)
+    by_one(run, tmp_path / "alone")
+    trained(ranks, run, tmp_path / "run")
+    found = apart(tmp_path / "run", tmp_path / "alone", allowed)
+    assert max(found.values()) <= 1.0, found
+    assert losses(tmp_path / "run", "data/skipped") == losses(tmp_path / "alone", "data/skipped")
 
 
 @pytest.mark.parametrize("fault", ["others-utterances", "others-draws", "own-characters", "summed"])

@@ -115,7 +115,7 @@ def test_dropout_only_in_training():
     ("change", "rule"),
     [
         ({"vocab_size": 0}, "vocab_size must be a positive integer, got 0"),
-        ({"seqlen": 2.5}, "seqlen must be a positive integer, got 2.5"),
+        ({"seqlen": 2.5}, "seqlen must be an integer, got 2.5"),
         ({"mlp_dim": -1}, "mlp_dim must be a positive integer, got -1"),
         ({"nheads": 5}, "dim must be a multiple of nheads=5, got 32"),
         ({"nheads_k": 3}, "nheads must be a multiple of nheads_k=3, got 4"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -220,3 +221,26 @@ def test_bad_fields_are_one_clear_error(change, message) -> None:
 def test_features_of_another_shape_are_one_clear_error() -> None:
     with pytest.raises(ValueError, match=r"features must be \(batch, frames, 6\) .*, got \(1, 9, 5\) and \(1,\)"):
         SpeechEncoder(TINY)(torch.zeros(1, 9, 5), torch.tensor([9]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        (torch.tensor([3.5, 4.0]), "lengths must be integers, got torch.float32"),
+        (torch.tensor([True, False]), "lengths must be integers, got torch.bool"),
+        (torch.tensor([-3, 4]), "lengths must be from 0 to frames=8, got -3"),
+        (torch.tensor([8, 9]), "lengths must be from 0 to frames=8, got 9"),
+    ],
+)
+def test_lengths_that_are_none_are_an_error(lengths, message) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SpeechEncoder(TINY)(torch.randn(2, 8, 6), lengths)
+
+
+def test_lengths_elsewhere_are_not_read() -> None:
+    """Reading them would make the host wait for a GPU; the meta device stands for one, whose values nobody has."""
+    model = SpeechEncoder(TINY).to("meta")
+    logits, _ = model(torch.empty(2, 8, 6, device="meta"), torch.tensor([8, 9], device="meta"))
+    assert logits.shape == (2, 2, 5)
+    with pytest.raises(ValueError, match="lengths must be integers"):
+        model(torch.empty(2, 8, 6, device="meta"), torch.empty(2, device="meta"))

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report.test_report import Page, arms_of, told
+from report.reading import Page, arms_of, told
 
+from flashsigmoid.record import RecordWriter
 from flashsigmoid.report import accuracy_statement, summary_rows, write_report
 from flashsigmoid.report.arms import accuracy_differences
 from flashsigmoid.report.figures import _loss_limits
@@ -258,3 +259,23 @@ def test_maps_need_no_model(pair: Path, tmp_path: Path) -> None:
         "sys.exit([room for room in (*rooms, 'timm', 'torchvision') if room in sys.modules] or None)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_classifiers_are_compared_by_accuracy(tmp_path):
+    """Three seeds of one arm, one of the other: percent, ranges, and the constant answer; no word of bigrams."""
+    for attention, accuracies in (("sigmoid", (0.9, 0.91, 0.89)), ("softmax", (0.925,))):
+        for seed, accuracy in enumerate(accuracies):
+            settings = {"recipe": "digits", "attention": attention, "seed": seed, "steps": 2}
+            with RecordWriter(tmp_path / f"{attention}-{seed}" / "records.jsonl", settings) as writer:
+                for step, share in ((0, 0.1), (2, accuracy)):
+                    writer.write("val/accuracy", share, step=step)
+                    writer.write("val/loss", 1.0 - share, unit="nats_per_image", step=step)
+                writer.write("baseline/majority", 0.117, step=0)
+    rows = {row["arm"]: row for row in summary_rows([tmp_path])}
+    assert rows["sigmoid"]["accuracy"] == "90.0% (89.0% to 91.0%)"
+    assert rows["softmax"]["accuracy"] == "92.5%"
+    assert rows["sigmoid"]["most frequent class"] == "11.7%"
+    assert not [column for column in rows["sigmoid"] if "bigram" in column]
+    text = write_report([tmp_path], tmp_path / "report").read_text()
+    assert "The validation accuracy ended at 90.0% (89.0% to 91.0%) for sigmoid and 92.5% for softmax; the most" in text
+    assert "bigram" not in text

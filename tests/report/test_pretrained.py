@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flashsigmoid.record import RecordWriter
+from flashsigmoid.report import summary_rows, write_report
 from flashsigmoid.report.pretrained import NOTE, pretrained_rows
 from flashsigmoid.report.tables import pretrained
 
@@ -52,3 +53,19 @@ def test_what_is_missing_is_one_clear_error(tmp_path) -> None:
     (tmp_path / "a" / "sigmoid").rmdir()
     with pytest.raises(ValueError, match="a run must be a folder"):
         pretrained_rows(tmp_path)
+
+
+def test_encoders_are_compared_by_the_accuracy_of_neighbours(tmp_path):
+    for attention, accuracy in (("sigmoid", 0.75), ("softmax", 0.5)):
+        settings = {"recipe": "simclr_digits", "attention": attention, "seed": 0, "steps": 2}
+        with RecordWriter(tmp_path / attention / "records.jsonl", settings) as writer:
+            for step in (0, 2):
+                writer.write("val/knn_accuracy", accuracy * step / 2, step=step)
+                writer.write("val/loss", 3.0 - step, unit="nats_per_view", step=step)
+            writer.write("baseline/majority", 0.117, step=0)
+    rows = {row["arm"]: row for row in summary_rows([tmp_path])}
+    assert rows["sigmoid"]["kNN accuracy"] == "75.0%"
+    text = write_report([tmp_path], tmp_path).read_text("utf-8")
+    assert "The validation kNN accuracy ended at 75.0% for sigmoid and 50.0% for softmax; the most frequent" in text
+    assert "final validation kNN accuracy" in text
+    assert "bigram" not in text

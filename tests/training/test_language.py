@@ -226,7 +226,7 @@ def test_the_stopwatch_stands_still_when_stopped(monkeypatch):
     [
         ("steps", 0, "steps must be a positive integer, got 0"),
         ("steps", 13, "steps must be at most val_every=6 or a multiple of it, got 13"),
-        ("batch", 1.5, "batch must be a positive integer, got 1.5"),
+        ("batch", 1.5, "batch must be an integer, got 1.5"),
         ("precision", "fp8", "precision must be 'fp32' or 'bf16', got 'fp8'"),
         ("cuda_graphs", True, "cuda_graphs needs compile=True and accumulate=1, got False, 2"),
         ("sample_tokens", -1, "sample_tokens must not be negative, got -1"),
