@@ -179,18 +179,18 @@ PACKED: dict[str, Any] = {"backend": "hopper", "is_packed": True, "batch": 16}
     ids=str,
 )
 def test_packed_rows_by_the_hopper_kernels(compiled, call) -> None:
-    """What they spill they spill once a turn: where a sequence is, and how many rows it has."""
+    """What the forward spills it spills once a turn: where a sequence is, and how many rows it has."""
     kernels = compiled("sm_90", json.dumps({**PACKED, **call}))
     has_backward = call.get("bias") != "row" and call["head_dim"] <= 128
     assert [one["kernel"] for one in kernels] == ["fwd", *["bwd"] * has_backward]
     for one in kernels:
-        is_full = one["kernel"] == "bwd" and call["head_dim"] == 64
+        is_full = one["kernel"] == "bwd"
         check_sm_90(one, spilled=1536 if is_full else 160)
         assert one["loop_spills"] <= (60 if is_full else 8), one["loop_spills"]
 
 
 def test_sequences_compile_nothing_anew(compiled) -> None:
-    sizes = ({"batch": 1, "seqlen": 16}, {"batch": 101, "seqlen": 4001})
+    sizes = ({"batch": 1, "seqlen": 16}, {"batch": 101, "seqlen": 2001})  # with the same tile
     shared = {**PACKED, "head_dim": 64, "kernel": "fwd", "sigmoid_bias": -8.0}
     kernels = compiled("sm_90", *(json.dumps({**shared, **size}) for size in sizes))
     assert len(kernels) == len(sizes)
