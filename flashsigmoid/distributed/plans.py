@@ -138,10 +138,7 @@ def parallelize(
     tp, cp = mesh["tp"], mesh["cp"]
     if compile:
         check_compiled(tp.size(), cp.size(), recompute)
-    for block in tree.blocks:
-        _check_block(block, tp.size(), cp.size())
-    if tree.head.out_features % tp.size():
-        raise ValueError(f"vocab_size must be a multiple of tp={tp.size()}, got {tree.head.out_features}")
+    check_sizes(model, tp.size(), cp.size())
     sharded = sharding_axis(mesh)
     is_sharded = sharded.size() > 1 or mp_policy is not None
     for block in tree.blocks:
@@ -299,6 +296,19 @@ def check_compiled(tp: int, cp: int, recompute: Recompute) -> None:
         raise ValueError(f"compile must be False with tp above 1, whose tensors break its graphs, got tp={tp}")
     if cp > 1 and recompute != "none":
         raise ValueError(f"recompute must be 'none' with compile and cp={cp}, got {recompute!r}")
+
+
+def check_sizes(model: nn.Module, tp: int, cp: int) -> None:
+    """Whether a model, as `parallelize` takes it, can be laid over a mesh of these sizes.
+
+    Raises:
+        ValueError: it cannot, as `parallelize`.
+    """
+    tree = cast(Any, model)
+    for block in tree.blocks:
+        _check_block(block, tp, cp)
+    if tree.head.out_features % tp:
+        raise ValueError(f"vocab_size must be a multiple of tp={tp}, got {tree.head.out_features}")
 
 
 def _shard_weights(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..diagnostics.probes import probe_attention
 from ..distributed.initialize import initialize
-from ..distributed.plans import check_compiled, parallelize, shard_batch, unshard_batch
+from ..distributed.plans import check_compiled, check_sizes, parallelize, shard_batch, unshard_batch
 from ..distributed.processes import MeshSizes, is_first, ranks
 from ..functional import explain
 from ..models.generation import generate
@@ -84,7 +84,7 @@ class LanguageModule(RunModule):
 
         Raises:
             ValueError: a batch that dp does not divide, or a context that cp does not; CUDA graphs on several ranks; as
-                `check_compiled`.
+                `check_compiled` and `check_sizes`.
         """
         run = self.run
         if run.cuda_graphs and sizes.size > 1:
@@ -95,6 +95,7 @@ class LanguageModule(RunModule):
             raise ValueError(f"batch must be a multiple of dp={sizes.dp}, got {run.batch}")
         if sizes.cp > 1 and run.model.seqlen % (2 * sizes.cp):
             raise ValueError(f"model.seqlen must be a multiple of 2 cp = {2 * sizes.cp}, got {run.model.seqlen}")
+        check_sizes(self.model, sizes.tp, sizes.cp)
 
     def configure_model(self) -> None:
         """Lightning's hook: over the mesh, where there is one."""

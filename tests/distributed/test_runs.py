@@ -283,12 +283,17 @@ def test_no_group_of_a_mesh_waits_longer_than_it_should(tmp_path, text, ranks):
         ("dp=2", {"batch": 3}, "batch must be a multiple of dp=2, got 3"),
         ("tp=2", {"compile": True}, "compile must be False with tp above 1, whose tensors break its graphs, got tp=2"),
         ("fsdp=2", {}, "mesh must be like dp=2,cp=2,tp=1, got 'fsdp=2'"),
+        ("tp=2", {"model": {"nheads": 2, "nheads_k": 1}}, "nheads_k must be a multiple of tp=2, got 1"),
+        ("tp=2", {"model": {"vocab_size": 265}}, "vocab_size must be a multiple of tp=2, got 265"),
     ],
 )
 def test_what_a_mesh_cannot_train_is_one_clear_error(tmp_path, text, ranks, mesh, changes, message):
-    answers = ranks.run(runs.train, free_port(), runs.replace(mesh_run(text), **changes), tmp_path / "run", mesh=mesh)
+    run, changes = mesh_run(text), dict(changes)
+    run = runs.replace(run, model=runs.replace(run.model, **changes.pop("model", {})), **changes)
+    answers = ranks.run(runs.train, free_port(), run, tmp_path / "run", mesh=mesh)
     assert answers[0]["error"] == f"ValueError: {message}"
-    assert not (tmp_path / "run/records.jsonl").exists()
+    # the same command, mended, need not name another folder
+    assert not list((tmp_path / "run").glob("*"))
 
 
 @pytest.mark.long
