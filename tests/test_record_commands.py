@@ -54,6 +54,7 @@ def test_the_words_of_every_command_are_taken() -> None:
         assert parsed(name, words), path
 
 
+@pytest.mark.long
 def test_trainings_are_described_as_they_were() -> None:
     """Or differ in what `CHANGED` names, and in nothing else."""
     pytest.importorskip("pytorch_lightning")

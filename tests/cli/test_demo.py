@@ -76,7 +76,8 @@ def test_demo_vision_trains_both_arms_on_digits(flashsigmoid, tmp_path):
     assert_one_error(flashsigmoid("demo", "vision", "--set", "dropout_p=0.1"), 1, "the run has no field dropout_p")
 
 
-@pytest.mark.parametrize("module", ["timm", pytest.param("torchvision", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("module", ["timm", "torchvision"])
 def test_demo_vision_without_its_libraries_names_the_extra(tmp_path, module):
     program = (
         f"import sys; sys.modules[{module!r}] = None; from flashsigmoid.__main__ import main; main(['demo', 'vision'])"

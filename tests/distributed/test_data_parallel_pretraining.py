@@ -95,7 +95,8 @@ def apart(some: Path, other: Path, allowed: dict[str, float]) -> dict[str, float
     return {name: far(losses(some, name), losses(other, name)) / allowed[name] for name in NAMES}
 
 
-@pytest.mark.parametrize("method", FEWER)
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
 def test_a_rank_whose_images_are_all_left_out_takes_part_with_none(tmp_path, ranks, method) -> None:
     """Means, variances and similarities are those of the images that there are."""
     data = ImageConfig(

@@ -98,6 +98,7 @@ def test_what_a_conversion_leaves(tmp_path, tied):
     assert [row["attention"] for row in conversion_rows(out)] == ["sigmoid", "softmax"]
 
 
+@pytest.mark.long
 def test_a_process_that_has_not_registered_does_not_take_it_for_softmax(tmp_path):
     path = fresh_llama(tmp_path / "llama")
     train_arm(short(llama_recovery(path, 16), steps=1), tmp_path / "arm", device="cpu", show=quiet)

@@ -251,6 +251,7 @@ def test_maps_of_one_arm_only_are_told(image_run: ImageRun) -> None:
     assert drawing.caption.endswith("Not recorded: softmax.")
 
 
+@pytest.mark.long
 def test_maps_need_no_model(pair: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from flashsigmoid.report import write_report\n"
