@@ -100,7 +100,7 @@ def check_sm_90(one: dict[str, Any], spilled: float = 0) -> None:
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.long), True])
 def test_the_measured_tiles_on_sm_90(compiled, head_dim, causal) -> None:
     kernels = compiled("sm_90", json.dumps({"head_dim": head_dim, "causal": causal}))
     assert [one["kernel"] for one in kernels] == KERNELS
@@ -115,7 +115,7 @@ def test_packed_rows_on_sm_90(compiled, head_dim) -> None:
         check_sm_90(one, spilled=512)  # where a sequence ends, not in the loop over whole blocks; measured faster
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.long)])
 def test_a_learnable_bias_costs_no_registers(compiled, head_dim) -> None:
     for one in compiled("sm_90", json.dumps({"head_dim": head_dim, "causal": True, "bias": "head"})):
         check_sm_90(one, spilled=200 if one["kernel"] == "dkdv" else 0)
@@ -308,7 +308,7 @@ def test_the_kernels_of_a_cache(compiled, arch) -> None:
             assert 64 * 1024 < one["shared_bytes"] <= SHARED[arch] // 2 * 1024
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
 def test_values_of_one_channel(compiled, arch) -> None:
     """What sums of weights are computed with (diagnostics.mass), also over a cache."""
     dense = {"head_dim": 64, "head_dim_v": 1, "causal": True, "kernel": "fwd"}

@@ -148,7 +148,8 @@ def test_a_fault_is_seen(tmp_path, few, ranks, alone, allowed, method, fault) ->
     assert fault == "summed" or found["train/loss"] > 100.0, found
 
 
-@pytest.mark.parametrize("method", FEWER)
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_goes_on_on_two_ranks_and_on_one(
     tmp_path, monkeypatch, few, ranks, alone, whole, allowed, method
 ) -> None:

@@ -17,6 +17,8 @@ from training.tiny import differences
 from flashsigmoid.training.audio import SpecAugmentConfig, load_audio
 from flashsigmoid.training.ctc import load_recogniser
 
+pytestmark = pytest.mark.long  # stands beside images
+
 EPS = torch.finfo(torch.float32).eps
 NAMES = ("train/loss", "grad_norm", "val/loss")
 RATES = ("val/cer", "val/cer_se", "val/wer", "val/wer_se", "baseline/constant_cer")

@@ -54,7 +54,7 @@ def test_starts_of_the_search_are_on_the_sphere_and_of_three_kinds() -> None:
     assert torch.equal(starts(1, 3, 5.0, 4), starts(1, 3, 5.0, 4))
 
 
-@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("kind", ["sigmoid", pytest.param("softmax", marks=pytest.mark.long)])
 def test_the_worst_norm_grows_with_the_ball(kind) -> None:
     weights, radii = random_weights(3, 1, 3, -math.log(12)), [0.5, 1.0, 2.0, 4.0]
     norms = [norm.value for norm in worst_norms(weights, 12, radii, kind, restarts=6, steps=80)]
