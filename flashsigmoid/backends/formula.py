@@ -56,28 +56,27 @@ _SERIES = {
 
 
 def make_formula(
-    name: str, kind: str, is_float16: bool, pack: int, has_asm: bool, *, early: int | None = None, share: int = 2
+    name: str, kind: str, is_float16: bool, pack: int, has_asm: bool, *, early: int | None = None
 ) -> Formula:
     """The formula `name` for `kind` "fwd" or "bwd", of `pack` scores that a thread evaluates together.
 
-    Of a series' exponentials `early`, by default all, are asked for before the warp votes on its range. Where weights
-    are exact, `share` of them, 2 or 4, have one reciprocal, if `pack` is a multiple of it.
+    Of a series' exponentials `early`, by default all, are asked for before the warp votes on its range.
     """
-    share = share if pack % share == 0 else 2
     if name == "full" or (name in ("pair", "high") and not has_asm):
         return Formula("full", 1.0)
     if name == "tanh":
         return Formula("tanh", 0.5, asm="tanh.approx.f32 $0, $1;" if has_asm else "", constraints="=f,f")
     if name == "pair":
-        text = _block(_exponentials(share) + _reciprocals(share, 1.0, share))
-        return Formula("pair", LOG2E, asm=text, constraints=_constraints(share), pack=share)
+        return Formula(
+            "pair", LOG2E, asm=_block(_exponentials(2) + _pairs(2, 1.0)), constraints=_constraints(2), pack=2
+        )
     if name == "high":
-        asm = _tanh_or_exact(pack, share)
+        asm = _tanh_or_pairs(pack)
         return Formula("high", 0.5, threshold=_HIGH, asm=asm, constraints=_constraints(pack), pack=pack)
     threshold, gain, terms = _SERIES[name, kind, is_float16]
     if not has_asm:
         return Formula(name, LOG2E, gain, threshold, terms)
-    asm = _series_or_exact(pack, pack if early is None else early, threshold, gain, terms, share)
+    asm = _series_or_pairs(pack, pack if early is None else early, threshold, gain, terms)
     return Formula(name, LOG2E, gain, threshold, terms, asm, _constraints(pack), pack)
 
 
@@ -90,42 +89,27 @@ def _constraints(pack: int) -> str:
 
 
 def _block(body: str) -> str:
-    return "{ .reg .f32 a,b,c,d,m,m0,m1,m2,m3; .reg .b32 t,x0,x1,x2,x3; .reg .pred wide; " + body + " }"
+    return "{ .reg .f32 a,b,m,m0,m1,m2,m3; .reg .b32 t,x0,x1,x2,x3; .reg .pred wide; " + body + " }"
 
 
-def _most(share: int) -> float:
-    """Of log2(e): the product of so many denominators and its reciprocal stay finite."""
-    return 124.0 / share
+def _exponentials(pack: int) -> str:
+    """$i = 2^y_i, at most 2^62: the product of two denominators stays finite."""
+    return "".join(f"min.ftz.NaN.f32 a,${pack + i},0f42780000; ex2.approx.ftz.f32 ${i},a; " for i in range(pack))
 
 
-def _exponentials(share: int) -> str:
-    """$i = 2^y_i, of what shares a reciprocal."""
-    most = _bits(_most(share))
-    return "".join(f"min.ftz.NaN.f32 a,${share + i},0f{most}; ex2.approx.ftz.f32 ${i},a; " for i in range(share))
-
-
-def _reciprocals(pack: int, gain: float, share: int) -> str:
-    """Two or four weights by one reciprocal, in place: p = e B r, q = f A r with A = 1 + e, B = 1 + f, r = 1 / (A B);
-    of four, an r is the reciprocal of both products times the other one."""
-    text, c = "", _bits(1.0 / gain)
-    denominators = "ab" if share == 2 else "abcd"
-    for i in range(0, pack, share):
-        for k, a in enumerate(denominators):
-            text += f"fma.rn.ftz.f32 {a},${i + k},0f{c},0f3F800000; "
-        if share == 2:
-            text += "mul.ftz.f32 m,a,b; rcp.approx.ftz.f32 m,m; "
-        else:
-            text += "mul.ftz.f32 m1,a,b; mul.ftz.f32 m2,c,d; mul.ftz.f32 m3,m1,m2; rcp.approx.ftz.f32 m3,m3; "
-            text += "mul.ftz.f32 m,m3,m2; mul.ftz.f32 m0,m3,m1; "
-        for k, (a, b, r) in enumerate((("a", "b", "m"), ("c", "d", "m0"))[: share // 2]):
-            e, f = f"${i + 2 * k}", f"${i + 2 * k + 1}"
-            text += f"mul.ftz.f32 {b},{e},{b}; mul.ftz.f32 {a},{f},{a}; "
-            text += f"mul.ftz.f32 {e},{b},{r}; mul.ftz.f32 {f},{a},{r}; "
+def _pairs(pack: int, gain: float) -> str:
+    """Two weights by one reciprocal, in place: p = e B r, q = f A r with A = 1 + e, B = 1 + f, r = 1 / (A B)."""
+    text = ""
+    for i in range(0, pack, 2):
+        e, f, c = f"${i}", f"${i + 1}", _bits(1.0 / gain)
+        text += f"fma.rn.ftz.f32 a,{e},0f{c},0f3F800000; fma.rn.ftz.f32 b,{f},0f{c},0f3F800000; "
+        text += f"mul.ftz.f32 m,a,b; rcp.approx.ftz.f32 m,m; mul.ftz.f32 b,{e},b; mul.ftz.f32 a,{f},a; "
+        text += f"mul.ftz.f32 {e},b,m; mul.ftz.f32 {f},a,m; "
     return text
 
 
-def _series_or_exact(pack: int, early: int, threshold: float, gain: float, terms: tuple[float, ...], share: int) -> str:
-    """The series if every score of the warp is at most `threshold`, else exactly, of the same e: one is executed.
+def _series_or_pairs(pack: int, early: int, threshold: float, gain: float, terms: tuple[float, ...]) -> str:
+    """The series if every score of the warp is at most `threshold`, else pairs of the same e: one of them is executed.
 
     As unsigned integers negative floats grow with their magnitude and stand above all positive ones, so the least of
     the bits belongs to the largest score. Exponentials that come after the vote have the series of the others to run
@@ -149,13 +133,12 @@ def _series_or_exact(pack: int, early: int, threshold: float, gain: float, terms
         text += "".join(f"fma.rn.ftz.f32 a,a,${i},0f{_bits(c)}; " for c in reversed(rest))
         text += f"mul.ftz.f32 a,a,${i}; fma.rn.ftz.f32 ${i},a,${i},${i}; "
     text += "bra.uni DONE; WIDE: " + late
-    most = _bits(2.0 ** _most(share))
-    text += "".join(f"min.ftz.NaN.f32 ${i},${i},0f{most}; " for i in range(pack))
-    return _block(text + _reciprocals(pack, gain, share) + "DONE:")
+    text += "".join(f"min.ftz.NaN.f32 ${i},${i},0f5E800000; " for i in range(pack))  # 2^62
+    return _block(text + _pairs(pack, gain) + "DONE:")
 
 
-def _tanh_or_exact(pack: int, share: int) -> str:
-    """0.5 + 0.5 tanh(x / 2) if all scores of the warp are within 7 of 0, else exactly."""
+def _tanh_or_pairs(pack: int) -> str:
+    """0.5 + 0.5 tanh(x / 2) if no score of the warp is beyond -7 or 7, else pairs. No maximum sees NaN, which stays."""
     text = "".join(f"mov.f32 m{i},0f00000000; " for i in range(4))
     for i in range(pack):
         text += f"abs.f32 a,${pack + i}; max.f32 m{i % 4},m{i % 4},a; "
@@ -165,9 +148,9 @@ def _tanh_or_exact(pack: int, share: int) -> str:
         text += f"tanh.approx.f32 a,${pack + i}; fma.rn.ftz.f32 ${i},a,0f3F000000,0f3F000000; "
     text += "bra.uni DONE; WIDE: "
     for i in range(pack):
-        text += f"mul.ftz.f32 a,${pack + i},0f{_bits(2.0 * LOG2E)}; min.ftz.NaN.f32 a,a,0f{_bits(_most(share))}; "
+        text += f"mul.ftz.f32 a,${pack + i},0f{_bits(2.0 * LOG2E)}; min.ftz.NaN.f32 a,a,0f42780000; "
         text += f"ex2.approx.ftz.f32 ${i},a; "
-    return _block(text + _reciprocals(pack, 1.0, share) + "DONE:")
+    return _block(text + _pairs(pack, 1.0) + "DONE:")
 
 
 def choose_formula(problem: Problem, kernel: str) -> str:

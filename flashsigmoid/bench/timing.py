@@ -1,4 +1,4 @@
-"""Times several functions against each other: interleaved, in rotated order, so that noise falls on all of them.
+"""Times several functions against each other: interleaved, in another order every round, so that noise falls on all.
 
 On CUDA a sample is many calls between two events, by one CUDA graph or one by one. L2 is not flushed in between.
 """
@@ -6,6 +6,7 @@ On CUDA a sample is many calls between two events, by one CUDA graph or one by o
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ import torch
 
 Sample = Callable[[], float]  # takes one sample: milliseconds of one call
 
-SAMPLE_MS = 2.0  # a sample lasts at least this long
+SAMPLE_MS = 30.0  # a sample lasts at least this long, so that a GPU's power limit has its say
 _CALLS_IN_A_GRAPH = 20
 
 
@@ -44,11 +45,14 @@ class Times:
 
 
 def interleaved(samples: Mapping[str, Sample], *, rounds: int) -> dict[str, Times]:
-    """Take every sample once a round, each round in another order, after one warm-up round."""
-    names = list(samples)
-    ms: dict[str, list[float]] = {name: [] for name in names}
+    """Take every sample once a round, each round in another order, after one warm-up round.
+
+    Shuffled, not rotated: a GPU at its power limit is faster after a frugal kernel, whom nobody may always follow.
+    """
+    ms: dict[str, list[float]] = {name: [] for name in samples}
+    shuffled = random.Random(0)
     for round_ in range(-1, rounds):
-        for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
+        for name in shuffled.sample(list(samples), len(samples)):
             taken = samples[name]()
             if round_ >= 0:
                 ms[name].append(taken)

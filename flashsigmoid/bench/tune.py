@@ -118,9 +118,6 @@ def _hopper_candidates(direction: str, head_dim: int) -> Iterator[HopperTile]:
         for is_persistent in (False, True):
             yield HopperTile(2, 128 if head_dim == 64 else 64, 2, 240, is_persistent=is_persistent)
         return
-    if head_dim == 64:
-        for places, is_from_end in itertools.product((1, 2), (False, True)):
-            yield HopperTile(2, 64, 4, 112, False, places == 1, True, is_from_end, places, groups=2)
     for warpgroups, block in ((2, 64), (2, 128), (3, 64), (4, 64)):
         for stages, places, own_out, is_split in itertools.product((2, 4), (1, 2), (False, True), (False, True)):
             if places == 2 and own_out:

@@ -43,7 +43,6 @@ TILES: dict[str, dict[str, dict[str, Any]]] = {
     | {"backward": {"is_persistent": False}},
     "turns": {"forward": {"is_from_end": True, "is_persistent": True, "own_out": True, "places": 1}}
     | {"backward": {"is_persistent": True}},
-    "groups": {"forward": {"warpgroups": 2, "groups": 2, "is_persistent": True, "own_out": False, "places": 2}},
     "a kernel each": {"backward": {"adds_dq": False}},
 }
 
@@ -103,7 +102,6 @@ def test_inside_the_budget(emulated, name, head_dim) -> None:
     ("tiles", "head_dim"),
     [
         ("turns", 128),
-        ("groups", 64),
         *(pytest.param(tiles, 64, marks=pytest.mark.long) for tiles in ("turns", "from the end")),
         pytest.param("from the end", 128, marks=pytest.mark.long),
         ("table", 256),

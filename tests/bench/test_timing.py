@@ -1,21 +1,27 @@
-"""Samples are interleaved in rotated order, and numbers are medians and quantiles over rounds."""
+"""Samples are interleaved in shuffled order, and numbers are medians and quantiles over rounds."""
 
 from __future__ import annotations
 
+import itertools
 import time
 
 from flashsigmoid.bench.timing import Times, by_clock, interleaved
 
 
-def test_rounds_are_interleaved_in_rotated_order() -> None:
+def test_rounds_are_interleaved_and_shuffled() -> None:
+    """Everybody once a round, after a round that is not counted, and nobody always behind the same one."""
     order: list[str] = []
 
     def sample(name: str):
         return lambda: order.append(name) or float(len(order))
 
-    times = interleaved({name: sample(name) for name in "abc"}, rounds=3)
-    assert "".join(order) == "cab" + "abc" + "bca" + "cab"  # the first round is not counted
-    assert times["a"].ms == [4.0, 9.0, 11.0]
+    times = interleaved({name: sample(name) for name in "abc"}, rounds=20)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(rounds) == 21
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"}
+    assert times["b"].ms == [3.0 * i + names.index("b") + 1 for i, names in enumerate(rounds) if i > 0]
+    follows = {(before, after) for names in rounds for before, after in itertools.pairwise(names)}
+    assert len(follows) == 6
 
 
 def test_medians_quantiles_and_ratios() -> None:

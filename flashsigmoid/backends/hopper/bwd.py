@@ -40,7 +40,7 @@ def _produce(
     cuts = 0  # what came with the rows of the next sequence
     while at < all_sizes[6]:
         n, head_k, _batch, lead, row, key, sizes, band = find_keys(at, all_sizes, all_band, cu_q, cu_k, IS_PACKED)
-        at = hand_out(at, turn, gl.num_programs(0), counter, tickets, IS_DYNAMIC)
+        at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
         lo, hi = row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
         mbarrier.wait(kv_empty, (turn & 1) ^ 1)
         if IS_PACKED and lo < hi and n + 128 > sizes[5]:
@@ -84,7 +84,7 @@ def _reduce(
     it = 0
     while at < all_sizes[6]:
         n, head_k, _batch, lead, row, _key, sizes, band = find_keys(at, all_sizes, all_band, cu_q, cu_k, IS_PACKED)
-        at = take(at, turn, gl.num_programs(0), tickets, 1, IS_DYNAMIC)
+        at = take(at, turn, tickets, 1, IS_DYNAMIC)
         lo, hi = row_blocks(n, sizes, band, BLOCK_M, HAS_LEFT, HAS_RIGHT)
         for head in range(head_k * group, head_k * group + group):
             for block in range(lo, hi):
@@ -337,7 +337,7 @@ def _consume(
         turn = 0
         start = 0  # blocks of rows in the turns before
         while at < sizes[6]:
-            after = take(at, turn, gl.num_programs(0), tickets, 4, IS_DYNAMIC)
+            after = take(at, turn, tickets, 4, IS_DYNAMIC)
             start = _turn(
                 at, turn, start, dk, dv, packed, sides, memory, sizes, band, c, b, scale, WARPGROUP, STAGES, DIM,
                 BLOCK_M, FORMULA, True, IS_PACKED, HAS_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,

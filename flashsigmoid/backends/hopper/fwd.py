@@ -38,14 +38,14 @@ NOT_SPECIALIZED = [
 
 @gluon.jit
 def _produce(
-    load_call, GROUP: gl.constexpr, GROUPS: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
-    DIM: gl.constexpr, BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, PLACES: gl.constexpr, IS_DYNAMIC: gl.constexpr,
-    OF_KEYS: gl.constexpr, IS_PACKED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    load_call, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    IS_SPLIT: gl.constexpr, PLACES: gl.constexpr, IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr,
+    IS_PACKED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: Q of all warpgroups, then K and V, the last block first, each pair behind one barrier, or two."""
     q, k, v, cu_q, cu_k, counter, memory, tickets, all_sizes, all_band = load_call
     qs, ks, vs, _, q_full, q_empty, full, empty, v_full, k_empty = memory
-    at = GROUPS * gl.program_id(0) + GROUP
+    at = gl.program_id(0)
     turn = 0
     it = 0
     cuts = 0  # blocks with rows of the next sequence
@@ -53,7 +53,7 @@ def _produce(
         m, head, _batch, lead, row, key, sizes, band = find_block(
             at, all_sizes, all_band, cu_q, cu_k, WARPGROUPS, OF_KEYS, IS_PACKED
         )
-        at = hand_out(at, turn, GROUPS * gl.num_programs(0), counter, tickets, IS_DYNAMIC)
+        at = hand_out(at, turn, counter, tickets, IS_DYNAMIC)
         place = turn % PLACES
         mbarrier.wait(q_empty.index(place), ((turn // PLACES) & 1) ^ 1)
         mbarrier.expect(q_full.index(place), WARPGROUPS * q.block_type.nbytes)
@@ -120,8 +120,7 @@ def _release(turn, empty):
 
 @gluon.jit
 def _consume(
-    call, GROUP: gl.constexpr, GROUPS: gl.constexpr, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr,
-    STAGES: gl.constexpr, DIM: gl.constexpr,
+    call, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, PLACES: gl.constexpr,
     IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, IS_PACKED: gl.constexpr, FORMULA: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
@@ -138,7 +137,7 @@ def _consume(
     qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty = memory
     offs = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     zero = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
-    at = GROUPS * gl.program_id(0) + GROUP
+    at = gl.program_id(0)
     turn = 0
     start = 0  # blocks of keys that went by in the turns before
     while at < all_sizes[6]:
@@ -150,7 +149,7 @@ def _consume(
         place = turn % PLACES
         mine = place * WARPGROUPS + WARPGROUP
         q = qs.index(mine).reshape([64, DIM])
-        at = take(at, turn, GROUPS * gl.num_programs(0), tickets, 4, IS_DYNAMIC)
+        at = take(at, turn, tickets, 4, IS_DYNAMIC)
         all_lo, all_hi = key_blocks(all_m, sizes, band, 64 * WARPGROUPS, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         lo, hi = key_blocks(m, sizes, band, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         if OF_KEYS:  # of every head the same blocks, those of all
@@ -230,12 +229,31 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit
-def _make_memory(
-    q, k, v, out, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, PLACES: gl.constexpr, IS_PACKED: gl.constexpr,
+@gluon.jit(do_not_specialize=NOT_SPECIALIZED)
+def _fwd_kernel(
+    q, k, v, out, bias, slopes, out_rows, cu_q, cu_k, counter, bias_strides, slopes_strides,
+    total_q, total_k, count, together, blocks, numbers, sizes, band, c, b, out_scale,
+    WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, PLACES: gl.constexpr,
+    IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, IS_PACKED: gl.constexpr, FORMULA: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """What the warpgroups of one group share, with its barriers."""
+    """64 * WARPGROUPS rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
+
+    Grid: at most (blocks * nheads * batch,). q, k, v and out are descriptors of (batch, nheads, seqlen, head_dim), in
+    blocks of 64 rows, k and v of BLOCK_N. sizes: (blocks, together, nheads, group, seqlen_q, seqlen_k, blocks of all
+    heads, first row of the first block), where `together` divides nheads * batch, and that row is 0 or less, a multiple
+    of 64; band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
+    OF_KEYS: dV, with K as q, Q as k and dO as v, and with sizes and band turned over: see `partitions.stream`.
+    IS_PACKED: q, k, v and out are of all rows, out_rows is out by its address, and sequences end as cu_q and cu_k say.
+    What differs from call to call has arguments of its own, since a tuple is always specialized; sizes are (nheads,
+    group, whether the first block is the short one, eighths of head_dim_v and of head_dim).
+    """
+    if IS_PACKED:
+        sizes = (
+            blocks, together, sizes[0], sizes[1], total_q, total_k, numbers, sizes[2], count, sizes[3], sizes[4],
+        )  # fmt: skip
     BARRIERS: gl.constexpr = STAGES + 1 if IS_PACKED else STAGES  # one for what is not ready when it comes
     qs = gl.allocate_shared_memory(q.dtype, [PLACES * WARPGROUPS, 1, 1, 64, DIM], q.layout)
     ks = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BLOCK_N, DIM], k.layout)
@@ -265,36 +283,7 @@ def _make_memory(
         mbarrier.init(full.index(STAGES), count=1)
         if IS_SPLIT:
             mbarrier.init(v_full.index(STAGES), count=1)
-    return (qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty)
-
-
-@gluon.jit(do_not_specialize=NOT_SPECIALIZED)
-def _fwd_kernel(
-    q, k, v, out, bias, slopes, out_rows, cu_q, cu_k, counter, bias_strides, slopes_strides,
-    total_q, total_k, count, together, blocks, numbers, sizes, band, c, b, out_scale,
-    GROUPS: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, IS_SPLIT: gl.constexpr, OWN_OUT: gl.constexpr, PLACES: gl.constexpr,
-    IS_DYNAMIC: gl.constexpr, OF_KEYS: gl.constexpr, IS_PACKED: gl.constexpr, FORMULA: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_ROW_BIAS: gl.constexpr, HAS_SLOPES: gl.constexpr, HAS_LEFT: gl.constexpr,
-    HAS_RIGHT: gl.constexpr,
-):  # fmt: skip
-    """64 * WARPGROUPS rows of one head of out: O = sum over key blocks of sigmoid(c Q K^T + b - slope |p - j|) V.
-
-    Grid: at most (blocks * nheads * batch,). q, k, v and out are descriptors of (batch, nheads, seqlen, head_dim), in
-    blocks of 64 rows, k and v of BLOCK_N. sizes: (blocks, together, nheads, group, seqlen_q, seqlen_k, blocks of all
-    heads, first row of the first block), where `together` divides nheads * batch, and that row is 0 or less, a multiple
-    of 64; band: (q_offset, left, right). STAGES is a power of two. Accumulator: float32.
-    OF_KEYS: dV, with K as q, Q as k and dO as v, and with sizes and band turned over: see `partitions.stream`.
-    GROUPS: 1, or 2 of two warpgroups, which have loads, memory and blocks of their own, as programs of their own would.
-    IS_PACKED: q, k, v and out are of all rows, out_rows is out by its address, and sequences end as cu_q and cu_k say.
-    What differs from call to call has arguments of its own, since a tuple is always specialized; sizes are (nheads,
-    group, whether the first block is the short one, eighths of head_dim_v and of head_dim).
-    """
-    if IS_PACKED:
-        sizes = (
-            blocks, together, sizes[0], sizes[1], total_q, total_k, numbers, sizes[2], count, sizes[3], sizes[4],
-        )  # fmt: skip
-    memory = _make_memory(q, k, v, out, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_PACKED)
+    memory = (qs, ks, vs, outs, q_full, q_empty, full, empty, v_full, k_empty)
     tickets = make_tickets(WARPGROUPS)
     fence_async_shared()
     call = (
@@ -302,97 +291,60 @@ def _fwd_kernel(
         out_scale,
     )  # fmt: skip
     load_call = (q, k, v, cu_q, cu_k, counter, memory, tickets, sizes, band)
-    if GROUPS == 2:
-        other_memory = _make_memory(
-            q, k, v, out, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_PACKED
-        )
-        other_tickets = make_tickets(WARPGROUPS)
-        fence_async_shared()
-        other_call = (
-            out, bias, slopes, out_rows, cu_q, cu_k, other_memory, other_tickets, bias_strides, slopes_strides, sizes,
-            band, c, b, out_scale,
-        )  # fmt: skip
-        other_load_call = (q, k, v, cu_q, cu_k, counter, other_memory, other_tickets, sizes, band)
+    if WARPGROUPS == 2:
         gl.warp_specialize([
             (_consume, (
-                call, 0, GROUPS, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 0, GROUPS, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
-            )),
-            (_consume, (
-                other_call, 1, GROUPS, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
-            )),
-            (_consume, (
-                other_call, 1, GROUPS, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_produce, (
-                load_call, 0, GROUPS, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS,
-                IS_PACKED, HAS_LEFT, HAS_RIGHT,
-            )),
-            (_produce, (
-                other_load_call, 1, GROUPS, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS,
-                IS_PACKED, HAS_LEFT, HAS_RIGHT,
-            )),
-        ], [4, 4, 4, 1, 1], [REGISTERS, REGISTERS, REGISTERS, 24, 24])  # fmt: skip
-    elif WARPGROUPS == 2:
-        gl.warp_specialize([
-            (_consume, (
-                call, 0, GROUPS, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
-            )),
-            (_consume, (
-                call, 0, GROUPS, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
-            )),
-            (_produce, (
-                load_call, 0, GROUPS, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS,
-                IS_PACKED, HAS_LEFT, HAS_RIGHT,
+                load_call, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, IS_PACKED, HAS_LEFT,
+                HAS_RIGHT,
             )),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     elif WARPGROUPS == 3:
         gl.warp_specialize([
             (_consume, (
-                call, 0, GROUPS, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 0, GROUPS, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 0, GROUPS, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_produce, (
-                load_call, 0, GROUPS, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS,
-                IS_PACKED, HAS_LEFT, HAS_RIGHT,
+                load_call, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, IS_PACKED, HAS_LEFT,
+                HAS_RIGHT,
             )),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (
-                call, 0, GROUPS, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 0, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 0, GROUPS, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 1, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 0, GROUPS, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 2, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_consume, (
-                call, 0, GROUPS, 3, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC,
-                OF_KEYS, IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
+                call, 3, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, OWN_OUT, PLACES, IS_DYNAMIC, OF_KEYS,
+                IS_PACKED, FORMULA, HAS_BIAS, HAS_ROW_BIAS, HAS_SLOPES, HAS_LEFT, HAS_RIGHT,
             )),
             (_produce, (
-                load_call, 0, GROUPS, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS,
-                IS_PACKED, HAS_LEFT, HAS_RIGHT,
+                load_call, WARPGROUPS, STAGES, DIM, BLOCK_N, IS_SPLIT, PLACES, IS_DYNAMIC, OF_KEYS, IS_PACKED, HAS_LEFT,
+                HAS_RIGHT,
             )),
         ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, 24])  # fmt: skip

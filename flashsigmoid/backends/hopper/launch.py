@@ -164,11 +164,10 @@ class _Plan:
 
 def _early(problem: Problem, is_like_forward: bool) -> int:
     """A block's columns over a thread's exponentials before the vote, of which a quarter, half or all: measured."""
-    if padded_head_dim(problem) > 64:
-        return 4  # 2 % faster than all
+    is_narrow = padded_head_dim(problem) == 64
     if is_like_forward:
-        return 8  # 4 %, and up to 7 % masked
-    return 4 if problem.band == (None, None) else 2  # 4 %; masked, half would be 6 to 12 % slower than all
+        return 8 if is_narrow else 4  # 4 %, and up to 7 % masked; beyond, 2 % faster than all
+    return 4 if is_narrow and problem.band == (None, None) else 2  # 9 % faster than all; masked, and at 128, all are
 
 
 @functools.lru_cache(maxsize=4096)
@@ -232,7 +231,6 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
         constants |= {"WARPGROUPS": tile.warpgroups, "BLOCK_N": tile.block, "OF_KEYS": of_keys}
     if is_like_forward:
         constants |= {
-            "GROUPS": tile.groups,
             "IS_SPLIT": tile.is_split,
             "OWN_OUT": tile.own_out,
             "PLACES": tile.places,
@@ -249,9 +247,7 @@ def _plan(problem: Problem, part: str, tile: Tile, multiprocessors: int) -> _Pla
     return _Plan(
         tile=tile,
         formula=formula,
-        programs=min(
-            triton.cdiv(blocks * heads, tile.groups), multiprocessors if tile.is_persistent else blocks * heads
-        ),
+        programs=min(blocks * heads, multiprocessors) if tile.is_persistent else blocks * heads,
         counts=() if part in ("dq", "dk", "dqdk") else counts,
         sizes=sizes,
         band=(q_offset, min(left or 0, _UNLIMITED), min(right or 0, _UNLIMITED)),

@@ -100,12 +100,12 @@ def make_tickets(takers: gl.constexpr):
 
 
 @gluon.jit
-def hand_out(at, turn, programs, counter, tickets, IS_DYNAMIC: gl.constexpr):
+def hand_out(at, turn, counter, tickets, IS_DYNAMIC: gl.constexpr):
     """The number of the block after `at`, for one warp that tells the others: the next that no program has taken."""
-    after = at + programs
+    after = at + gl.num_programs(0)
     if IS_DYNAMIC:
         numbers, full, empty = tickets
-        after = gl.atomic_add(counter, 1) + programs
+        after = gl.atomic_add(counter, 1) + gl.num_programs(0)
         mbarrier.wait(empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
         numbers.index(turn & 1).store(gl.full([1], after, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
         mbarrier.arrive(full.index(turn & 1), count=1)
@@ -113,9 +113,9 @@ def hand_out(at, turn, programs, counter, tickets, IS_DYNAMIC: gl.constexpr):
 
 
 @gluon.jit
-def take(at, turn, programs, tickets, WARPS: gl.constexpr, IS_DYNAMIC: gl.constexpr):
+def take(at, turn, tickets, WARPS: gl.constexpr, IS_DYNAMIC: gl.constexpr):
     """The same number for the others, each once a turn."""
-    after = at + programs
+    after = at + gl.num_programs(0)
     if IS_DYNAMIC:
         numbers, full, empty = tickets
         mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)

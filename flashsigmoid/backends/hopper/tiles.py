@@ -23,7 +23,6 @@ class Tile:
         1  # for Q of the forward, in turns; with 2 out takes that of its Q, and the next Q comes a block early
     )
     adds_dq: bool = False  # of the backward beyond head_dim 128: dQ and dK in one kernel, and not in one each
-    groups: int = 1  # 2: of the forward, two times `warpgroups`, each with loads and blocks of rows of its own
 
 
 _D64 = Tile(4, 64, 4, 112, own_out=True, is_persistent=True)
