@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from diagnostics.test_probes import llama, timm_model, torch_encoder
+from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +32,7 @@ from flashsigmoid.record import RecordWriter
 
 EPS = torch.finfo(torch.float32).eps
 
-RECORD = Path(__file__).parents[2] / "benchmarks/results/probes-overhead.jsonl"
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 CONFIG = GPTConfig(vocab_size=11, seqlen=8, nlayers=2, dim=16, nheads=2, nheads_k=1, position="rope")
 
 
@@ -311,7 +313,8 @@ def test_activation_checkpointing_changes_no_number(make: Callable[[], nn.Module
 def test_what_watching_every_tenth_step_costs(tmp_path) -> None:
     """Recorded, not judged: a step that is measured, one that is not, and one without a watch take turns.
 
-    On a CPU by the seconds of the process itself. The record's `overhead` is that of one measured step and nine others.
+    On a CPU by the seconds of the process itself, its writers' threads with it. Numbers go to records and TensorBoard,
+    as those of a run. The record's `overhead` is that of one measured step and nine others.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
@@ -320,17 +323,24 @@ def test_what_watching_every_tenth_step_costs(tmp_path) -> None:
     size = {"nlayers": 12, "dim": 768, "nheads": 12} if on_gpu else small
     seqlen, sequences = (1024, 16) if on_gpu else (256, 4)
     command = "python -m pytest tests/diagnostics/test_watch.py -m long"
+    record = RESULTS / ("probes-overhead-cuda.jsonl" if on_gpu else "probes-overhead.jsonl")
+    logger = TensorBoardLogger(tmp_path, name="tb", version="")
     settings = {**size, "seqlen": seqlen, "batch": sequences, "every": 10, "clock": clock.__name__}
-    with RecordWriter(RECORD, settings, command) as writer, RecordWriter(tmp_path / "seen.jsonl", {}, command) as seen:
+    with RecordWriter(record, settings, command) as writer, RecordWriter(tmp_path / "seen.jsonl", {}, command) as seen:
+
+        def write(name: str, value: float, *, step: int, **tags: Any) -> None:
+            seen.write(name, value, step=step, **tags)
+            logger.log_metrics({f"{name}/{tags['layer']}": value}, step=step)
+
         for attention in ("sigmoid", "softmax"):
             model = GPT(GPTConfig(vocab_size=256, seqlen=seqlen, attention=attention, **size)).to(device)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
             tokens = torch.randint(0, 256, (sequences, seqlen), device=device)
             times: dict[str, list[float]] = {"plain": [], "between": [], "measured": []}
-            for _ in range(30):
-                for kind, spent in times.items():
+            for round_ in range(30):
+                for kind in random.Random(round_).sample(list(times), len(times)):
                     start = clock()
-                    every = Watch(model, optimizer, write=seen.write, start=0 if kind == "measured" else 1)
+                    every = Watch(model, optimizer, write=write, start=0 if kind == "measured" else 1)
                     with contextlib.nullcontext() if kind == "plain" else every:
                         with torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
                             loss = loss_of(model, tokens)
@@ -338,7 +348,7 @@ def test_what_watching_every_tenth_step_costs(tmp_path) -> None:
                         loss.backward()
                         optimizer.step()
                     float(loss.detach())
-                    spent.append(clock() - start)
+                    times[kind].append(clock() - start)
             medians = {kind: statistics.median(spent[3:]) for kind, spent in times.items()}
             for kind, median in medians.items():
                 writer.write(kind, 1e3 * median, unit="ms_per_step", attention=attention)
