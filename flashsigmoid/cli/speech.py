@@ -40,6 +40,8 @@ def transcribe(
             print(f"left out, {error}", file=sys.stderr, flush=True)
             continue
         print(f"{file}\t{text}" if len(files) > 1 else text, flush=True)
+    if left_out == len(files):
+        raise ValueError(f"files must have one that can be used, got {left_out} that cannot")
     if left_out:
         print(f"{left_out} of {len(files)} files left out", file=sys.stderr)
 

@@ -117,6 +117,9 @@ def _words(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return ", ".join(_words(kind) for kind in typing.get_args(hint))
+        kinds = typing.get_args(hint)
+        if kinds[-1] is Ellipsis:
+            return f"{_words(kinds[0])}, or several with commas"
+        return ", ".join(map(_words, kinds))
     names = {int: "an integer", float: "a number", bool: "true or false", types.NoneType: "none", str: "text"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,4 +1,4 @@
-"""Speech and its text: the embedded sample, a manifest, LibriSpeech as downloaded; log-mel features and SpecAugment.
+"""Speech and its text: the sample, a folder, a manifest, LibriSpeech as downloaded; log-mel features and SpecAugment.
 
 What cannot be read is named in one line, and ends the run or is left out and counted: `AudioConfig.on_corrupt`. The
 features are kaldi-native-fbank's: the window, the pre-emphasis and the filters that speech recognition has used since
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_AUDIO = (".wav", ".flac", ".ogg")  # what is looked for in a folder
 _SCALE = 32768.0  # samples as Kaldi takes them
 _FLOOR = 1e-3  # least deviation of a channel that is divided by: silence stays silence
 
@@ -46,10 +47,11 @@ class AudioConfig:
 
     # "sample": embedded; "manifest": a file of tab-separated lines with the columns path (absolute, or from its folder)
     # and text, and where there are any split, speaker, start and frames (a part of a file, in samples);
+    # "folder": root/train/**/NAME.wav, or .flac or .ogg, each beside its text, NAME.txt; its folder is its speaker
     # "librispeech": root/train-clean-100/SPEAKER/CHAPTER/*.flac and *.trans.txt
-    source: Literal["sample", "manifest", "librispeech"] = "sample"
-    root: str | None = None  # the manifest, or LibriSpeech's folder; None for the sample only
-    train: str = "train"  # splits of the manifest, or folders of LibriSpeech, with commas
+    source: Literal["sample", "folder", "manifest", "librispeech"] = "sample"
+    root: str | None = None  # the manifest, or the folder; None for the sample only
+    train: str = "train"  # splits of the manifest, or folders in the folder, with commas
     val: str = "val"
     hold_out: int = 0  # every so many-th speaker of `train` is validated on, in place of `val`; 0: none
     characters: str = CHARACTERS  # of the text, in upper case; token 0 is the blank, token i the i-th of them
@@ -60,8 +62,8 @@ class AudioConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.source not in ("sample", "manifest", "librispeech"):
-            raise ValueError(f"source must be sample, manifest or librispeech, got {self.source!r}")
+        if self.source not in ("sample", "folder", "manifest", "librispeech"):
+            raise ValueError(f"source must be sample, folder, manifest or librispeech, got {self.source!r}")
         if self.source != "sample" and self.root is None:
             raise ValueError(f"root must be where the data are for source={self.source!r}, got None")
         if self.on_corrupt not in ("fail", "skip"):
@@ -347,7 +349,7 @@ def load_audio(config: AudioConfig, positions: Callable[[int], int]) -> AudioDat
             configuration lacks.
     """
     root = an4() if config.source == "sample" else Path(config.root or "")
-    read = _librispeech if config.source == "librispeech" else _manifest
+    read = {"folder": _folder, "librispeech": _librispeech}.get(config.source, _manifest)
     train = read(root, config.train)
     if config.hold_out:
         speakers = sorted({utterance.speaker for utterance in train})
@@ -404,6 +406,24 @@ def _manifest(path: Path, splits: str) -> list[Utterance]:
             found.append(Utterance(path.parent / row["path"], text, row.get("speaker") or "", start, frames))
     if not found:
         raise ValueError(f"a manifest must have utterances of the split {splits}, got none in {path}")
+    return found
+
+
+def _folder(root: Path, parts: str) -> list[Utterance]:
+    found = []
+    for part in parts.split(","):
+        if not (root / part).is_dir():
+            raise FileNotFoundError(f"root must hold the folder {part}, got none in {root}")
+        for path in sorted((root / part).rglob("*")):
+            if path.suffix.lower() not in _AUDIO:
+                continue
+            if not (text := path.with_suffix(".txt")).is_file():
+                raise FileNotFoundError(f"audio must have its text beside it, got no {text.name} for {path}")
+            if not (said := " ".join(_text_of(text).upper().split())):
+                raise ValueError(f"a text must have a character, got none in {text}")
+            found.append(Utterance(path, said, path.parent.name))
+    if not found:
+        raise ValueError(f"{root} must hold audio, {', '.join(_AUDIO)}, in {parts}, got none")
     return found
 
 

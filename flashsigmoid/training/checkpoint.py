@@ -37,6 +37,8 @@ FOLDER = "checkpoints"
 WEIGHTS, TRAINER, CONFIG, TOKENIZER = "model.safetensors", "trainer.pt", "config.json", "tokenizer.json"
 SHARDED = "sharded"  # key of what `DirectoryCheckpoint` loads: the path of a checkpoint that a mesh wrote
 _PREFIX = "model."  # of the model inside the LightningModule
+# what a model is, by a field of its configuration that the others lack
+_KINDS = {"window_size": "a language model", "mels": "a speech recogniser", "patch_size": "an image model"}
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -72,16 +74,34 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     """The model, in eval mode, and the tokenizer of a checkpoint or of a run's newest checkpoint.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, it is of another kind of model, or it is damaged.
     """
     path = find_checkpoint(path)
+    config = load_config(path)
+    check_kind(path, config, "a language model")
     try:
-        model = GPT(GPTConfig(**load_config(path)["model"]))
+        model = GPT(GPTConfig(**config["model"]))
         model.load_state_dict(load_weights(path))
     except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"a checkpoint must hold a GPT and its weights, got {path}: {reason}") from error
     return model.to(device).eval(), load_tokenizer(path / TOKENIZER)
+
+
+def check_kind(path: Path, config: dict[str, Any], wanted: str) -> None:
+    """Whether a checkpoint is of the kind of model that is asked for; one of no known kind is not judged here.
+
+    Args:
+        path: of the checkpoint.
+        config: its config.json.
+        wanted: "a language model", "a speech recogniser" or "an image model".
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    kind = next((kind for name, kind in _KINDS.items() if name in config.get("model", ())), wanted)
+    if kind != wanted:
+        raise ValueError(f"the checkpoint must be of {wanted}, got {kind} at {path}")
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ from .audio import (
     spec_augment,
 )
 from .baseline import best_constant
-from .checkpoint import find_checkpoint, load_config, load_weights
+from .checkpoint import check_kind, find_checkpoint, load_config, load_weights
 from .hearing import write_hearing
 from .module import Feed, Metric, Options, Prepared, RunModule, train_run
 from .part import (
@@ -385,11 +385,12 @@ def load_recogniser(path: str | Path, device: str | torch.device = "cpu") -> tup
     """The encoder, in eval mode, of a checkpoint or of a run's newest checkpoint, and how its audio is read.
 
     Raises:
-        ValueError: there is none, or it is damaged.
+        ValueError: there is none, it is of another kind of model, or it is damaged.
     """
     path = find_checkpoint(path)
+    config = load_config(path)
+    check_kind(path, config, "a speech recogniser")
     try:
-        config = load_config(path)
         model = SpeechEncoder(SpeechConfig(**config["model"]))
         model.load_state_dict(load_weights(path))
         audio = AudioConfig(**config["data"])

@@ -17,7 +17,7 @@ import torch
 from ..models.ctc_decode import greedy
 from ..models.speech import SpeechEncoder
 from ..record import RecordWriter
-from .audio import AudioConfig, Utterance, load_audio, log_mel, read_audio
+from .audio import AudioConfig, Utterance, Utterances, load_audio, log_mel, read_audio
 from .checkpoint import find_checkpoint, load_config
 from .ctc import error_rates, load_recogniser
 
@@ -85,6 +85,13 @@ def hear_joined(
     return found
 
 
+def _usable(data: Utterances) -> list[Utterance]:
+    """All utterances; where the run leaves out what cannot be used, those that can, the others named."""
+    if data.config.on_corrupt == "fail":
+        return list(data.utterances)
+    return [each for number, each in enumerate(data.utterances) if data[number] is not None]
+
+
 def long_audio(
     run: str | Path,
     *,
@@ -108,12 +115,15 @@ def long_audio(
         The path of the records.
 
     Raises:
-        ValueError: no checkpoint of a recogniser; data that cannot be used; factors that do not fit them.
+        ValueError: no checkpoint of a recogniser; data that cannot be used, unless the run leaves such out; factors
+            that do not fit them.
     """
+    if not factors or min(factors) < 1:
+        raise ValueError(f"factors must be positive, at least one, got {tuple(factors)}")
     checkpoint = find_checkpoint(run)
     model, audio = load_recogniser(checkpoint, device)
     audio = audio if root is None else replace(audio, root=root)
-    utterances = load_audio(audio, model.config.positions).val.utterances
+    utterances = _usable(load_audio(audio, model.config.positions).val)
     most, step = max(factors), int(checkpoint.name.removeprefix("step-"))
     heard = {factor: hear_joined(model, audio, utterances, factor, most) for factor in factors}
     path = Path(run) / NAME

@@ -103,6 +103,13 @@ def test_train_on_speech_then_transcribe(flashsigmoid, tmp_path):
     assert both.out.splitlines()[0] == f"one.wav\t{single.out.rstrip(chr(10))}"
     assert re.fullmatch(r"left out, audio must be usable, got bad.wav: .+\n1 of 3 files left out\n", both.err)
     assert_one_error(flashsigmoid(*words, "bad.wav", "one.wav"), 1, "audio must be usable, got bad.wav: ")
+    none = flashsigmoid(*words, "bad.wav", "gone.wav", "--skip")
+    assert (none.code, none.out) == (1, "")
+    assert none.err.splitlines()[2:] == ["error: files must have one that can be used, got 2 that cannot"]
+    another = "the checkpoint must be of a language model, got a speech recogniser at runs/an4_sample/sigmoid/check"
+    assert_one_error(flashsigmoid("generate", words[1]), 1, another)
+    assert_one_error(flashsigmoid("export", words[1], "exported"), 1, another)
+    assert not (tmp_path / "exported").exists()
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -65,6 +65,7 @@ def test_a_field_is_read_from_text_by_its_type(name, text, read):
         ("kind", "c", "kind must be a or b, got 'c'"),
         ("fast", "yes", "fast must be true or false, got 'yes'"),
         ("window", "1", "model.window must be an integer or none, an integer or none, got '1'"),
+        ("betas", "x", "model.betas must be a number, or several with commas, got 'x'"),
         ("model", "1", "the run has no field model"),
         ("xyz", "1", "it has model.dim, model.bias"),
     ],

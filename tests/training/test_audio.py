@@ -74,6 +74,27 @@ def test_a_manifest_has_parts_of_files_and_splits(tmp_path) -> None:
     assert np.abs(part - samples[8000:8800]).max() <= 2.0**-15  # a step of 16 bits
 
 
+def test_a_folder_of_audio_beside_its_text(tmp_path) -> None:
+    for name, text in (("train/ann/1.wav", " oh\n no\n"), ("train/bob/2.FLAC", "YES"), ("val/3.wav", "GO")):
+        tone(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(text)
+    config = AudioConfig(source="folder", root=str(tmp_path))
+    data = load_audio(config, quarter)
+    assert [(each.speaker, each.text) for each in data.train.utterances] == [("ann", "OH NO"), ("bob", "YES")]
+    assert torch.equal(data.val[0][0], log_mel(read_audio(tmp_path / "val/3.wav", 16_000), 16_000, 80))
+    with pytest.raises(FileNotFoundError, match="root must hold the folder dev, got none in"):
+        load_audio(replace(config, val="dev"), quarter)
+    (tmp_path / "val/3.txt").write_text(" ")
+    with pytest.raises(ValueError, match=r"a text must have a character, got none in .*3\.txt"):
+        load_audio(config, quarter)
+    (tmp_path / "val/3.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"audio must have its text beside it, got no 3\.txt for .*3\.wav"):
+        load_audio(config, quarter)
+    (tmp_path / "val/3.wav").unlink()
+    with pytest.raises(ValueError, match=r"must hold audio, \.wav, \.flac, \.ogg, in val, got none"):
+        load_audio(config, quarter)
+
+
 def test_librispeech_as_downloaded(tmp_path) -> None:
     for part, speaker in (("train-clean-100", 19), ("train-clean-360", 20), ("dev-clean", 84)):
         folder = tmp_path / part / str(speaker) / "198"
@@ -216,7 +237,7 @@ def test_no_manifest_is_one_clear_error(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"source": "mp3"}, "source must be sample, manifest or librispeech, got 'mp3'"),
+        ({"source": "mp3"}, "source must be sample, folder, manifest or librispeech, got 'mp3'"),
         ({"source": "manifest"}, "root must be where the data are for source='manifest', got None"),
         ({"on_corrupt": "cry"}, "on_corrupt must be 'fail' or 'skip', got 'cry'"),
         ({"characters": "AA"}, "characters must be different ones, at least one, got 'AA'"),

@@ -92,6 +92,23 @@ def test_it_leaves_records(tmp_path, run) -> None:
     assert len(read_records(path).records) == 10
     with pytest.raises(ValueError, match="a checkpoint, or a run with one, must be at the path"):
         long_audio(tmp_path / "nowhere")
+    for factors in ((), (0,), (-2, 2)):
+        with pytest.raises(ValueError, match=r"factors must be positive, at least one, got \("):
+            long_audio(tmp_path / "run", factors=factors)
+    assert len(read_records(path).records) == 10  # those of before
+
+
+def test_what_cannot_be_used_is_left_out_as_in_the_run(tmp_path, run, capsys) -> None:
+    (tmp_path / "6.wav").write_bytes(b"")
+    train_speech(replace(run, data=replace(run.data, on_corrupt="skip")), tmp_path / "run", device="cpu", show=quiet)
+    capsys.readouterr()
+    file = read_records(long_audio(tmp_path / "run", factors=(1, 2), show=quiet_text))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"left out, not usable audio: {tmp_path / '6.wav'}: ")
+    assert {r.tags["factor"]: r.tags["groups"] for r in file.records} == {
+        1: 6,
+        2: 3,
+    }  # 4 of one speaker, 3 of the other
 
 
 def quiet_text(line: str) -> None:
