@@ -148,6 +148,8 @@ def prefix_beam(
                     longer = prefix.grown.get(token) or _Prefix(prefix, token)
                     _add(grown, longer, -math.inf, score + (b if token == prefix.token else both))
         ranked = {prefix: -_log_add(*ends) for prefix, ends in grown.items()}
+        # a token twice in as many positions leaves no path: nobody gets it for an answer, however wide the beam
+        ranked = {prefix: score for prefix, score in ranked.items() if score < math.inf} or ranked
         least = sorted(ranked.values())[:beam][-1]
         # of equal ones the smaller tokens, so that the result is a function of the numbers only
         kept = sorted((score, prefix) for prefix, score in ranked.items() if score <= least)[:beam]

@@ -34,7 +34,7 @@ def rows(arm: Arm, base: Arm) -> dict[str, str]:
         f"minus {base.label}, points": "" if arm is base else _difference_text(arm, base),
         "word errors": error_text(arm, WER),
         "best constant answer": _percent(arm, CONSTANT),
-        "standard errors below it": NOT_RECORDED if below is None else f"{below:.1f}",
+        "standard errors below it": NOT_RECORDED if below is None else _signed(below),
     }
 
 
@@ -154,6 +154,11 @@ def _below_constant(arm: Arm) -> float | None:
         if cer is not None and error is not None and constant is not None:
             found.append((constant - cer) / error if error else math.copysign(math.inf, constant - cer))
     return min(found, default=None)
+
+
+def _signed(below: float) -> str:
+    """In words where the answers have no spread, all empty ones say."""
+    return f"{below:.1f}" if math.isfinite(below) else "no spread, and " + ("below" if below > 0 else "above")
 
 
 def _percent(arm: Arm, name: str) -> str:
