@@ -11,7 +11,7 @@ import torch
 from rounding import assert_rounded
 from safetensors.torch import save_file
 from training.digits import digits
-from training.encoders import MAE, MODEL, SIMCLR, use_few
+from training.encoders import MAE, MODEL, use_few
 from training.test_classification import quiet
 
 from flashsigmoid.models.vision import VisionAttention, ViTConfig, build_vit, tokens
