@@ -284,8 +284,13 @@ def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> 
     except (TypeError, AssertionError) as error:
         raise ValueError(f"name must be a VisionTransformer of timm that takes these fields, {error}") from error
     attentions = [module for module in model.modules() if isinstance(module, VisionAttention)]
-    if not isinstance(model, VisionTransformer) or not attentions:
+    if not isinstance(model, VisionTransformer):
         raise ValueError(f"name must be a VisionTransformer of timm, got {config.name}, a {type(model).__name__}")
+    if not attentions:
+        raise ValueError(
+            f"name must be a VisionTransformer of timm whose blocks take another attention, got {config.name}, "
+            f"of {type(model.blocks[0]).__name__}"
+        )
     if config.pretrained:
         _load_pretrained(model, config)
     if config.position == "sincos":
@@ -396,6 +401,11 @@ def _fix_positions(model: VisionTransformer) -> None:
     if model.embed_dim % 4:
         raise ValueError(f"dim must be a multiple of 4 for position='sincos', got {model.embed_dim}")
     assert model.pos_embed is not None
+    if model.pos_embed.shape[1] != height * width:
+        raise ValueError(
+            f"position='sincos' must be of a model whose positions are those of patches alone, got one with "
+            f"{model.pos_embed.shape[1]} for {height * width} patches"
+        )
     table = build_sincos2d_pos_embed([height, width], dim=model.embed_dim, interleave_sin_cos=False)
     with torch.no_grad():
         if not model.pos_embed.is_meta:

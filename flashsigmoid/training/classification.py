@@ -130,7 +130,7 @@ class ImageModule(RunModule):
         model: what is trained: a Vision Transformer, or what has one as `encoder`.
 
     Raises:
-        ValueError: the model has another number of channels than the data.
+        ValueError: the model has another number of channels, or is for another size of images, than the data.
     """
 
     read_per_sample = ("images_per_s", 1)
@@ -139,6 +139,9 @@ class ImageModule(RunModule):
         if run.model.in_chans != data.in_chans:
             raise ValueError(f"model.in_chans must be that of the data, {data.in_chans}, got {run.model.in_chans}")
         super().__init__(run, model)
+        size = cast(Any, self.encoder).patch_embed.img_size
+        if size != (data.img_size, data.img_size):
+            raise ValueError(f"model.img_size must be that of the data, {data.img_size}, got {size[0]}")
         self.data = data
         self._part = Part(0, run.batch, run.batch)  # of the current micro-batch
 
@@ -403,7 +406,8 @@ class ClassificationModule(ImageModule):
         yield "val/loss", nats / count, "nats_per_image"
 
     def baselines(self) -> Iterator[Metric]:
-        """What the most frequent class alone gets."""
+        """What the most frequent class alone gets, of the images that were not left out."""
+        agree_on_skipped(self)
         yield "baseline/majority", self.data.majority, ""
 
 

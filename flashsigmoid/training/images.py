@@ -85,31 +85,38 @@ class ImageData:
     img_size: int
     in_chans: int
     mean: tuple[float, ...]  # of a channel of the training images in [0, 1]
-    std: tuple[float, ...]
+    std: tuple[float, ...]  # 1 where all values are the same
     fingerprint: str  # changes when the images, or the files of a folder, do
 
     @property
     def majority(self) -> float:
-        """Share of the most frequent class in the validation images: what a constant answer gets."""
+        """Share of the most frequent class in the validation images, but for those found corrupt so far: what a
+        constant answer gets.
+        """
         labels = torch.tensor(_labels(self.val))
+        if isinstance(self.val, Files):
+            labels = labels[~self.val.skipped]
         return float(torch.bincount(labels).max()) / len(labels)
 
     def examples(self, count: int) -> tuple[Tensor, list[str]]:
-        """The first readable validation image of each of the first `count` classes that it has, and their names.
+        """The first readable validation image of each of the first `count` classes that have one, and their names.
 
         Returns:
             (count or fewer, channels, size, size) uint8, and the name of each one's class.
         """
         val: Any = self.val
         labels = _labels(val)
-        found: dict[int, Tensor] = {}
-        wanted = sorted(set(labels))[:count]
+        numbers: dict[int, list[int]] = {}
         for index, label in enumerate(labels):
-            if label in wanted and label not in found and (sample := val[index]) is not None:
-                found[label] = sample[0]
-            if len(found) == len(wanted):
+            numbers.setdefault(label, []).append(index)
+        found: dict[int, Tensor] = {}
+        for label in sorted(numbers):
+            if len(found) == count:
                 break
-        return torch.stack([found[label] for label in sorted(found)]), [self.classes[label] for label in sorted(found)]
+            sample = next((sample for index in numbers[label] if (sample := val[index]) is not None), None)
+            if sample is not None:
+                found[label] = sample[0]
+        return torch.stack(list(found.values())), [self.classes[label] for label in found]
 
     @property
     def skipped(self) -> list[list[int]]:
@@ -385,5 +392,6 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         share = torch.bincount(channel.flatten().int(), minlength=256).double() / channel.numel()
         mean = float(share @ values)
         means.append(mean)
-        stds.append(float(share @ (values - mean) ** 2) ** 0.5)
+        std = float(share @ (values - mean) ** 2) ** 0.5
+        stds.append(std if share.count_nonzero() > 1 else 1.0)  # of a channel that is empty it would be divided by 0
     return tuple(means), tuple(stds)

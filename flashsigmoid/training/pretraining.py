@@ -23,7 +23,7 @@ from .augment import normalised
 from .classification import ImageBatch, ImageModule, VisionRun
 from .images import ImageData, load_images
 from .module import Feed, Metric, Options, Prepared, train_run
-from .part import NO_LABEL, Part, part_of, val_shares, what_is_left
+from .part import NO_LABEL, Part, agree_on_skipped, part_of, val_shares, what_is_left
 from .transfer import ENCODER
 
 _CHUNK = 256  # features whose neighbours are sought at once
@@ -212,7 +212,8 @@ class PretrainingModule(ImageModule):
         self._features, self._labels = ([], []), ([], [])
 
     def baselines(self) -> Iterator[Metric]:
-        """What the most frequent class alone gets."""
+        """What the most frequent class alone gets, of the images that were not left out."""
+        agree_on_skipped(self)
         yield "baseline/majority", self.data.majority, ""
 
 

@@ -212,6 +212,15 @@ def test_papers_sizes_on_the_meta_device() -> None:
         ({"name": "vit_smal_patch16_224"}, "name must be a model of timm, such as vit_small_patch16_224"),
         ({"name": "?"}, r"name must be a model of timm, such as vit_base_patch16_224, got \?"),
         ({"name": "resnet18"}, "name must be a VisionTransformer of timm"),
+        (
+            {"name": "vit_base_patch16_xp_224"},
+            "name must be a VisionTransformer of timm whose blocks take another attention, got "
+            "vit_base_patch16_xp_224, of ParallelScalingBlock",
+        ),
+        (
+            {"name": "deit_tiny_distilled_patch16_224", "position": "sincos"},
+            "position='sincos' must be of a model whose positions are those of patches alone, got one with 18 for 16",
+        ),
         ({"attention": "linear"}, "attention must be one of"),
         ({"pool": "max"}, "pool must be one of"),
         ({"position": "rope"}, "position must be one of"),

@@ -237,6 +237,7 @@ def test_a_model_that_does_not_fit_the_data_says_so() -> None:
     for field, value, message in (
         ("num_classes", 7, "model.num_classes must be that of the data, 10, got 7"),
         ("in_chans", 3, "model.in_chans must be that of the data, 1, got 3"),
+        ("img_size", 32, "model.img_size must be that of the data, 14, got 32"),
     ):
         with pytest.raises(ValueError, match=message):
             ClassificationModule(replace(RUN, model=replace(MODEL, **{field: value})), data)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from flashsigmoid.samples import mnist
+from flashsigmoid.training.augment import normalised
 from flashsigmoid.training.images import ImageConfig, collate, load_images, read_idx
 
 
@@ -66,6 +67,29 @@ def test_examples_are_the_first_readable_image_of_each_class(folder) -> None:
     assert names == ["0", "1", "2", "3"]
     assert all(torch.equal(image, digits.val[labels.index(i)][0]) for i, image in enumerate(images))
     assert digits.skipped == [[], []]
+
+
+def test_a_class_without_a_readable_image_is_no_example_and_no_majority(folder) -> None:
+    for name in ("cat/2.png", "cat/3.png", "dog/2.png"):
+        draw(folder / "val" / name)
+    for path in (folder / "val" / "cat").iterdir():
+        path.write_bytes(b"no image")
+    data = load_images(ImageConfig(source="folder", root=str(folder), img_size=8, on_corrupt="skip"))
+    assert data.majority == 0.6
+    assert data.examples(1)[1] == ["dog"]
+    assert data.majority == 1.0
+
+
+def test_an_empty_channel_is_no_division_by_zero(tmp_path) -> None:
+    path, pixels = tmp_path / "set.npz", np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    pixels[..., 2] = 7
+    np.savez(path, **arrays(train_images=pixels))
+    data = load_images(ImageConfig(source="npz", root=str(path)))
+    assert data.std[2] == 1.0
+    assert data.std[0] == pytest.approx(pixels[..., 0].std() / 255, rel=1e-9)
+    x = normalised(torch.from_numpy(pixels).movedim(-1, 1), data.mean, data.std)
+    assert x.isfinite().all()
+    assert x[:, 2].abs().max() < 1e-6
 
 
 def test_images_are_resized() -> None:

@@ -11,7 +11,7 @@ import torch
 from rounding import assert_rounded
 from safetensors.torch import save_file
 from training.digits import digits
-from training.encoders import MAE, MODEL, SIMCLR, use_few
+from training.encoders import MAE, MODEL, use_few
 from training.test_classification import quiet
 
 from flashsigmoid.models.vision import VisionAttention, ViTConfig, build_vit, tokens
@@ -25,7 +25,7 @@ def few(monkeypatch) -> None:
 
 def mae(run: MaskedRun = MAE) -> MaskedModule:
     torch.manual_seed(0)
-    return run.module(digits(SIMCLR.data)).eval()
+    return run.module(digits(run.data)).eval()
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
@@ -107,7 +107,7 @@ def test_the_decoder_of_a_pretrained_encoder_is_fresh(tmp_path) -> None:
     model = ViTConfig(
         name="test_vit", num_classes=0, in_chans=1, img_size=32, pretrained=str(tmp_path / "weights.safetensors")
     )
-    module = mae(replace(MAE, model=model))
+    module = mae(replace(MAE, model=model, data=replace(MAE.data, img_size=32)))
     name = "blocks.3.mlp.fc1.weight"
     assert torch.equal(module.encoder.state_dict()[name], weights[name])
     assert module.part("decoder").state_dict()["blocks.0.mlp.fc1.weight"].shape[1] == 8
