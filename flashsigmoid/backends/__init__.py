@@ -128,6 +128,11 @@ class Explanation:
     backward: str = ""  # who computes the backward; empty: nobody can, and `reasons` of the direction say why
     backward_reasons: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def both(self) -> str:
+        """The backend and, if another, that of the backward."""
+        return ", ".join(dict.fromkeys(name for name in (self.backend, self.backward) if name))
+
     def __str__(self) -> str:
         lines = [f"backend: {self.backend}", f"formula: {self.formula}"]
         lines += [f"not {name}: {reason}" for name, reason in self.reasons.items()]

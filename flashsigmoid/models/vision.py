@@ -254,7 +254,8 @@ def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> 
         attention_fn: called instead of the config's attention; see `nn.SigmoidAttention`.
 
     Raises:
-        ValueError: the name is no VisionTransformer, or its constructor refuses a field; pretrained weights are not
+        ValueError: the name is no VisionTransformer, or its constructor refuses a field; patches do not fill the image,
+            which is said where a size is given; pretrained weights are not
             there, are another model's, or have what the config leaves out.
 
     Source: arXiv:2409.04431 (b = -log n; LayerScale 1e-4 and QK-norm for vision).
@@ -291,6 +292,9 @@ def build_vit(config: ViTConfig, *, attention_fn: AttentionFn | None = None) -> 
             f"name must be a VisionTransformer of timm whose blocks take another attention, got {config.name}, "
             f"of {type(model.blocks[0]).__name__}"
         )
+    (size, _), (patch, _) = model.patch_embed.img_size, model.patch_embed.patch_size
+    if (config.img_size or config.patch_size) and size % patch:  # the rim would be dropped
+        raise ValueError(f"img_size must be a multiple of patch_size, got {size} and {patch}")
     if config.pretrained:
         _load_pretrained(model, config)
     if config.position == "sincos":

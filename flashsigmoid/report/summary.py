@@ -42,6 +42,7 @@ def arm_rows(arms: Sequence[Arm]) -> list[dict[str, str]]:
             row["below bigram"] = below_text(arm, BIGRAM)
             row["below any bigram"] = below_text(arm, FLOOR)
             row |= texts.rows(arm, arms)
+        row |= texts.kernel_rows(arm, arms)
         row["first |A V|"] = norm_text(arm)
         if are_of_images(arms):
             row |= classifiers.speed_rows(arm)

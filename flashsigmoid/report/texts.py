@@ -13,17 +13,22 @@ _SPLITS = {"validation": "bits_per_byte/val", "test": "bits_per_byte/test"}
 
 
 def rows(arm: Arm, arms: Sequence[Arm]) -> dict[str, str]:
-    """Bits per byte of whole splits, and of what computed the attention, where any arm recorded it."""
+    """Bits per byte of whole splits, where any arm recorded them."""
     found: dict[str, str] = {}
     for split, name in _SPLITS.items():
         strides = {tag for each in arms for run in each.runs if (tag := _stride(run, name)) is not None}
         if strides:
             stride = join([f"{stride}" for stride in sorted(strides)])
             found[f"bits per byte, {split}, stride {stride}"] = _bits(arm.over_runs(functools.partial(last, name=name)))
-    if any(kernel(run) for each in arms for run in each.runs):
-        names = dict.fromkeys(name for run in arm.runs if (name := kernel(run)) is not None)
-        found["attention by"] = join(list(names)) or NOT_RECORDED
     return found
+
+
+def kernel_rows(arm: Arm, arms: Sequence[Arm]) -> dict[str, str]:
+    """What computed the attention, where any arm recorded it."""
+    if not any(kernel(run) for each in arms for run in each.runs):
+        return {}
+    names = dict.fromkeys(name for run in arm.runs if (name := kernel(run)) is not None)
+    return {"attention by": join(list(names)) or NOT_RECORDED}
 
 
 def speed_rows(arm: Arm, arms: Sequence[Arm]) -> dict[str, str]:

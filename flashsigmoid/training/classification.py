@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 
 from ..distributed.plans import parallelize_data
 from ..distributed.processes import MeshSizes
-from ..models.vision import VisionAttention, ViTConfig, build_vit, initial_bias, layer_groups, share_drop_path
+from ..functional import explain
+from ..models.vision import VisionAttention, ViTConfig, build_vit, initial_bias, layer_groups, share_drop_path, tokens
 from ..record import RecordWriter
 from .attention_maps import write_attention_maps, write_image_snapshot
 from .augment import Augment, AugmentConfig, normalised
@@ -163,6 +164,21 @@ class ImageModule(RunModule):
     def encoder(self) -> nn.Module:
         """The Vision Transformer."""
         return self.model
+
+    def kernel(self) -> str | None:
+        """What computes the attention of all tokens: "sdpa" of torch, or our backend and, if another, its backward's;
+        None where a function was given.
+        """
+        layer = next(module for module in self.encoder.modules() if isinstance(module, VisionAttention))
+        if layer.attention_fn is not None:
+            return None
+        if layer.kind == "softmax":
+            return "sdpa"
+        like: Any = {"dtype": torch.bfloat16 if self.run.precision == "bf16" else torch.float32, "device": self.device}
+        shape, heads = (self.run.batch, tokens(cast(Any, self.encoder))), (layer.num_heads, layer.nheads_k)
+        q, k = (torch.empty(*shape, nheads, layer.head_dim, **like) for nheads in heads)
+        options: dict[str, Any] = {"sigmoid_bias": layer.sigmoid_bias, "scale": layer.scale}
+        return explain(q, k, k, dropout_p=layer.attn_drop.p, **options).both
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A function of tensors, compiled for training if the run asks for it; on a mesh blocks are, and not this.

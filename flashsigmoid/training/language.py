@@ -171,7 +171,7 @@ class LanguageModule(RunModule):
             alibi_slopes=alibi_slopes(model.nheads, self.device) if alibi else None,
             dropout_p=model.dropout_p,
         )
-        return said.backend if said.backward in ("", said.backend) else f"{said.backend}, {said.backward}"
+        return said.both
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums anew."""

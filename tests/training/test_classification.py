@@ -237,10 +237,24 @@ def test_a_model_that_does_not_fit_the_data_says_so() -> None:
     for field, value, message in (
         ("num_classes", 7, "model.num_classes must be that of the data, 10, got 7"),
         ("in_chans", 3, "model.in_chans must be that of the data, 1, got 3"),
-        ("img_size", 32, "model.img_size must be that of the data, 14, got 32"),
+        ("img_size", 28, "model.img_size must be that of the data, 14, got 28"),
+        ("patch_size", 5, "img_size must be a multiple of patch_size, got 14 and 5"),
     ):
         with pytest.raises(ValueError, match=message):
             ClassificationModule(replace(RUN, model=replace(MODEL, **{field: value})), data)
+
+
+@pytest.mark.parametrize(("change", "kernel"), [
+    ({}, "blocked"),
+    ({"attention": "softmax"}, "sdpa"),
+    ({"nheads_k": 1, "bias_mode": "per_head", "pool": "token"}, "blocked"),
+])  # fmt: skip
+def test_what_computes_the_attention_is_named(change, kernel) -> None:
+    module = ClassificationModule(replace(RUN, model=replace(MODEL, **change)), digits(RUN.data))
+    assert module.kernel() == kernel
+    for block in module.model.blocks:
+        block.attn.attention_fn = torch.nn.functional.scaled_dot_product_attention
+    assert module.kernel() is None
 
 
 @pytest.mark.parametrize("head_norm", [False, True])
