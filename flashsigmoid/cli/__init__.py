@@ -15,4 +15,5 @@ from . import study as study
 from . import pack as pack
 from . import explain as explain
 from . import bench as bench
+from . import steps as steps
 from .root import app as app

@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from training.tiny import differences, write_text
 
-from flashsigmoid.bench.mesh_of_one import ARMS, measure, run_of
+from flashsigmoid.bench.mesh_of_one import BASE, arms, run_of
+from flashsigmoid.bench.steps import measure
 from flashsigmoid.functional import sigmoid_attention
 from flashsigmoid.record import read_records
 from flashsigmoid.training import language
@@ -81,13 +82,13 @@ def test_the_measurement_runs_to_its_end(tmp_path: Path) -> None:
     small = replace(run.model, dim=32, nlayers=2, seqlen=64, nheads=2)
     run = replace(run, model=small, batch=2, precision="fp32", compile=False, data=replace(run.data, val_windows=2))
     with pytest.raises(ValueError, match=r"steps must be \(rounds \+ 2\) log_every = 10, got 8"):
-        measure(run, "cpu", 3, tmp_path / "x.jsonl")
-    times = measure(run, "cpu", 2, tmp_path / "x.jsonl", "test")
+        measure(arms(run), BASE, "cpu", 3, tmp_path / "x.jsonl")
+    times = measure(arms(run), BASE, "cpu", 2, tmp_path / "x.jsonl", "test")
     records = read_records(tmp_path / "x.jsonl").records
     assert [record.value for record in records if record.name == "step" and record.tags["arm"] == "mesh"] == (
         times["mesh"].ms
     )
-    assert {record.tags["arm"] for record in records} == set(ARMS)
+    assert {record.tags["arm"] for record in records} == set(arms(run))
     assert {record.name for record in records if record.tags["arm"] == "plain again"} == {
         "step", "step/p10", "step/median", "step/p90", "over_plain/p10", "over_plain/median", "over_plain/p90",
     }  # fmt: skip
