@@ -177,8 +177,10 @@ class ImageModule(RunModule):
         like: Any = {"dtype": torch.bfloat16 if self.run.precision == "bf16" else torch.float32, "device": self.device}
         shape, heads = (self.run.batch, tokens(cast(Any, self.encoder))), (layer.num_heads, layer.nheads_k)
         q, k = (torch.empty(*shape, nheads, layer.head_dim, **like) for nheads in heads)
-        options: dict[str, Any] = {"sigmoid_bias": layer.sigmoid_bias, "scale": layer.scale}
-        return explain(q, k, k, dropout_p=layer.attn_drop.p, **options).both
+        b = layer.sigmoid_bias
+        if isinstance(b, Tensor):  # on a mesh a shard, and of one element no scalar
+            b = torch.empty(() if b.numel() == 1 else layer.num_heads, device=self.device)
+        return explain(q, k, k, sigmoid_bias=b, scale=layer.scale, dropout_p=layer.attn_drop.p).both
 
     def compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """A function of tensors, compiled for training if the run asks for it; on a mesh blocks are, and not this.

@@ -248,6 +248,7 @@ def test_a_model_that_does_not_fit_the_data_says_so() -> None:
     ({}, "blocked"),
     ({"attention": "softmax"}, "sdpa"),
     ({"nheads_k": 1, "bias_mode": "per_head", "pool": "token"}, "blocked"),
+    ({"bias_mode": "learnable"}, "blocked"),
 ])  # fmt: skip
 def test_what_computes_the_attention_is_named(change, kernel) -> None:
     module = ClassificationModule(replace(RUN, model=replace(MODEL, **change)), digits(RUN.data))
