@@ -16,7 +16,7 @@ from ..recipes.fields import override
 from ..recipes.language import enwik8
 from ..training.data import DataConfig
 from ..training.run import LanguageRun
-from .steps import AGAIN, Arms, cut, measure, show
+from .steps import AGAIN, Arms, cut, measure, print_times
 
 BASE, MESH = "plain", "dp=1,cp=1,tp=1"
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     fields = dict(text.split("=", 1) for text in args.set)
     run = cast(LanguageRun, override(run_of(args.block, args.rounds), fields))
-    show(measure(arms(run), BASE, args.device, args.rounds, args.out), BASE)
+    print_times(measure(arms(run), BASE, args.device, args.rounds, args.out), BASE)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ def measure(arms: Arms, base: str, device: str, rounds: int, out: Path, command:
             process = context.Process(target=_train, args=given, daemon=True)
             process.start()
             theirs.close()
-            ended.callback(process.join)
+            ended.push(partial(_end, process))
             samples[arm] = _block(arm, pipes[arm])
         for arm, pipe in pipes.items():
             _heard(arm, pipe)  # everything is compiled
@@ -83,7 +85,7 @@ def measure(arms: Arms, base: str, device: str, rounds: int, out: Path, command:
     return times
 
 
-def show(times: Mapping[str, Times], base: str) -> None:
+def print_times(times: Mapping[str, Times], base: str) -> None:
     """A line for each arm."""
     for arm, of_arm in times.items():
         ratio = times[base].speedup_over(of_arm)
@@ -110,6 +112,13 @@ def _train(run: Run, mesh: str | None, device: Any, out_dir: Path, port: int, pi
         since = time.perf_counter()
 
     run.train(out_dir, device=device, show=show, mesh=mesh)
+
+
+def _end(process: BaseProcess, error: type[BaseException] | None, *_: object) -> None:
+    """Its end; after an error of another it would wait for its turn for ever, and a run takes a signal for a pause."""
+    if error is not None:
+        process.kill()
+    process.join()
 
 
 def _block(arm: str, pipe: Connection) -> Sample:

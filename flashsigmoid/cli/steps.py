@@ -38,11 +38,11 @@ def steps(
 
     The first arm trains twice, as two of them: what equal things differ by.
     """
-    from ..bench.steps import AGAIN, cut, measure, show
+    from ..bench.steps import AGAIN, cut, measure, print_times
     from ..recipes.fields import override
 
     given = read_named_fields("--arm", arm) if arm else {name: {"attention": name} for name in ("softmax", "sigmoid")}
     base, own = next(iter(given.items()))
     run, fields = cut(find_recipe(recipe)(), block, rounds), read_assignments(assignments)
     arms = {name: (override(run, fields, changes), None) for name, changes in {**given, base + AGAIN: own}.items()}
-    show(measure(arms, base, device, rounds, out), base)
+    print_times(measure(arms, base, device, rounds, out), base)

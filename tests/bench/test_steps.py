@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_bad_arms_and_fields_are_one_clear_error(tmp_path: Path, words, message)
     result = CliRunner().invoke(app, ["steps", *words, "--device", "cpu", "--out", str(tmp_path / "x.jsonl")])
     assert isinstance(result.exception, ValueError)
     assert message in str(result.exception)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.long
+def test_an_arm_that_ends_with_an_error_ends_the_others(tmp_path: Path) -> None:
+    """Which wait for their turn."""
+    words = ["--device", "cpu", "--block", "2", "--rounds", "2", "--out", str(tmp_path / "x.jsonl")]
+    arms = ["--arm", "good:attention=softmax", "--arm", "bad:nheads=5"]
+    result = CliRunner().invoke(app, ["steps", "digits", *arms, *words])
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception) == "bad must train to the end, got an error"
+    assert not multiprocessing.active_children()
     assert not list(tmp_path.iterdir())
 
 
