@@ -38,6 +38,7 @@ Device = Annotated[
     typer.Option("--device", "--accelerator", help="Where to train.", callback=_present),
 ]
 AnyDevice = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, ...", callback=_present)]
+Recipe = Annotated[str, typer.Argument(help="Name of a recipe, see flashsigmoid train --list.", show_default=False)]
 Fields = Annotated[
     list[str] | None,
     typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Fields, read_assignments, read_named_fields
+from .options import Device, Fields, Recipe, read_assignments, read_named_fields
 from .recipes import find_recipe
 from .root import app
 from .show import print_arms, progress_bar
@@ -22,7 +22,7 @@ TRY_AGAIN = 75  # an exit code: EX_TEMPFAIL of sysexits.h
     "flashsigmoid pair simclr_digits --then probe_digits --then finetune_digits:steps=600"
 )
 def pair(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe, see flashsigmoid train --list.", show_default=False)],
+    recipe: Recipe,
     seeds: Annotated[int, typer.Option(help="Of each arm: the recipe's, and the next ones.")] = 3,
     jobs: Annotated[int, typer.Option(help="Trainings at once; they share the machine, and its GPUs.")] = 1,
     assignments: Fields = None,

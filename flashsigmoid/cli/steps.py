@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Fields, read_assignments, read_named_fields
+from .options import Device, Fields, Recipe, read_assignments, read_named_fields
 from .recipes import find_recipe
 from .root import app
 
@@ -19,7 +19,7 @@ from .root import app
     "--arm rope:position=rope,alibi_bias=none"
 )
 def steps(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe, see flashsigmoid train --list.", show_default=False)],
+    recipe: Recipe,
     assignments: Fields = None,
     arm: Annotated[
         list[str] | None,

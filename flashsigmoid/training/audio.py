@@ -11,7 +11,7 @@ import csv
 import hashlib
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -409,12 +409,17 @@ def _manifest(path: Path, splits: str) -> list[Utterance]:
     return found
 
 
-def _folder(root: Path, parts: str) -> list[Utterance]:
-    found = []
+def _folders(root: Path, parts: str, of: str = "") -> Iterator[Path]:
     for part in parts.split(","):
         if not (root / part).is_dir():
-            raise FileNotFoundError(f"root must hold the folder {part}, got none in {root}")
-        for path in sorted((root / part).rglob("*")):
+            raise FileNotFoundError(f"root must hold the folder {part}{of}, got none in {root}")
+        yield root / part
+
+
+def _folder(root: Path, parts: str) -> list[Utterance]:
+    found = []
+    for folder in _folders(root, parts):
+        for path in sorted(folder.rglob("*")):
             if path.suffix.lower() not in _AUDIO:
                 continue
             if not (text := path.with_suffix(".txt")).is_file():
@@ -429,10 +434,8 @@ def _folder(root: Path, parts: str) -> list[Utterance]:
 
 def _librispeech(root: Path, parts: str) -> list[Utterance]:
     found = []
-    for part in parts.split(","):
-        if not (root / part).is_dir():
-            raise FileNotFoundError(f"root must hold the folder {part} of LibriSpeech, got none in {root}")
-        for transcript in sorted((root / part).glob("*/*/*.trans.txt")):
+    for folder in _folders(root, parts, " of LibriSpeech"):
+        for transcript in sorted(folder.glob("*/*/*.trans.txt")):
             for line in _text_of(transcript).splitlines():
                 name, _, text = line.partition(" ")
                 if not text.strip():

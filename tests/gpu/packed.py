@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import torch
-from gpu.cases import DEVICE
+from gpu.cases import DEVICE, random_class
 from torch import Tensor
-from varlen import compute_packed, cumulated, draw_seed, oracle_and_witness
+from varlen import compute_packed, cumulated, draw_seed, oracle_and_witness, sequences
 
 from flashsigmoid import sigmoid_attention_varlen
 from flashsigmoid.testing import Options, assert_within_budget, make_qkv
@@ -59,3 +60,40 @@ def check_packed(
     expected, seen = oracle_and_witness(q, k, v, dout, lengths_q, lengths_k, draws, options)
     for name, result in results.items():
         assert_within_budget(f"{name} of {what}", result, expected[name], seen[name])
+
+
+def packed_sides(rng: random.Random, lengths_q: tuple[int, ...], rows: int, nheads: int) -> Options:
+    generator = torch.Generator().manual_seed(rng.getrandbits(20))
+    batch = len(lengths_q)
+    options = Options(sigmoid_bias=rng.uniform(-7.0, 0.0))
+    shape = rng.choice((None, (), (nheads,), (batch, nheads), (rows, nheads)))
+    if shape is not None:
+        options["sigmoid_bias"] = (torch.randn(shape, generator=generator) - 4.0).to(DEVICE)
+    shape = rng.choice((None, (nheads,), (batch, nheads)))
+    if shape is not None:
+        options["alibi_slopes"] = (torch.rand(shape, generator=generator) * 0.1).to(DEVICE)
+    return options
+
+
+def check_random_lengths(rng: random.Random, dtype: torch.dtype, backend: str = "triton") -> None:
+    """A class of kernels, then four batches of sequences: short and long ones, empty ones, rows of none."""
+    kernels = random_class(rng, dtype)
+    batch, nheads_k, group = rng.randint(1, 9), rng.randint(1, 2), rng.randint(1, 3)
+    head_dims = kernels["head_dims"]
+    if backend == "hopper":
+        head_dims = tuple(-(-dim // 8) * 8 for dim in head_dims)
+    for _ in range(4):
+        lengths_q, lengths_k = (
+            tuple(rng.choice((0, 1, rng.randint(2, 70), rng.randint(64, 400))) for _ in range(batch)) for _ in range(2)
+        )
+        spare = rng.choice((0, 1, 150))
+        options = packed_sides(rng, lengths_q, sum(lengths_q) + spare, nheads_k * group)
+        options |= Options(causal=kernels["causal"], window_size=kernels["window_size"])
+        if kernels["drop_at"] is not None and backend != "hopper":
+            options["dropout_p"] = 0.2
+        heads = (nheads_k * group, nheads_k)
+        tensors = packed_tensors(lengths_q, lengths_k, heads, head_dims, dtype, spare, rng.getrandbits(9))
+        sigmoid = "exact" if "alibi_slopes" in options and kernels["sigmoid"] == "fast" else kernels["sigmoid"]
+        if sum(rows.stop - rows.start for _, rows, _ in sequences(lengths_q, lengths_k)) > 60:
+            what = f"{lengths_q} by {lengths_k} and {spare}, {kernels}, {options}"
+            check_packed(what, tensors, lengths_q, lengths_k, options, sigmoid, backend)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.cases import DEVICE, HALF, random_class, time_is_left
+from gpu.cases import DEVICE, HALF, time_is_left
 from gpu.machine import captured, nothing_waits
-from gpu.packed import LENGTHS, check_packed, compute_by_hopper, packed_tensors
-from gpu.test_triton_varlen import packed_sides
+from gpu.packed import LENGTHS, check_packed, check_random_lengths, compute_by_hopper, packed_tensors
 from torch import Tensor
 from varlen import cumulated, dense_options, oracle_and_witness, sequences
 
@@ -104,25 +103,8 @@ def test_each_sequence_has_the_bits_of_its_own_call(monkeypatch, causal, head_di
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_random_lengths_until_the_time_is_up(dtype) -> None:
-    """A class of kernels, then four batches of sequences, as of the Triton kernels."""
     for rng in time_is_left():
-        kernels = random_class(rng, dtype)
-        head_dims = tuple(-(-dim // 8) * 8 for dim in kernels["head_dims"])
-        batch, nheads_k, group = rng.randint(1, 9), rng.randint(1, 2), rng.randint(1, 3)
-        for _ in range(4):
-            lengths_q, lengths_k = (
-                tuple(rng.choice((0, 1, rng.randint(2, 70), rng.randint(64, 400))) for _ in range(batch))
-                for _ in range(2)
-            )
-            spare = rng.choice((0, 1, 150))
-            options = packed_sides(rng, lengths_q, sum(lengths_q) + spare, nheads_k * group)
-            options |= Options(causal=kernels["causal"], window_size=kernels["window_size"])
-            heads = (nheads_k * group, nheads_k)
-            tensors = packed_tensors(lengths_q, lengths_k, heads, head_dims, dtype, spare, rng.getrandbits(9))
-            sigmoid = "exact" if "alibi_slopes" in options and kernels["sigmoid"] == "fast" else kernels["sigmoid"]
-            if sum(rows.stop - rows.start for _, rows, _ in sequences(lengths_q, lengths_k)) > 60:
-                what = f"{lengths_q} by {lengths_k} and {spare}, {kernels}, {options}"
-                check_packed(what, tensors, lengths_q, lengths_k, options, sigmoid, backend="hopper")
+        check_random_lengths(rng, dtype, backend="hopper")
 
 
 def test_thousands_of_sequences() -> None:

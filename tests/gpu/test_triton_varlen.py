@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
-from gpu.cases import DEVICE, DTYPES, HALF, random_class, time_is_left
-from gpu.packed import LENGTHS, check_packed, packed_tensors
-from varlen import compute_packed, cumulated, oracle_and_witness, sequences
+from gpu.cases import DEVICE, DTYPES, HALF, time_is_left
+from gpu.packed import LENGTHS, check_packed, check_random_lengths, packed_tensors
+from varlen import compute_packed, cumulated, oracle_and_witness
 
 from flashsigmoid.testing import Options, assert_within_budget, make_qkv, oracle, witness
 
 
-def packed_sides(rng: random.Random, lengths_q: tuple[int, ...], rows: int, nheads: int) -> Options:
-    generator = torch.Generator().manual_seed(rng.getrandbits(20))
-    batch = len(lengths_q)
-    options = Options(sigmoid_bias=rng.uniform(-7.0, 0.0))
-    shape = rng.choice((None, (), (nheads,), (batch, nheads), (rows, nheads)))
-    if shape is not None:
-        options["sigmoid_bias"] = (torch.randn(shape, generator=generator) - 4.0).to(DEVICE)
-    shape = rng.choice((None, (nheads,), (batch, nheads)))
-    if shape is not None:
-        options["alibi_slopes"] = (torch.rand(shape, generator=generator) * 0.1).to(DEVICE)
-    return options
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_lengths_until_the_time_is_up(dtype) -> None:
-    """A class of kernels, then four batches of sequences: short and long ones, empty ones, rows of none."""
     for rng in time_is_left():
-        kernels = random_class(rng, dtype)
-        batch, nheads_k, group = rng.randint(1, 9), rng.randint(1, 2), rng.randint(1, 3)
-        for _ in range(4):
-            lengths_q, lengths_k = (
-                tuple(rng.choice((0, 1, rng.randint(2, 70), rng.randint(64, 400))) for _ in range(batch))
-                for _ in range(2)
-            )
-            spare = rng.choice((0, 1, 150))
-            options = packed_sides(rng, lengths_q, sum(lengths_q) + spare, nheads_k * group)
-            options |= Options(causal=kernels["causal"], window_size=kernels["window_size"])
-            if kernels["drop_at"] is not None:
-                options["dropout_p"] = 0.2
-            heads = (nheads_k * group, nheads_k)
-            tensors = packed_tensors(
-                lengths_q, lengths_k, heads, kernels["head_dims"], dtype, spare, rng.getrandbits(9)
-            )
-            sigmoid = "exact" if "alibi_slopes" in options and kernels["sigmoid"] == "fast" else kernels["sigmoid"]
-            if sum(rows.stop - rows.start for _, rows, _ in sequences(lengths_q, lengths_k)) > 60:
-                what = f"{lengths_q} by {lengths_k} and {spare}, {kernels}, {options}"
-                check_packed(what, tensors, lengths_q, lengths_k, options, sigmoid)
+        check_random_lengths(rng, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
