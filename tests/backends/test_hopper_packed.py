@@ -19,7 +19,7 @@ if importlib.util.find_spec("triton") is None:
 
 from backends import emulator
 from gpu.cases import random_class
-from gpu.test_triton_varlen import packed_sides
+from gpu.packed import packed_sides
 from varlen import Lengths, cumulated, dense_options, oracle_and_witness, sequences
 
 from flashsigmoid.backends import hopper
